@@ -1,0 +1,285 @@
+"""One cache-dit context for each (block list, CFG branch), found by identity.
+
+cache-dit tells branches apart by counting forward calls. Here the host names the branch and the step of
+every forward, so a context can only ever see its own branch, whatever the order or number of calls.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from cache_dit import DBCacheConfig, DMDCalibratorConfig, TaylorSeerCalibratorConfig
+from cache_dit.caching.cache_contexts.cache_context import CachedContext
+from cache_dit.caching.cache_contexts.cache_manager import CachedContextManager
+from cache_dit.caching.cache_contexts.calibrators import Calibrator
+
+from .forecast import Extrapolator
+from .runtime import TransformerSpec
+from .schedule import Action
+from .settings import CacheSettings
+from .similarity import residual_difference
+from .stats import COND, BranchStats, TransformerStats
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which forward this is: the host's branch name and step number."""
+
+    branch: str
+    step: int
+
+
+class _Forecaster:
+    """A calibrator slot of cache-dit that extrapolates on the real spacing."""
+
+    def __init__(self, order: int):
+        self._order = order
+        self._values: dict[str, Extrapolator] = {}
+        self.position = 0.0
+
+    def at(self, step: int, position: float) -> None:
+        """Move to a step before it is computed or approximated."""
+        self.position = position
+
+    def update(self, value: torch.Tensor, name: str = "default") -> None:
+        """Add a computed value."""
+        self._values.setdefault(name, Extrapolator(self._order)).update(self.position, value)
+
+    def approximate(self, name: str = "default") -> torch.Tensor:
+        """The forecast at the current step."""
+        return self._values[name].predict(self.position)
+
+
+class _SteppedDMD:
+    """cache-dit's DMD calibrator, told the step instead of counting calls."""
+
+    def __init__(self, config: DMDCalibratorConfig):
+        self._dmd = Calibrator(config)
+        self._step = 0
+
+    def at(self, step: int, position: float) -> None:
+        """Move to a step before it is computed or approximated."""
+        self._step = step
+
+    def _state(self, name: str) -> Any:
+        self._dmd.maybe_init_state(name)
+        state = self._dmd.states[name]
+        state.current_step = self._step
+        return state
+
+    def update(self, value: torch.Tensor, name: str = "default") -> None:
+        """Add a computed value."""
+        self._state(name).update(value)
+
+    def approximate(self, name: str = "default") -> torch.Tensor:
+        """The forecast at the current step."""
+        return self._state(name).approximate()
+
+
+def _calibrator_config(settings: CacheSettings) -> TaylorSeerCalibratorConfig | DMDCalibratorConfig | None:
+    if settings.calibrator == "taylorseer":
+        return TaylorSeerCalibratorConfig(taylorseer_order=settings.taylorseer_order)
+    if settings.calibrator == "dmd":
+        return DMDCalibratorConfig(
+            dmd_history=settings.dmd_history,
+            dmd_rank=settings.dmd_rank,
+            dmd_ridge=settings.dmd_ridge,
+            dmd_svd_precision=settings.dmd_svd_precision,
+        )
+    return None
+
+
+def _new_calibrator(settings: CacheSettings) -> _Forecaster | _SteppedDMD | None:
+    if settings.calibrator == "taylorseer":
+        return _Forecaster(settings.taylorseer_order)
+    if settings.calibrator == "dmd":
+        return _SteppedDMD(_calibrator_config(settings))
+    return None
+
+
+@dataclass
+class BranchContext(CachedContext):
+    """cache-dit's context of one block list and branch, with what our decision needs on top."""
+
+    last_step: int = -1
+    streak: int = 0
+    cached_count: int = 0
+    has_reference: bool = False
+
+    @classmethod
+    def create(cls, name: str, spec: TransformerSpec) -> BranchContext:
+        """An empty context for one request."""
+        settings = spec.settings
+        context = cls(
+            name=name,
+            cache_config=DBCacheConfig(
+                Fn_compute_blocks=settings.Fn_compute_blocks,
+                Bn_compute_blocks=settings.Bn_compute_blocks,
+                residual_diff_threshold=settings.residual_diff_threshold,
+                enable_separate_cfg=False,
+            ),
+            calibrator_config=_calibrator_config(settings),
+        )
+        context.calibrator = _new_calibrator(settings)
+        context.encoder_calibrator = _new_calibrator(settings)
+        return context
+
+
+class BranchContexts(CachedContextManager):
+    """cache-dit's context manager, keyed by block list and branch.
+
+    cache-dit's blocks call it in this order: ``set_context``, first blocks, ``mark_step_begin``,
+    ``can_cache``, then either ``add_cached_step`` and ``apply_cache`` or ``set_Fn_buffer``, middle blocks
+    and ``set_Bn_buffer``.
+
+    Args:
+        name: shown in cache-dit's log lines.
+        group: process group whose ranks must agree, None on one rank.
+    """
+
+    def __init__(self, name: str, group: dist.ProcessGroup | None = None):
+        super().__init__(name=name, persistent_context=True)
+        self.group = group
+        self.spec: TransformerSpec | None = None
+        self.stats: TransformerStats | None = None
+        self.on_decision: Callable[[bool], None] | None = None
+        self._identity = Identity(COND, 0)
+        self._outcomes: list[bool] = []
+        self._poisoned: set[str] = set()
+
+    def begin_request(self, spec: TransformerSpec, stats: TransformerStats) -> None:
+        """Forget every context; the next forwards run under ``spec`` and report to ``stats``."""
+        self.clear()
+        self.spec, self.stats = spec, stats
+
+    def clear(self) -> None:
+        """Drop all contexts with their tensors."""
+        self.clear_contexts()
+        self._current_context = None
+        self._poisoned.clear()
+
+    def begin_forward(self, identity: Identity) -> None:
+        """The next calls belong to ``identity``."""
+        self._identity = identity
+        self._outcomes = []
+
+    def end_forward(self) -> None:
+        """Record the finished forward: cached where every block list was."""
+        if self._outcomes:
+            self.branch_stats.record(self._identity.step, all(self._outcomes))
+
+    def poison(self, branch: str) -> None:
+        """Compute every further step of ``branch``: its forwards cannot be told apart."""
+        if branch not in self._poisoned:
+            self._poisoned.add(branch)
+            self.stats.notes.append(f"{branch}: forwards cannot be told apart, every step is computed")
+
+    @property
+    def identity(self) -> Identity:
+        """The forward under way."""
+        return self._identity
+
+    @property
+    def branch_stats(self) -> BranchStats:
+        """Statistics of the branch under way."""
+        assert self.stats is not None
+        return self.stats.branch(self._identity.branch)
+
+    def set_context(self, cached_context: Any, *args: Any, **kwargs: Any) -> BranchContext:
+        """The context of block list ``cached_context`` for the branch under way."""
+        assert self.spec is not None
+        key = f"{cached_context}/{self._identity.branch}"
+        context = self._cached_context_manager.get(key)
+        if context is None or self._identity.step < context.last_step:
+            # A step before the last one is a new round of the loop: nothing of the old one may be seen.
+            context = BranchContext.create(key, self.spec)
+            self._cached_context_manager[key] = context
+        self._current_context = context
+        return context
+
+    @torch.compiler.disable
+    def mark_step_begin(self) -> None:
+        """Set the context's counters to the host's step instead of counting."""
+        context, step = self._current_context, self._identity.step
+        if step == context.last_step:
+            self.poison(self._identity.branch)
+        context.last_step = step
+        context.executed_steps = context.transformer_executed_steps = step + 1
+        for calibrator in context.get_calibrators():
+            if calibrator is not None:
+                calibrator.at(step, self.spec.position(step))
+
+    @torch.compiler.disable
+    def can_cache(
+        self,
+        states_tensor: torch.Tensor,
+        parallelized: bool = False,
+        threshold: float | None = None,
+        prefix: str = "Fn",
+    ) -> bool:
+        """Whether the middle blocks may be left out of this forward."""
+        cached = self._decide(states_tensor, prefix)
+        self._current_context.streak = self._current_context.streak + 1 if cached else 0
+        self._outcomes.append(cached)
+        if self.on_decision is not None:
+            self.on_decision(cached)
+        return cached
+
+    def _decide(self, residual: torch.Tensor, prefix: str) -> bool:
+        context, identity = self._current_context, self._identity
+        if not context.has_reference or identity.branch in self._poisoned:
+            return False
+        action = self.spec.plan.action(
+            identity.step - self.spec.first_step, context.cached_count, context.streak
+        )
+        if action is not Action.MEASURE:
+            return action is Action.CACHE
+        limit = self.spec.settings.max_accumulated_residual_diff_threshold
+        if limit and context.accumulated_residual_diff >= limit:
+            return False
+        reference = self.get_Fn_buffer(prefix)
+        return reference is not None and self.similarity(
+            reference, residual, threshold=self.spec.settings.residual_diff_threshold
+        )
+
+    @torch.compiler.disable
+    def similarity(
+        self, t1: torch.Tensor, t2: torch.Tensor, *, threshold: float, parallelized: bool = False,
+        prefix: str = "Fn",
+    ) -> bool:
+        """Whether the residual ``t2`` of this step is within ``threshold`` of the stored ``t1``."""
+        if threshold <= 0.0 or t1.shape != t2.shape:
+            return False
+        if threshold >= 1.0:
+            return True
+        diff = self._shared_diff()
+        if diff is None:
+            diff = residual_difference(
+                t1, t2, group=self.group, important_threshold=self.get_important_condition_threshold()
+            )
+        self.branch_stats.measured(self._identity.step, diff)
+        if not math.isnan(diff):
+            self._current_context.accumulated_residual_diff += diff
+        return diff < threshold
+
+    def _shared_diff(self) -> float | None:
+        """The conditional branch's difference at this step, where the other branches follow it."""
+        if self.spec.settings.cfg_diff_compute_separate or self._identity.branch == COND:
+            return None
+        return self.stats.branch(COND).residual_diffs.get(self._identity.step)
+
+    @torch.compiler.disable
+    def add_cached_step(self) -> None:
+        """Count a cached step of the context."""
+        self._current_context.cached_count += 1
+
+    @torch.compiler.disable
+    def set_Bn_buffer(self, buffer: torch.Tensor, prefix: str = "Bn") -> None:  # noqa: N802
+        """Store the residual of the middle blocks; from here on the context can be reused."""
+        super().set_Bn_buffer(buffer, prefix)
+        self._current_context.has_reference = True

@@ -1,0 +1,122 @@
+"""Native pipelines: the cache in SGLang's DenoisingStage."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from . import defaults, host, startup
+from .contexts import Identity
+from .mount import ModelBackend
+from .runtime import Runtime
+from .session import Session, publish
+
+
+class _Mounted:
+    """What belongs to one stage: its transformers and their runtime."""
+
+    def __init__(self, backend: ModelBackend):
+        self.backend = backend
+        self.runtime = Runtime(backend)
+
+
+_stages: weakref.WeakKeyDictionary[Any, _Mounted] = weakref.WeakKeyDictionary()
+_open: list[tuple[Any, Session]] = []
+
+
+class CacheDitDenoisingMixin:
+    """The Cache-DiT methods of the host's DenoisingStage, in terms of this plugin.
+
+    Hooked onto ``DenoisingStage``; subclasses that override a method keep their own and reach these
+    through ``super()``.
+    """
+
+    def _cache_dit_requested(self) -> bool:
+        """Whether requests that say nothing are cached."""
+        return defaults.current().enabled
+
+    def _maybe_enable_cache_dit(self, num_inference_steps: int | tuple[int, int], batch: Any) -> None:
+        """Bring the transformers to what ``batch`` wants. Runs once a request, before torch.compile.
+
+        Args:
+            num_inference_steps: steps of the transformer, or of the high and the low noise expert.
+            batch: the host's request.
+        """
+        startup.ensure_file(self.server_args)
+        params = batch.sampling_params
+        enable = params.enable_cache_dit
+        if enable is None:
+            enable = self._cache_dit_requested()
+            if enable == defaults.current().enabled:
+                enable = None
+        decision = defaults.current().decide(enable, params.cache_dit_params)
+        session = Session("native", decision)
+        _open.append((self, session))
+        host.forget_branch()
+        if decision.enabled and self.server_args.enable_breakable_cuda_graph:
+            session.disable("breakable CUDA graphs are on")
+            return
+        if not decision.enabled and self not in _stages and not self.server_args.enable_torch_compile:
+            return
+        mounted = _mounted(self)
+        if self.server_args.enable_torch_compile and self._cache_dit_requested():
+            _mount_early(mounted, session)
+        session.open(mounted.runtime, mounted.backend, _steps(self, num_inference_steps), _positions(batch))
+        # The host holds torch.compile back until caching is in place; from here on it is.
+        self._cache_dit_enabled = True
+
+    def _unmount_cache_dit(self) -> None:
+        """The host wants the original forward."""
+        if self in _stages:
+            _stages[self].runtime.prepare(None)
+
+
+def _mounted(stage: Any) -> _Mounted:
+    modules = {"transformer": stage.transformer, "transformer_2": stage.transformer_2}
+    modules = {name: module for name, module in modules.items() if module is not None}
+    mounted = _stages.get(stage)
+    if mounted is None or mounted.backend.modules != modules:
+        # The host may load a transformer anew (low-memory modes): what was mounted went with it.
+        group = host.model_group(stage.server_args, pair=stage._cache_dit_joint_cfg_decision())
+        mounted = _stages[stage] = _Mounted(ModelBackend(modules, _identify, group=group))
+    return mounted
+
+
+def _mount_early(mounted: _Mounted, session: Session) -> None:
+    from .errors import MountError
+
+    try:
+        mounted.runtime.mount()
+    except MountError as error:
+        session.disable(str(error))
+
+
+def _identify(name: str, kwargs: Mapping[str, Any]) -> Identity | None:
+    return host.forward_identity()
+
+
+def _steps(stage: Any, num_inference_steps: int | tuple[int, int]) -> dict[str, tuple[int, int]]:
+    primary, secondary = stage._cache_dit_step_counts(num_inference_steps)
+    steps = {"transformer": (0, primary)}
+    if stage.transformer_2 is not None:
+        first = primary if isinstance(num_inference_steps, tuple) else 0
+        steps["transformer_2"] = (first, secondary)
+    return steps
+
+
+def _positions(batch: Any) -> tuple[float, ...] | None:
+    timesteps = getattr(batch, "timesteps", None)
+    return None if timesteps is None else tuple(float(t) for t in timesteps.flatten().tolist())
+
+
+def run_stage(original: Callable[..., Any], stage: Any, batch: Any, server_args: Any) -> Any:
+    """Around every stage: whatever happened in it, a request opened in it ends with it."""
+    before = len(_open)
+    try:
+        return original(stage, batch, server_args)
+    finally:
+        while len(_open) > before:
+            owner, session = _open.pop()
+            device = next((p.device for p in owner.transformer.parameters()), None)
+            publish(batch, session.close(device), host.logger().info)

@@ -1,0 +1,188 @@
+"""Diffusers pipelines inside SGLang: the cache in DiffusersPipeline and DiffusersExecutionStage."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import defaults, host, startup
+from .contexts import Identity
+from .errors import MountError
+from .mount import ModelBackend, apply_sections
+from .runtime import Runtime
+from .session import Session, publish
+from .stats import COND
+
+_NAMES = {"pred_cond": COND, "pred_uncond": "uncond", "conditional": COND, "unconditional": "uncond"}
+
+
+class PipelineCache:
+    """The cache of one diffusers pipeline.
+
+    Branches are named by the pipeline's own ``cache_context``; where it has none, by the prompt
+    embeddings that a forward gets. Steps are those of the pipeline's scheduler.
+    """
+
+    def __init__(self, pipe: Any):
+        self.pipe = pipe
+        modules = {name: getattr(pipe, name, None) for name in ("transformer", "transformer_2")}
+        self.modules = {name: module for name, module in modules.items() if isinstance(module, nn.Module)}
+        self.backend = ModelBackend(self.modules, self.identify, pipe=pipe)
+        self.runtime = Runtime(self.backend)
+        self.session: Session | None = None
+        self._step = 0
+        self._context_name: str | None = None
+        self._embeddings: list[torch.Tensor] = []
+        self._first_step_calls = 0
+        self._started = False
+
+    def mount(self) -> None:
+        """Mount now; MountError is kept for the first request that wants caching."""
+        if not self.modules:
+            raise MountError(f"{type(self.pipe).__name__} has no transformer")
+        self.runtime.mount()
+
+    def identify(self, name: str, kwargs: Mapping[str, Any]) -> Identity | None:
+        """Branch and step of a forward of transformer ``name``."""
+        if self._context_name is not None:
+            branch = _NAMES.get(self._context_name, self._context_name)
+        else:
+            branch = self._branch_of(kwargs.get("encoder_hidden_states"))
+        return Identity(branch=branch, step=self._step)
+
+    def _branch_of(self, embeddings: Any) -> str:
+        if not isinstance(embeddings, torch.Tensor):
+            return COND
+        for index, known in enumerate(self._embeddings):
+            if known.data_ptr() == embeddings.data_ptr() and known.shape == embeddings.shape:
+                return _branch_name(index)
+        if self._step > 0 and len(self._embeddings) == 1:
+            # One forward a step whose embeddings are made anew each time: still one branch. A second
+            # forward in the same step would be refused as ambiguous.
+            return COND
+        # Held until the request ends, so that no other tensor can take the address.
+        self._embeddings.append(embeddings)
+        return _branch_name(len(self._embeddings) - 1)
+
+    @contextmanager
+    def request(self, session: Session, num_steps: int) -> Iterator[None]:
+        """Run one pipeline call under ``session``."""
+        self.session, self._step, self._embeddings = session, 0, []
+        with self._named_contexts(), self._counted_steps():
+            try:
+                session.open(self.runtime, self.backend, self._split(num_steps), None)
+                yield
+            finally:
+                self.session, self._embeddings = None, []
+
+    @contextmanager
+    def _named_contexts(self) -> Iterator[None]:
+        originals = {}
+        for name, module in self.modules.items():
+            own = getattr(module, "cache_context", None)
+            if own is not None:
+                originals[name] = own
+                module.cache_context = self._naming(own)
+        try:
+            yield
+        finally:
+            for name in originals:
+                self.modules[name].__dict__.pop("cache_context", None)
+
+    def _naming(self, own: Callable[[str], Any]) -> Callable[[str], Any]:
+        @contextmanager
+        def cache_context(name: str) -> Iterator[None]:
+            previous, self._context_name = self._context_name, name
+            try:
+                with own(name):
+                    yield
+            finally:
+                self._context_name = previous
+
+        return cache_context
+
+    @contextmanager
+    def _counted_steps(self) -> Iterator[None]:
+        # A subclass, not an instance attribute: pipelines copy their scheduler, and a copy must not count.
+        scheduler = self.pipe.scheduler
+        own = type(scheduler)
+
+        @functools.wraps(own.step)
+        def step(this: Any, *args: Any, **kwargs: Any) -> Any:
+            result = own.step(this, *args, **kwargs)
+            if this is scheduler:
+                self._step += 1
+            return result
+
+        scheduler.__class__ = type(own.__name__, (own,), {"step": step, "__module__": own.__module__})
+        try:
+            yield
+        finally:
+            scheduler.__class__ = own
+
+    def _split(self, num_steps: int) -> dict[str, tuple[int, int]]:
+        """First step and number of steps of each transformer."""
+        if "transformer_2" not in self.modules:
+            return {"transformer": (0, num_steps)}
+        boundary = getattr(self.pipe.config, "boundary_ratio", None)
+        if boundary is None:
+            return {"transformer": (0, num_steps), "transformer_2": (0, num_steps)}
+        self.pipe.scheduler.set_timesteps(num_steps)
+        limit = boundary * self.pipe.scheduler.config.num_train_timesteps
+        high = int((self.pipe.scheduler.timesteps >= limit).sum())
+        return {"transformer": (0, high), "transformer_2": (high, num_steps - high)}
+
+
+def _branch_name(index: int) -> str:
+    return (COND, "uncond")[index] if index < 2 else f"branch_{index}"
+
+
+_pipes: weakref.WeakKeyDictionary[Any, PipelineCache] = weakref.WeakKeyDictionary()
+
+
+def load(original: Callable[..., Any], pipeline: Any, pipe: Any, server_args: Any) -> Any:
+    """In place of ``DiffusersPipeline._apply_cache_dit``: mount before torch.compile, do not enable yet."""
+    startup.ensure_file(server_args)
+    current = defaults.current()
+    if sections := current.file.passed_on:
+        pipe = apply_sections(pipe, sections)
+    cache = _pipes[pipe] = PipelineCache(pipe)
+    if current.enabled or server_args.enable_torch_compile:
+        try:
+            cache.mount()
+            pipeline._cache_dit_enabled = True
+        except MountError as error:
+            if current.decide(None, None).resolved.primary.strict:
+                raise
+            host.logger().warning("cache-dit: off: %s", error)
+    return pipe
+
+
+def execute(original: Callable[..., Any], stage: Any, batch: Any, server_args: Any) -> Any:
+    """Around one pipeline call."""
+    params = batch.sampling_params
+    decision = defaults.current().decide(params.enable_cache_dit, params.cache_dit_params)
+    session = Session("diffusers", decision)
+    cache = _pipes.get(stage.diffusers_pipe)
+    try:
+        if cache is None or not decision.enabled:
+            return original(stage, batch, server_args)
+        if not cache.modules:
+            session.disable(f"{type(cache.pipe).__name__} has no transformer")
+            return original(stage, batch, server_args)
+        with cache.request(session, batch.num_inference_steps):
+            return original(stage, batch, server_args)
+    finally:
+        publish(batch, session.close(_device(cache)), host.logger().info)
+
+
+def _device(cache: PipelineCache | None) -> torch.device | None:
+    if cache is None or not cache.modules:
+        return None
+    return next((p.device for p in next(iter(cache.modules.values())).parameters()), None)

@@ -1,0 +1,193 @@
+"""The table of seams: where this plugin meets SGLang, and what it expects to find there.
+
+Nothing here imports the host's runtime. Signatures are read from the host's source files, so a host that
+has changed is noticed before anything is patched.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import HostContractError
+
+_RUNTIME = "sglang.multimodal_gen.runtime"
+_DENOISING = f"{_RUNTIME}.pipelines_core.stages.denoising.DenoisingStage"
+_DIFFUSERS = f"{_RUNTIME}.pipelines.diffusers_pipeline"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seam:
+    """One place of the host.
+
+    Args:
+        target: dotted path of the function or method that is hooked.
+        defined_in: dotted path where it is defined, if a base class defines it.
+        parameters: names of its parameters.
+        kind: the host's hook type: around, after or replace.
+        handler: ``module:attribute`` in this package, imported on first call.
+        why: what the hook is for.
+        until: version of host or library that makes it unnecessary, or what must change.
+    """
+
+    target: str
+    parameters: tuple[str, ...]
+    kind: str
+    handler: str
+    why: str
+    defined_in: str = ""
+    until: str = "never: this is the plugin's work"
+
+    def hook(self) -> Callable[..., Any]:
+        """The callable for the host's registry."""
+
+        @functools.wraps(_call)
+        def hook(*args: Any, **kwargs: Any) -> Any:
+            return _call(self.handler, *args, **kwargs)
+
+        return hook
+
+
+def _call(handler: str, *args: Any, **kwargs: Any) -> Any:
+    module, attribute = handler.split(":")
+    return _resolve(module, attribute)(*args, **kwargs)
+
+
+@functools.cache
+def _resolve(module: str, attribute: str) -> Callable[..., Any]:
+    found: Any = importlib.import_module(f".{module}", __package__)
+    for name in attribute.split("."):
+        found = getattr(found, name)
+    return found
+
+
+SEAMS: tuple[Seam, ...] = (
+    Seam(
+        target=f"{_DENOISING}._maybe_enable_cache_dit",
+        parameters=("self", "num_inference_steps", "batch"),
+        kind="replace",
+        handler="denoising:CacheDitDenoisingMixin._maybe_enable_cache_dit",
+        why="native mount, refresh or bypass at the start of each request, before torch.compile; the stock "
+        "method remounts when a knob changes, which cache-dit 1.5.1 does not survive",
+    ),
+    Seam(
+        target=f"{_DENOISING}._unmount_cache_dit",
+        parameters=("self",),
+        kind="replace",
+        handler="denoising:CacheDitDenoisingMixin._unmount_cache_dit",
+        why="going uncached runs the original forward; nothing is torn down",
+    ),
+    Seam(
+        target=f"{_DENOISING}._cache_dit_requested",
+        parameters=("self",),
+        kind="replace",
+        handler="denoising:CacheDitDenoisingMixin._cache_dit_requested",
+        why="the config file can enable caching too, not only the environment",
+    ),
+    Seam(
+        target=f"{_RUNTIME}.pipelines_core.stages.base.PipelineStage.__call__",
+        parameters=("self", "batch", "server_args"),
+        kind="around",
+        handler="denoising:run_stage",
+        why="end of a request, failed or not: free the buffers, write the report; some stages hold a "
+        "DenoisingStage and call its forward themselves, so the end is that of whichever stage was called",
+    ),
+    Seam(
+        target=f"{_RUNTIME}.distributed.cfg_policy.CFGBranch.configure_batch",
+        parameters=("self", "batch"),
+        kind="before",
+        handler="host:branch_comes",
+        why="the name of the branch whose forward comes next; the request itself carries only a boolean",
+    ),
+    Seam(
+        target=f"{_DIFFUSERS}.DiffusersPipeline._apply_cache_dit",
+        parameters=("self", "pipe", "server_args"),
+        kind="around",
+        handler="diffusers_backend:load",
+        why="diffusers mount at load, before torch.compile",
+    ),
+    Seam(
+        target=f"{_DIFFUSERS}.DiffusersExecutionStage.forward",
+        parameters=("self", "batch", "server_args"),
+        kind="around",
+        handler="diffusers_backend:execute",
+        why="start and end of a request on the diffusers backend, which ignores request fields",
+    ),
+    Seam(
+        target=f"{_RUNTIME}.distributed.parallel_state.initialize_model_parallel",
+        parameters=(),
+        kind="after",
+        handler="host:groups_ready",
+        why="process groups of the ranks that must agree, where the host has none",
+    ),
+    Seam(
+        target=f"{_RUNTIME}.server_args.server_args.ServerArgs.__post_init__",
+        parameters=("self",),
+        kind="after",
+        handler="startup:server_args_ready",
+        why="--cache-dit-config is read before weights load, on both backends",
+    ),
+)
+
+
+def host_root() -> Path:
+    """Folder that holds the installed ``sglang`` package."""
+    spec = importlib.util.find_spec("sglang")
+    if spec is None or not spec.submodule_search_locations:
+        raise HostContractError("sglang is not installed")
+    return Path(next(iter(spec.submodule_search_locations))).parent
+
+
+def check(seam: Seam, root: Path) -> str | None:
+    """What is wrong with a seam in the host under ``root``, None where it is as expected."""
+    path = seam.defined_in or seam.target
+    parts = path.split(".")
+    for split in range(len(parts) - 1, 0, -1):
+        source = root.joinpath(*parts[:split]).with_suffix(".py")
+        if source.is_file():
+            return _check_source(seam, _functions(source), ".".join(parts[split:]))
+    return f"{path}: no such module"
+
+
+@functools.lru_cache(maxsize=32)
+def _functions(source: Path) -> Mapping[str, tuple[str, ...]]:
+    """Qualified name of each function of a file, with its parameters."""
+    found: dict[str, tuple[str, ...]] = {}
+
+    def visit(body: list[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if isinstance(node, ast.ClassDef):
+                visit(node.body, f"{prefix}{node.name}.")
+            elif isinstance(node, ast.FunctionDef):
+                arguments = node.args
+                names = [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+                found[prefix + node.name] = tuple(names)
+
+    visit(ast.parse(source.read_text(encoding="utf-8")).body, "")
+    return found
+
+
+def _check_source(seam: Seam, functions: Mapping[str, tuple[str, ...]], name: str) -> str | None:
+    if name not in functions:
+        return f"{seam.target}: not found"
+    if seam.parameters and functions[name] != seam.parameters:
+        expected, actual = ", ".join(seam.parameters), ", ".join(functions[name])
+        return f"{seam.target}: expected ({expected}), found ({actual})"
+    return None
+
+
+def mismatches(root: Path) -> list[str]:
+    """All seams that are not as expected."""
+    return [problem for seam in SEAMS if (problem := check(seam, root)) is not None]
+
+
+def register(registry: Any, hook_type: Any) -> None:
+    """Put every seam's hook into the host's registry."""
+    for seam in SEAMS:
+        registry.register(seam.target, seam.hook(), hook_type[seam.kind.upper()])

@@ -1,0 +1,257 @@
+"""Cached blocks in place of a transformer's own, and back.
+
+Only this file and contexts.py import cache_dit. cache-dit's ``enable_cache`` is not used: it keeps its
+state on classes, cannot be undone in 1.5.1, and binds contexts before branches are known. Its parts are:
+the register of block lists, the cached blocks, the contexts and the calibrators.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import cache_dit
+import torch
+import torch.distributed as dist
+from cache_dit import BlockAdapter, BlockAdapterRegister, ForwardPattern
+from cache_dit.caching.cache_blocks import UnifiedBlocks
+from torch import nn
+
+from . import adapters
+from .contexts import BranchContexts, Identity
+from .errors import MountError
+from .runtime import RequestSpec, TransformerSpec
+from .schedule import StepPlan
+from .stats import RequestStats, TransformerStats
+
+Identify = Callable[[str, Mapping[str, Any]], Identity | None]
+"""(transformer name, keyword arguments of the forward) -> identity, None where the host names none."""
+
+
+def preset_mask(preset: str, num_steps: int) -> list[int]:
+    """cache-dit's mask for a preset; 1 computed, 0 may be cached."""
+    return cache_dit.steps_mask(mask_policy=preset, total_steps=num_steps)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep cache-dit's mount chatter (wrong about contexts and CFG here) out of the log."""
+    previous = logging.root.manager.disable
+    logging.disable(max(previous, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.disable(previous)
+
+
+def find_blocks(transformer: nn.Module, pipe: Any = None) -> BlockAdapter:
+    """cache-dit's normalised description of a transformer's blocks.
+
+    Raises:
+        MountError: nobody describes the class.
+    """
+    names = [cls.__name__ for cls in type(transformer).__mro__]
+    row = adapters.find_row(names)
+    try:
+        with _quiet():
+            if row is not None:
+                adapter = _from_row(transformer, row)
+            elif pipe is not None and BlockAdapterRegister.is_supported(pipe):
+                adapter = BlockAdapterRegister.get_adapter(pipe)
+            else:
+                adapter = BlockAdapterRegister.get_adapter(transformer)
+            if adapter is None:
+                raise MountError(f"{names[0]}: no adapter describes its blocks")
+            return BlockAdapter.normalize(adapter)
+    except MountError:
+        raise
+    except Exception as error:
+        # cache-dit's register runs third-party attribute look-ups; whatever they raise is the reason.
+        raise MountError(f"{names[0]}: its blocks are not as declared: {error}") from error
+
+
+def _from_row(transformer: nn.Module, row: adapters.AdapterRow) -> BlockAdapter:
+    return BlockAdapter(
+        transformer=transformer,
+        blocks=[getattr(transformer, name) for name in row.blocks],
+        blocks_name=list(row.blocks),
+        forward_pattern=[getattr(ForwardPattern, f"Pattern_{number}") for number in row.patterns],
+        check_forward_pattern=False,
+    )
+
+
+class CachedTransformer:
+    """One transformer with a second set of block lists that cache.
+
+    Its ``forward`` is replaced once. Without a request under way the original runs, on the original
+    blocks. With one, the cached lists stand in for the length of each forward.
+
+    Args:
+        name: ``transformer`` or ``transformer_2``.
+        group: process group whose ranks must agree.
+    """
+
+    def __init__(
+        self, name: str, transformer: nn.Module, pipe: Any = None, group: dist.ProcessGroup | None = None
+    ):
+        self.name = name
+        self.module = transformer
+        # accelerate's offload hook calls _old_forward after moving the weights: stand under it.
+        self._slot = "_old_forward" if hasattr(transformer, "_old_forward") else "forward"
+        self._own = transformer.__dict__.get(self._slot)
+        self._original = getattr(transformer, self._slot)
+        self.contexts = BranchContexts(name=f"{type(transformer).__name__}/{name}", group=group)
+        adapter = find_blocks(transformer, pipe)
+        self._patched = getattr(transformer, self._slot)
+        self._restore_slot()
+        index = [id(module) for module in adapter.transformer].index(id(transformer))
+        self._swaps = self._build(adapter, index)
+        self.num_blocks = [len(blocks) for blocks in adapter.blocks[index]]
+        self._identify: Identify | None = None
+        setattr(transformer, self._slot, self._wrapper())
+
+    def _build(self, adapter: BlockAdapter, index: int) -> dict[str, nn.ModuleList]:
+        swaps: dict[str, nn.ModuleList] = {}
+        with _quiet():
+            for name, unique, blocks, pattern in zip(
+                adapter.blocks_name[index], adapter.unique_blocks_name[index], adapter.blocks[index],
+                adapter.forward_pattern[index], strict=True,
+            ):
+                try:
+                    cached = UnifiedBlocks(
+                        blocks,
+                        transformer=self.module,
+                        forward_pattern=pattern,
+                        check_forward_pattern=adapter.check_forward_pattern,
+                        check_num_outputs=adapter.check_num_outputs,
+                        cache_prefix=name,
+                        cache_context=unique,
+                        context_manager=self.contexts,
+                    )
+                except AssertionError as error:
+                    raise MountError(f"{type(self.module).__name__}.{name}: {error}") from error
+                swaps[name] = nn.ModuleList([cached])
+        for name in adapter.dummy_blocks_names[index] if adapter.dummy_blocks_names else ():
+            swaps[name] = nn.ModuleList()
+        return swaps
+
+    def _wrapper(self) -> Callable[..., Any]:
+        @functools.wraps(self._original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            identity = self._identify(self.name, kwargs) if self._identify is not None else None
+            if identity is None:
+                return self._original(*args, **kwargs)
+            return self._cached_forward(identity, args, kwargs)
+
+        return forward
+
+    def _cached_forward(self, identity: Identity, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.contexts.begin_forward(identity)
+        modules = self.module._modules
+        own = {name: modules[name] for name in self._swaps}
+        modules.update(self._swaps)
+        try:
+            output = self._patched(*args, **kwargs)
+        finally:
+            modules.update(own)
+        self.contexts.end_forward()
+        return output
+
+    def refresh(self, spec: TransformerSpec, stats: TransformerStats, identify: Identify) -> None:
+        """Serve the next forwards under ``spec``.
+
+        Raises:
+            MountError: F and B do not fit the blocks.
+        """
+        first, last = spec.settings.Fn_compute_blocks, spec.settings.Bn_compute_blocks
+        if first + last > min(self.num_blocks):
+            raise MountError(
+                f"Fn_compute_blocks {first} + Bn_compute_blocks {last} exceed the "
+                f"{min(self.num_blocks)} blocks of {self.name}"
+            )
+        self.contexts.begin_request(spec, stats)
+        self._identify = identify
+
+    def bypass(self) -> None:
+        """Run the original forward; drop all buffers."""
+        self._identify = None
+        self.contexts.clear()
+
+    def unmount(self) -> None:
+        """Give the transformer its own forward back."""
+        self.bypass()
+        self._restore_slot()
+
+    def _restore_slot(self) -> None:
+        if self._own is None:
+            self.module.__dict__.pop(self._slot, None)
+        else:
+            self.module.__dict__[self._slot] = self._own
+
+
+class ModelBackend:
+    """All transformers of one model, as the runtime drives them.
+
+    Args:
+        modules: transformers by name.
+        identify: the host's word on which forward is under way.
+        pipe: the diffusers pipeline, if there is one.
+        group: process group whose ranks must agree.
+    """
+
+    def __init__(
+        self, modules: Mapping[str, nn.Module], identify: Identify, *, pipe: Any = None,
+        group: dist.ProcessGroup | None = None,
+    ):
+        self.modules = dict(modules)
+        self._identify = identify
+        self._pipe = pipe
+        self._group = group
+        self.mounted: dict[str, CachedTransformer] = {}
+        self.stats: RequestStats | None = None
+
+    def mount(self) -> None:
+        """Prepare every transformer, or none."""
+        try:
+            for name, module in self.modules.items():
+                self.mounted[name] = CachedTransformer(name, module, self._pipe, self._group)
+        except BaseException:
+            for transformer in self.mounted.values():
+                transformer.unmount()
+            self.mounted.clear()
+            raise
+
+    def refresh(self, spec: RequestSpec) -> None:
+        """Start a request on the transformers that ``spec`` names; the others run as they are."""
+        assert self.stats is not None
+        self.bypass()
+        for each in spec.transformers:
+            stats = self.stats.transformers[each.name] = _transformer_stats(each.plan)
+            self.mounted[each.name].refresh(each, stats, self._identify)
+
+    def bypass(self) -> None:
+        """Run the original forwards."""
+        for transformer in self.mounted.values():
+            transformer.bypass()
+
+    def buffer_bytes(self) -> int:
+        """Bytes held by all contexts."""
+        return sum(
+            buffer.numel() * buffer.element_size()
+            for transformer in self.mounted.values()
+            for context in transformer.contexts._cached_context_manager.values()
+            for buffer in context.buffers.values()
+            if isinstance(buffer, torch.Tensor)
+        )
+
+
+def _transformer_stats(plan: StepPlan) -> TransformerStats:
+    return TransformerStats(steps=plan.num_steps)
+
+
+def apply_sections(pipe: Any, sections: Mapping[str, Any]) -> Any:
+    """Hand parallelism, quantisation and attention sections of a config file to cache-dit."""
+    return cache_dit.enable_cache(pipe, **cache_dit.load_configs(dict(sections)))

@@ -1,0 +1,109 @@
+"""What is mounted against what a request wants: one transition, or none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from .errors import MountError
+from .schedule import StepPlan
+from .settings import CacheSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerSpec:
+    """What a request wants of one transformer.
+
+    Args:
+        name: ``transformer`` or ``transformer_2``.
+        settings: the settings in force.
+        plan: the decision for each of its own steps.
+        first_step: the host's number of its first step (the low-noise expert starts late).
+        positions: place of each of the host's steps on the denoising path (timestep or sigma); None:
+            their numbers.
+    """
+
+    name: str
+    settings: CacheSettings
+    plan: StepPlan
+    first_step: int = 0
+    positions: tuple[float, ...] | None = None
+
+    def position(self, step: int) -> float:
+        """Place of the host's step ``step``."""
+        if self.positions is None or not 0 <= step < len(self.positions):
+            return float(step)
+        return self.positions[step]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestSpec:
+    """What a request wants of all transformers of a model."""
+
+    transformers: tuple[TransformerSpec, ...]
+
+
+class Backend(Protocol):
+    """The hands of the runtime: what can be done to the transformers of one model."""
+
+    def mount(self) -> None:
+        """Prepare the transformers once; raises MountError and leaves them untouched."""
+
+    def refresh(self, spec: RequestSpec) -> None:
+        """Empty contexts with the settings of ``spec``; raises MountError for settings that do not fit."""
+
+    def bypass(self) -> None:
+        """Run the original forward; frees all buffers."""
+
+
+class State(Enum):
+    """Where a model stands."""
+
+    UNMOUNTED = "unmounted"
+    BYPASSED = "bypassed"
+    ACTIVE = "active"
+    UNMOUNTABLE = "unmountable"
+
+
+class Runtime:
+    """Brings one model from what it is to what the next request wants."""
+
+    def __init__(self, backend: Backend):
+        self._backend = backend
+        self.state = State.UNMOUNTED
+        self.reason: str | None = None
+
+    def mount(self) -> None:
+        """Mount if not yet tried; afterwards the original forward still runs."""
+        if self.state is State.UNMOUNTED:
+            try:
+                self._backend.mount()
+            except MountError as error:
+                self.state, self.reason = State.UNMOUNTABLE, str(error)
+                raise
+            self.state = State.BYPASSED
+
+    def prepare(self, spec: RequestSpec | None) -> None:
+        """Make the single transition to ``spec``, or to the original forward for None.
+
+        Raises:
+            MountError: the model or the settings cannot be served cached; the original forward runs.
+        """
+        if spec is None:
+            if self.state is State.ACTIVE:
+                self._to_bypass()
+            return
+        if self.state is State.UNMOUNTABLE:
+            raise MountError(self.reason or "the model cannot be cached")
+        self.mount()
+        try:
+            self._backend.refresh(spec)
+        except MountError:
+            self._to_bypass()
+            raise
+        self.state = State.ACTIVE
+
+    def _to_bypass(self) -> None:
+        self._backend.bypass()
+        self.state = State.BYPASSED

@@ -1,0 +1,103 @@
+"""One request's stay in the cache, the same for both backends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import host
+from .defaults import Decision
+from .errors import MountError
+from .mount import ModelBackend, preset_mask
+from .runtime import RequestSpec, Runtime, TransformerSpec
+from .schedule import build_plan
+from .stats import RequestStats
+
+
+class Session:
+    """From the decision on a request to its report.
+
+    Args:
+        backend_name: ``native`` or ``diffusers``.
+        decision: whether and how the request is cached.
+    """
+
+    def __init__(self, backend_name: str, decision: Decision):
+        self.decision = decision
+        self.stats = RequestStats(
+            backend=backend_name,
+            enabled=decision.enabled,
+            reason=decision.reason,
+            profile=decision.resolved.profile,
+            config=decision.resolved.config() if decision.enabled else {},
+        )
+        self._runtime: Runtime | None = None
+        self._started = time.perf_counter()
+
+    def open(self, runtime: Runtime, backend: ModelBackend, steps: dict[str, tuple[int, int]],
+             positions: tuple[float, ...] | None) -> None:
+        """Bring the model to what the request wants.
+
+        Args:
+            steps: for each transformer the host's number of its first step, and how many it takes.
+            positions: place of each of the host's steps on the denoising path.
+
+        Raises:
+            MountError: only with ``strict``; otherwise the reason goes to the report.
+        """
+        self._runtime = runtime
+        self._started = time.perf_counter()
+        if not self.decision.enabled:
+            runtime.prepare(None)
+            return
+        backend.stats = self.stats
+        try:
+            runtime.prepare(self._spec(steps, positions))
+        except MountError as error:
+            if self.decision.resolved.primary.strict:
+                raise
+            self.disable(str(error))
+
+    def disable(self, reason: str) -> None:
+        """Report that the request runs uncached."""
+        self.stats.enabled = False
+        self.stats.reason = reason
+
+    def _spec(self, steps: dict[str, tuple[int, int]], positions: tuple[float, ...] | None) -> RequestSpec:
+        resolved = self.decision.resolved
+        specs = []
+        total = max((first + count for first, count in steps.values()), default=0)
+        for name, (first, count) in steps.items():
+            settings = resolved.secondary if name == "transformer_2" else resolved.primary
+            plan, notes = build_plan(
+                settings, count, preset_mask, first_step=first, total_steps=total
+            )
+            for note in notes:
+                self.stats.note(note)
+            if not plan.may_cache:
+                self.stats.note(f"{name}: none of its {count} steps can be cached with these settings")
+            specs.append(
+                TransformerSpec(name=name, settings=settings, plan=plan, first_step=first, positions=positions)
+            )
+        return RequestSpec(transformers=tuple(specs))
+
+    def close(self, device: torch.device | None = None) -> RequestStats:
+        """End the request: free its buffers and finish its report."""
+        if device is not None and device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+        self.stats.denoising_s = time.perf_counter() - self._started
+        if self._runtime is not None:
+            self._runtime.prepare(None)
+        return self.stats
+
+
+def publish(batch: Any, stats: RequestStats, log: Callable[[str], None]) -> None:
+    """Attach the report to the request, and write its log lines."""
+    if (metrics := getattr(batch, "metrics", None)) is not None:
+        metrics.cache_dit = stats.as_dict()
+    if not batch.is_warmup and host.is_first_rank():
+        for line in stats.lines():
+            log(line)

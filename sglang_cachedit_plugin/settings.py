@@ -1,0 +1,308 @@
+"""Every setting of the cache: type, range, unit, default and what it does.
+
+The knobs of DBCache, TaylorSeer and DMD keep the names of cache-dit
+(``cache_dit.DBCacheConfig``, ``TaylorSeerCalibratorConfig``, ``DMDCalibratorConfig``);
+defaults are those of SGLang's environment variables, the same on both backends.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from .errors import SettingError
+
+PRESETS = ("none", "slow", "medium", "fast", "ultra")
+_TRUE = {"true", "1", "yes", "on"}
+_FALSE = {"false", "0", "no", "off"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knob:
+    """How one setting is read and checked.
+
+    ``kind`` is one of ``bool``, ``int``, ``float``, ``choice``, ``bins`` (step counts) and
+    ``mask`` (a preset name or a list of 0 and 1).
+    """
+
+    kind: str
+    doc: str
+    unit: str = ""
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+    optional: bool = False
+    env: str = ""
+    per_transformer: bool = False
+
+    def allowed(self) -> str:
+        """What is accepted, in words."""
+        if self.kind == "bool":
+            text = "expected true or false"
+        elif self.kind == "choice":
+            text = "expected one of " + ", ".join(self.choices)
+        elif self.kind == "bins":
+            text = 'expected positive step counts such as "8,3,3,2,2"'
+        elif self.kind == "mask":
+            text = "expected one of " + ", ".join(PRESETS) + " or a list of 0 and 1"
+        else:
+            text = "expected " + ("a whole number" if self.kind == "int" else "a number") + self._range()
+        return text + (", or null" if self.optional else "")
+
+    def _range(self) -> str:
+        if self.low is not None and self.high is not None:
+            return f" from {self.low:g} to {self.high:g}"
+        return f" of at least {self.low:g}" if self.low is not None else ""
+
+    def check(self, name: str, value: Any, origin: str) -> Any:
+        """``value`` in its final type, or SettingError."""
+        if value is None and self.optional:
+            return None
+        try:
+            return getattr(self, f"_check_{self.kind}")(value)
+        except (TypeError, ValueError, OverflowError):
+            near = None
+            if isinstance(value, str) and (self.choices or self.kind == "mask"):
+                from .errors import nearest
+
+                near = nearest(value, self.choices or PRESETS)
+            raise SettingError(name, value, origin, self.allowed(), near) from None
+
+    def parse(self, name: str, text: str, origin: str) -> Any:
+        """The value of an environment variable, or SettingError."""
+        text = text.strip()
+        if self.optional and text.lower() in ("", "none", "null"):
+            return None
+        try:
+            value = self._from_text(text)
+        except ValueError:
+            raise SettingError(name, text, origin, self.allowed()) from None
+        return self.check(name, value, origin)
+
+    def _from_text(self, text: str) -> Any:
+        if self.kind == "int":
+            return int(text)
+        if self.kind == "float":
+            return float(text)
+        if self.kind == "bool":
+            if text.lower() in _TRUE:
+                return True
+            if text.lower() in _FALSE:
+                return False
+            raise ValueError(text)
+        return text
+
+    def _check_bool(self, value: Any) -> bool:
+        if not isinstance(value, bool):
+            raise TypeError(value)
+        return value
+
+    def _check_int(self, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(value)
+        return int(self._in_range(value))
+
+    def _check_float(self, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(value)
+        return float(self._in_range(value))
+
+    def _in_range(self, value: float) -> float:
+        if not math.isfinite(value):
+            raise ValueError(value)
+        if (self.low is not None and value < self.low) or (self.high is not None and value > self.high):
+            raise ValueError(value)
+        return value
+
+    def _check_choice(self, value: Any) -> str:
+        if not isinstance(value, str) or value not in self.choices:
+            raise ValueError(value)
+        return value
+
+    def _check_bins(self, value: Any) -> tuple[int, ...]:
+        if isinstance(value, str):
+            value = [int(part) for part in value.split(",")]
+        if not isinstance(value, list | tuple) or not value or len(value) > 10_000:
+            raise ValueError(value)
+        if any(isinstance(bin_, bool) or not isinstance(bin_, int) or bin_ < 1 for bin_ in value):
+            raise ValueError(value)
+        return tuple(value)
+
+    def _check_mask(self, value: Any) -> str | tuple[int, ...] | None:
+        if isinstance(value, str):
+            if value not in PRESETS:
+                raise ValueError(value)
+            return None if value == "none" else value
+        if not isinstance(value, list | tuple) or not value or len(value) > 10_000:
+            raise ValueError(value)
+        if any(isinstance(step, bool) or step not in (0, 1) for step in value):
+            raise ValueError(value)
+        if not any(value):
+            raise ValueError(value)
+        return tuple(int(step) for step in value)
+
+
+def _knob(default: Any, kind: str, doc: str, **options: Any) -> Any:
+    return field(default=default, metadata={"knob": Knob(kind=kind, doc=doc, **options)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSettings:
+    """The settings in force for one transformer during one request."""
+
+    Fn_compute_blocks: int = _knob(
+        1, "int", "First blocks that run on every step; their residual is compared.",
+        unit="blocks", low=1, env="FN", per_transformer=True,
+    )
+    Bn_compute_blocks: int = _knob(
+        0, "int", "Last blocks that run on every step.", unit="blocks", low=0, env="BN", per_transformer=True
+    )
+    max_warmup_steps: int = _knob(
+        4, "int", "Steps computed before caching starts.",
+        unit="steps", low=0, env="WARMUP", per_transformer=True,
+    )
+    warmup_interval: int = _knob(
+        1, "int", "Within the warmup only every n-th step must be computed.",
+        unit="steps", low=1, per_transformer=True,
+    )
+    residual_diff_threshold: float = _knob(
+        0.24, "float", "Relative L1 difference of the first blocks' residual under which a step is cached: "
+        "0 never, 1 always.", low=0.0, high=1.0, env="RDT", per_transformer=True,
+    )
+    max_accumulated_residual_diff_threshold: float | None = _knob(
+        None, "float", "Sum of all differences after which nothing more is cached.",
+        low=0.0, optional=True, per_transformer=True,
+    )
+    max_cached_steps: int = _knob(
+        -1, "int", "Most cached steps of a request; -1: no limit.", unit="steps", low=-1, per_transformer=True
+    )
+    max_continuous_cached_steps: int = _knob(
+        3, "int", "Most cached steps in a row; -1: no limit.",
+        unit="steps", low=-1, env="MC", per_transformer=True,
+    )
+    enable_taylorseer: bool = _knob(
+        False, "bool", "Forecast the residual with a Taylor expansion (arXiv 2503.06923).",
+        env="TAYLORSEER", per_transformer=True,
+    )
+    taylorseer_order: int = _knob(
+        1, "int", "Order of the Taylor expansion.", low=1, high=2, env="TS_ORDER", per_transformer=True
+    )
+    enable_dmd: bool = _knob(
+        False, "bool", "Forecast the residual with dynamic mode decomposition; excludes TaylorSeer.",
+        env="DMD", per_transformer=True,
+    )
+    dmd_history: int = _knob(
+        6, "int", "Computed steps that the decomposition looks back on.",
+        unit="steps", low=2, high=64, env="DMD_HISTORY", per_transformer=True,
+    )
+    dmd_rank: int = _knob(
+        0, "int", "Rank kept of the decomposition; 0: chosen from the spectrum.",
+        low=0, high=64, env="DMD_RANK", per_transformer=True,
+    )
+    dmd_ridge: float = _knob(
+        1e-8, "float", "Tikhonov term added to the singular values.",
+        low=0.0, high=1.0, env="DMD_RIDGE", per_transformer=True,
+    )
+    dmd_svd_precision: str = _knob(
+        "medium", "choice", "Precision of the decomposition.",
+        choices=("low", "medium", "high"), env="DMD_SVD_PRECISION", per_transformer=True,
+    )
+    num_inference_steps: int | None = _knob(
+        None, "int", "Steps that bins or a mask list were written for.", unit="steps", low=1, optional=True
+    )
+    steps_computation_mask: str | tuple[int, ...] | None = _knob(
+        None, "mask", "Schedule: a preset or one entry a step, 1 computed and 0 may be cached.",
+        optional=True, env="SCM_PRESET", per_transformer=True,
+    )
+    scm_compute_bins: tuple[int, ...] | None = _knob(
+        None, "bins", "Schedule as bins: lengths of the computed runs.",
+        unit="steps", optional=True, env="SCM_COMPUTE_BINS", per_transformer=True,
+    )
+    scm_cache_bins: tuple[int, ...] | None = _knob(
+        None, "bins", "Schedule as bins: lengths of the cached runs between them.",
+        unit="steps", optional=True, env="SCM_CACHE_BINS", per_transformer=True,
+    )
+    steps_computation_policy: str = _knob(
+        "dynamic", "choice", "Steps that a schedule marks 0: dynamic asks the threshold, static always caches.",
+        choices=("dynamic", "static"), env="SCM_POLICY", per_transformer=True,
+    )
+    cfg_diff_compute_separate: bool = _knob(
+        True, "bool", "Measure the difference for each CFG branch; false: the other branches follow cond."
+    )
+    lockstep: bool = _knob(
+        False, "bool", "Under CFG parallelism both ranks compute if either must.", env="LOCKSTEP"
+    )
+    verify_ranks: bool = _knob(
+        False, "bool", "Compare the decisions of all ranks on every step and stop if they differ.",
+        env="VERIFY_RANKS",
+    )
+    forecast: str = _knob(
+        "residual", "choice", "What is forecast on a cached step: the blocks' residual, or the whole model "
+        "output (nothing of the transformer runs).", choices=("residual", "output"), env="FORECAST",
+        per_transformer=True,
+    )
+    forecast_order: int = _knob(
+        1, "int", "Order of the extrapolation of the model output.",
+        low=1, high=3, env="FORECAST_ORDER", per_transformer=True,
+    )
+    keep_buffers: bool = _knob(
+        False, "bool", "Keep the cache's tensors allocated between requests.", env="KEEP_BUFFERS"
+    )
+    strict: bool = _knob(
+        False, "bool", "Fail where a model cannot be cached, instead of going on uncached.", env="STRICT"
+    )
+
+    @property
+    def calibrator(self) -> str | None:
+        """The forecast of the residual: ``taylorseer``, ``dmd`` or None (the last residual is reused)."""
+        if self.enable_taylorseer:
+            return "taylorseer"
+        return "dmd" if self.enable_dmd else None
+
+
+KNOBS: Mapping[str, Knob] = {f.name: f.metadata["knob"] for f in fields(CacheSettings)}
+
+ALIASES: Mapping[str, str] = {
+    "scm_preset": "steps_computation_mask",
+    "scm_policy": "steps_computation_policy",
+}
+"""Other spellings of a setting, as requests and variables write it."""
+
+SCHEDULE_KNOBS = frozenset({"steps_computation_mask", "scm_compute_bins", "scm_cache_bins"})
+CALIBRATOR_KNOBS = frozenset({"enable_taylorseer", "enable_dmd"})
+
+INERT_KNOBS: Mapping[str, str] = {
+    "enable_separate_cfg": "every CFG branch always has a context of its own",
+    "cfg_compute_first": "branches are told apart by name, their order does not matter",
+}
+"""Knobs of cache-dit that are read, checked as booleans, and need no action here."""
+
+
+def check_consistent(values: Mapping[str, Any], origin: str) -> None:
+    """Refuse settings of one source that contradict each other."""
+    if values.get("enable_taylorseer") and values.get("enable_dmd"):
+        raise SettingError("enable_dmd", True, origin, "TaylorSeer and DMD exclude each other, enable one")
+    compute, cache = values.get("scm_compute_bins"), values.get("scm_cache_bins")
+    if (compute is None) != (cache is None):
+        missing = "scm_cache_bins" if cache is None else "scm_compute_bins"
+        raise SettingError(missing, None, origin, "compute bins and cache bins are given together or not at all")
+    if compute is not None and len(compute) - len(cache) not in (0, 1):
+        raise SettingError(
+            "scm_cache_bins", cache, origin,
+            f"expected {len(compute) - 1} or {len(compute)} cache bins for {len(compute)} compute bins",
+        )
+    steps = values.get("num_inference_steps")
+    if steps is None:
+        return
+    mask = values.get("steps_computation_mask")
+    if isinstance(mask, tuple) and len(mask) != steps:
+        raise SettingError(
+            "steps_computation_mask", f"{len(mask)} entries", origin, f"expected {steps} entries, one a step"
+        )
+    if compute is not None and sum(compute) + sum(cache) < steps:
+        raise SettingError(
+            "scm_compute_bins", compute, origin,
+            f"the bins cover {sum(compute) + sum(cache)} steps, expected at least {steps}",
+        )

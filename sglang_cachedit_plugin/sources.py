@@ -1,0 +1,309 @@
+"""Where settings come from: environment, config file, request; and which of them wins.
+
+Precedence: request > file > environment > default. Each effective value carries its origin.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .errors import SettingError, nearest
+from .settings import (
+    ALIASES,
+    CALIBRATOR_KNOBS,
+    INERT_KNOBS,
+    KNOBS,
+    SCHEDULE_KNOBS,
+    CacheSettings,
+    Knob,
+    check_consistent,
+)
+
+PREFIX = "SGLANG_CACHE_DIT_"
+ENABLED_VARIABLE = PREFIX + "ENABLED"
+MAX_FILE_BYTES = 1 << 20
+FILE_SECTIONS = (
+    "cache_config", "secondary", "profiles", "parallelism_config", "quantize_config", "attention_backend",
+)
+PASSED_ON_SECTIONS = ("parallelism_config", "quantize_config", "attention_backend", "parallel_kwargs")
+_MISSPELT = {"enable_sperate_cfg": "enable_separate_cfg"}
+_BOOL = Knob(kind="bool", doc="")
+
+
+@dataclass(frozen=True)
+class Value:
+    """One given value and where it was given."""
+
+    value: Any
+    origin: str
+
+
+Layer = Mapping[str, Value]
+"""Settings of one source: canonical name to value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One source's settings for the first and for the second transformer."""
+
+    primary: Layer = field(default_factory=dict)
+    secondary: Layer = field(default_factory=dict)
+    enabled: Value | None = None
+    profile: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileConfig:
+    """A parsed ``--cache-dit-config`` file."""
+
+    source: Source = field(default_factory=Source)
+    profiles: Mapping[str, Source] = field(default_factory=dict)
+    passed_on: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    given: str | Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """The settings of one request with their origins."""
+
+    primary: CacheSettings
+    secondary: CacheSettings
+    origins: Mapping[str, str]
+    secondary_origins: Mapping[str, str]
+    profile: str | None = None
+
+    def config(self) -> dict[str, dict[str, Any]]:
+        """The ``config`` part of the report; secondary values appear where they differ."""
+        report = {
+            name: {"value": getattr(self.primary, name), "origin": self.origins[name]} for name in KNOBS
+        }
+        for name in KNOBS:
+            value = getattr(self.secondary, name)
+            if value != getattr(self.primary, name):
+                report[f"secondary.{name}"] = {"value": value, "origin": self.secondary_origins[name]}
+        return report
+
+
+def _variables(prefix: str, per_transformer_only: bool) -> dict[str, str]:
+    return {
+        prefix + knob.env: name
+        for name, knob in KNOBS.items()
+        if knob.env and (knob.per_transformer or not per_transformer_only)
+    }
+
+
+VARIABLES = _variables(PREFIX, False)
+SECONDARY_VARIABLES = _variables(PREFIX + "SECONDARY_", True)
+
+
+def read_environment(
+    environ: Mapping[str, str] = os.environ, host_variables: Callable[[], Collection[str]] = tuple
+) -> tuple[Source, tuple[str, ...]]:
+    """Settings of the environment, and warnings.
+
+    Args:
+        environ: the variables.
+        host_variables: called only for names unknown here; variables that the installed host reads.
+    """
+    layers: tuple[dict[str, Value], dict[str, Value]] = ({}, {})
+    enabled, warnings = None, []
+    for variable in sorted(name for name in environ if name.startswith(PREFIX)):
+        text = environ[variable]
+        if variable == ENABLED_VARIABLE:
+            enabled = Value(_BOOL.parse(variable, text, "environment"), variable)
+        elif variable in VARIABLES or variable in SECONDARY_VARIABLES:
+            secondary = variable in SECONDARY_VARIABLES
+            name = (SECONDARY_VARIABLES if secondary else VARIABLES)[variable]
+            layers[secondary][name] = Value(KNOBS[name].parse(variable, text, "environment"), variable)
+        elif variable in host_variables():
+            warnings.append(f"{variable} is known to the host but not to this plugin and has no effect")
+        else:
+            known = [ENABLED_VARIABLE, *VARIABLES, *SECONDARY_VARIABLES]
+            raise SettingError(
+                variable, text, "environment", "unknown variable", nearest(variable, known)
+            )
+    for layer, prefix in zip(layers, (PREFIX, PREFIX + "SECONDARY_"), strict=True):
+        check_consistent({n: v.value for n, v in layer.items()}, f"{prefix}* in the environment")
+    return Source(primary=layers[0], secondary=layers[1], enabled=enabled), tuple(warnings)
+
+
+def read_layer(
+    raw: Any, origin: str, warnings: list[str], *, extra: Collection[str] = (), secondary: bool = False
+) -> dict[str, Value]:
+    """Check one mapping of knobs; keys in ``extra`` are left to the caller."""
+    if not isinstance(raw, Mapping):
+        raise SettingError(origin.rsplit(" ", 1)[-1], raw, origin, "expected a mapping of settings")
+    layer: dict[str, Value] = {}
+    known = _known_keys(secondary)
+    for key, value in raw.items():
+        if key in extra:
+            continue
+        if key in _MISSPELT:
+            warnings.append(f"{key} ({origin}) is read as {_MISSPELT[key]}")
+            key = _MISSPELT[key]
+        if key in INERT_KNOBS:
+            if value is not None:
+                _BOOL.check(key, value, origin)
+            continue
+        if not isinstance(key, str) or key not in known:
+            raise SettingError(str(key), value, origin, "unknown key", nearest(str(key), [*known, *extra]))
+        name = ALIASES.get(key, key)
+        if name in layer:
+            raise SettingError(key, value, origin, f"given twice, also as {name}")
+        layer[name] = Value(KNOBS[name].check(key, value, origin), f"{origin}.{key}")
+    check_consistent({n: v.value for n, v in layer.items()}, origin)
+    return layer
+
+
+def _known_keys(secondary: bool) -> list[str]:
+    names = [name for name, knob in KNOBS.items() if knob.per_transformer or not secondary]
+    return [*names, *(alias for alias, name in ALIASES.items() if name in names), *INERT_KNOBS]
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Safe YAML that refuses repeated keys and aliases (a small file can expand without bound)."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.YAMLError("aliases are not allowed")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.YAMLError(f"key {key!r} is given twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load_file(path: str) -> Any:
+    """The parsed YAML or JSON of ``path``; SettingError for anything that is not one."""
+    origin, name = f"--cache-dit-config {path}", "--cache-dit-config"
+    try:
+        if not Path(path).is_file():
+            raise SettingError(name, path, "command line", "no such file")
+        if Path(path).stat().st_size > MAX_FILE_BYTES:
+            raise SettingError(name, path, "command line", f"larger than {MAX_FILE_BYTES} bytes")
+        text = Path(path).read_bytes().decode("utf-8")
+        parsed = json.loads(text) if path.endswith(".json") else yaml.load(text, _UniqueKeyLoader)
+    except SettingError:
+        raise
+    except UnicodeDecodeError:
+        raise SettingError(name, path, "command line", "not UTF-8 text") from None
+    except OSError as error:
+        raise SettingError(name, path, "command line", error.strerror or "unreadable") from None
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise SettingError(name, path, "command line", f"not valid YAML or JSON: {error}") from None
+    if parsed is None:
+        raise SettingError(name, path, origin, "the file is empty")
+    return parsed
+
+
+def read_file(path_or_mapping: str | Mapping[str, Any]) -> FileConfig:
+    """Settings of a config file, or of the mapping that the offline engine takes in its place."""
+    if isinstance(path_or_mapping, Mapping):
+        raw, label = path_or_mapping, "cache_dit_config"
+    else:
+        raw, label = load_file(str(path_or_mapping)), os.path.basename(path_or_mapping)
+    if not isinstance(raw, Mapping):
+        raise SettingError("--cache-dit-config", raw, label, f"expected sections {', '.join(FILE_SECTIONS)}")
+    sections = [*FILE_SECTIONS, "parallel_kwargs"]
+    for key in raw:
+        if key not in sections:
+            raise SettingError(str(key), raw[key], label, "unknown section", nearest(str(key), sections))
+    warnings: list[str] = []
+    profiles = _read_profiles(raw.get("profiles"), label, warnings)
+    enabled = Value(True, label) if raw.get("cache_config") is not None or profiles else None
+    source = Source(
+        primary=read_layer(raw.get("cache_config") or {}, f"{label} cache_config", warnings),
+        secondary=read_layer(raw.get("secondary") or {}, f"{label} secondary", warnings, secondary=True),
+        enabled=enabled,
+    )
+    passed_on = {key: raw[key] for key in PASSED_ON_SECTIONS if raw.get(key) is not None}
+    return FileConfig(
+        source=source, profiles=profiles, passed_on=passed_on, warnings=tuple(warnings),
+        given=path_or_mapping,
+    )
+
+
+def _read_profiles(raw: Any, label: str, warnings: list[str]) -> dict[str, Source]:
+    if raw is None:
+        return {}
+    if not isinstance(raw, Mapping):
+        raise SettingError("profiles", raw, label, "expected a mapping of profile name to settings")
+    return {
+        str(name): read_request(knobs, origin=f"{label} profiles.{name}", warnings=warnings, profiles=())
+        for name, knobs in raw.items()
+    }
+
+
+def read_request(
+    raw: Any, *, origin: str = "cache_dit_params", warnings: list[str] | None = None,
+    profiles: Collection[str] | None = (),
+) -> Source:
+    """Settings of one request's ``cache_dit_params``.
+
+    Args:
+        profiles: names that ``profile`` may take.
+    """
+    if raw is None:
+        return Source()
+    warnings = [] if warnings is None else warnings
+    primary = read_layer(raw, origin, warnings, extra=("secondary", "profile"))
+    secondary = raw.get("secondary")
+    profile = raw.get("profile")
+    if profile is not None and profile not in (profiles or ()):
+        choices = ", ".join(sorted(profiles or ())) or "none is defined"
+        raise SettingError(
+            "profile", profile, origin, f"expected one of: {choices}", nearest(str(profile), profiles or ())
+        )
+    layer = {} if secondary is None else read_layer(
+        secondary, f"{origin}.secondary", warnings, secondary=True
+    )
+    return Source(primary=primary, secondary=layer, profile=profile)
+
+
+def resolve(*strongest_first: Source) -> Resolved:
+    """Effective settings of sources given strongest first."""
+    primary = [source.primary for source in strongest_first]
+    secondary = [layer for source in strongest_first for layer in (source.secondary, source.primary)]
+    settings, origins = _merge(primary)
+    settings_2, origins_2 = _merge(secondary)
+    profile = next((source.profile for source in strongest_first if source.profile), None)
+    return Resolved(
+        primary=settings, secondary=settings_2, origins=origins, secondary_origins=origins_2, profile=profile
+    )
+
+
+def _merge(layers: list[Layer]) -> tuple[CacheSettings, dict[str, str]]:
+    values: dict[str, Any] = {}
+    origins = {f.name: "default" for f in fields(CacheSettings)}
+    # A schedule, and the choice of a calibrator, are taken whole from the strongest source
+    # that speaks of them: the request's preset must not meet the environment's bins.
+    for group in ({name} for name in KNOBS if name not in SCHEDULE_KNOBS | CALIBRATOR_KNOBS):
+        _take(group, layers, values, origins)
+    _take(SCHEDULE_KNOBS, layers, values, origins)
+    _take(CALIBRATOR_KNOBS, layers, values, origins)
+    return CacheSettings(**values), origins
+
+
+def _take(
+    group: Collection[str], layers: list[Layer], values: dict[str, Any], origins: dict[str, str]
+) -> None:
+    for layer in layers:
+        given = [name for name in group if name in layer]
+        for name in given:
+            values[name] = layer[name].value
+            origins[name] = layer[name].origin
+        if given:
+            return

@@ -1,0 +1,138 @@
+"""What one request did, and totals since the process started."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+COND = "cond"
+
+
+@dataclass
+class BranchStats:
+    """Steps of one CFG branch, numbered as the host numbers them."""
+
+    computed: list[int] = field(default_factory=list)
+    cached: list[int] = field(default_factory=list)
+    residual_diffs: dict[int, float] = field(default_factory=dict)
+    nan_diffs: int = 0
+
+    def record(self, step: int, cached: bool) -> None:
+        """Note one finished forward."""
+        (self.cached if cached else self.computed).append(step)
+
+    def measured(self, step: int, diff: float) -> None:
+        """Note one measured residual difference; NaN is counted, not listed."""
+        if math.isnan(diff):
+            self.nan_diffs += 1
+        else:
+            self.residual_diffs.setdefault(step, diff)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The form of the report."""
+        return {
+            "computed": list(self.computed),
+            "cached": list(self.cached),
+            "residual_diffs": {str(step): round(diff, 6) for step, diff in self.residual_diffs.items()},
+            "nan_diffs": self.nan_diffs,
+        }
+
+
+@dataclass
+class TransformerStats:
+    """One transformer's steps and branches."""
+
+    steps: int
+    branches: dict[str, BranchStats] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def branch(self, name: str) -> BranchStats:
+        """The branch, made on first use."""
+        return self.branches.setdefault(name, BranchStats())
+
+    def as_dict(self) -> dict[str, Any]:
+        """The form of the report."""
+        return {"steps": self.steps, "branches": {n: b.as_dict() for n, b in self.branches.items()}}
+
+
+@dataclass
+class RequestStats:
+    """Everything that a request's report says."""
+
+    backend: str
+    enabled: bool
+    reason: str | None = None
+    profile: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    transformers: dict[str, TransformerStats] = field(default_factory=dict)
+    denoising_s: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        """Add a remark once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def count(self, kind: str) -> int:
+        """Denoising steps of the conditional branch over all transformers; ``kind``: computed or cached."""
+        return sum(len(getattr(self._leading(t), kind)) for t in self.transformers.values())
+
+    @staticmethod
+    def _leading(transformer: TransformerStats) -> BranchStats:
+        branches = transformer.branches
+        return branches.get(COND) or next(iter(branches.values()), BranchStats())
+
+    def diffs(self) -> list[float]:
+        """All measured differences, sorted."""
+        return sorted(
+            diff
+            for transformer in self.transformers.values()
+            for branch in transformer.branches.values()
+            for diff in branch.residual_diffs.values()
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The ``cache_dit`` field of answers."""
+        return {
+            "enabled": self.enabled,
+            "reason": self.why(),
+            "backend": self.backend,
+            "profile": self.profile,
+            "config": dict(self.config),
+            "computed_steps": self.count("computed"),
+            "cached_steps": self.count("cached"),
+            "denoising_s": round(self.denoising_s, 4),
+            "transformers": {name: t.as_dict() for name, t in self.transformers.items()},
+        }
+
+    def why(self) -> str | None:
+        """Why caching is off or limited, None where nothing held it back."""
+        if self.reason is not None:
+            return self.reason
+        notes = list(self.notes)
+        for name, transformer in self.transformers.items():
+            notes += [f"{name}: {note}" for note in transformer.notes]
+            if nans := sum(branch.nan_diffs for branch in transformer.branches.values()):
+                notes.append(f"{name}: {nans} residual differences were NaN, these steps were computed")
+        return "; ".join(notes) or None
+
+    def lines(self) -> list[str]:
+        """Log lines: the summary, and the reason where caching was limited."""
+        computed, cached = self.count("computed"), self.count("cached")
+        lines = []
+        if self.enabled and self.transformers:
+            parts = [f"{computed + cached} steps", f"{computed} computed", f"{cached} cached (cond)"]
+            if diffs := self.diffs():
+                parts.append(f"diffs p50 {percentile(diffs, 50):.2f} p95 {percentile(diffs, 95):.2f}")
+            lines.append("cache-dit: " + ", ".join([*parts, f"denoising {self.denoising_s:.2f} s"]))
+        if reason := self.why():
+            lines.append(f"cache-dit: {'limited' if self.enabled else 'off'}: {reason}")
+        return lines
+
+
+def percentile(ordered: Iterable[float], rank: float) -> float:
+    """Nearest-rank percentile of an ascending list; ``rank`` from 0 to 100."""
+    values = list(ordered)
+    return values[max(0, math.ceil(len(values) * rank / 100) - 1)]

@@ -1,0 +1,117 @@
+"""Runs requests through the real host in this process and writes down what came out.
+
+``python -m tests.e2e.probe JOB.json OUT.pt`` where JOB is a list of
+``{"name", "server": {server arguments}, "requests": [{sampling parameters}]}``. For each request OUT holds
+the final latents, the report, and how often each block of each block list ran.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from typing import Any
+
+import torch
+
+BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks", "blocks", "layers")
+
+
+def run_jobs(jobs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Each job's model is loaded by the host's own worker; results by job name."""
+    from sglang.multimodal_gen.runtime.platforms import initialize_current_platform
+    from sglang.multimodal_gen.runtime.platforms.plugins import apply_plugin_hooks
+
+    initialize_current_platform()
+    apply_plugin_hooks()
+    from tests.tiny import cpu_ops
+
+    cpu_ops.register()
+    return {job["name"]: run_job(job) for job in jobs}
+
+
+def run_job(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """Results of one model's requests, in order."""
+    from sglang.multimodal_gen.runtime.managers.gpu_worker import GPUWorker
+    from sglang.multimodal_gen.runtime.server_args import ServerArgs, set_global_server_args
+
+    args = ServerArgs.from_kwargs(num_gpus=1, warmup_mode="off", attention_backend="torch_sdpa", **job["server"])
+    set_global_server_args(args)
+    worker = GPUWorker(local_rank=0, rank=0, master_port=job["server"]["master_port"], server_args=args)
+    calls = count_blocks(worker)
+    latents = record_latents(worker)
+    results = []
+    for request in job["requests"]:
+        calls.clear()
+        latents.clear()
+        results.append(run_request(worker, args, request, calls, latents))
+    return results
+
+
+def run_request(worker, args, request, calls, latents) -> dict[str, Any]:
+    """One request's outcome."""
+    from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
+    from sglang.multimodal_gen.runtime.entrypoints.utils import prepare_request
+
+    params = SamplingParams.from_user_sampling_params_args(
+        args.model_path, server_args=args, save_output=False, return_file_paths_only=False, **request
+    )
+    output = worker.execute_forward([prepare_request(args, params)])
+    report = getattr(output.metrics, "cache_dit", None)
+    return {
+        "latents": latents[-1] if latents else None,
+        "report": report,
+        "calls": dict(calls),
+        "error": output.error,
+    }
+
+
+def transformers(worker) -> dict[str, torch.nn.Module]:
+    """The worker's diffusion transformers by name."""
+    pipe = getattr(worker.pipeline, "diffusers_pipe", None)
+    found = {}
+    for name in ("transformer", "transformer_2"):
+        module = getattr(pipe, name, None) if pipe is not None else worker.pipeline.modules.get(name)
+        if module is not None:
+            found[name] = module
+    return found
+
+
+def count_blocks(worker) -> Counter:
+    """Counts calls as (transformer, list, index)."""
+    calls: Counter = Counter()
+    for name, module in transformers(worker).items():
+        for attribute in BLOCK_LISTS:
+            for index, block in enumerate(getattr(module, attribute, ())):
+                key = f"{name}.{attribute}.{index}"
+                block.register_forward_pre_hook(lambda *_, key=key: calls.update([key]))
+    return calls
+
+
+def record_latents(worker) -> list[torch.Tensor]:
+    """Every sample that the scheduler of either backend returns, latest last."""
+    seen: list[torch.Tensor] = []
+    pipe = getattr(worker.pipeline, "diffusers_pipe", None)
+    scheduler = pipe.scheduler if pipe is not None else worker.pipeline.modules["scheduler"]
+    own = type(scheduler).step
+
+    def step(self, *args, **kwargs):
+        result = own(self, *args, **kwargs)
+        sample = result[0] if isinstance(result, tuple) else result.prev_sample
+        seen[:] = [sample.detach().clone()]
+        return result
+
+    step.__wrapped__ = own
+    type(scheduler).step = step
+    return seen
+
+
+def main() -> None:
+    """Command line."""
+    with open(sys.argv[1]) as source:
+        jobs = json.load(source)
+    torch.save(run_jobs(jobs), sys.argv[2])
+
+
+if __name__ == "__main__":
+    main()
