@@ -74,7 +74,11 @@ class _SteppedDMD:
 
     def update(self, value: torch.Tensor, name: str = "default") -> None:
         """Add a computed value."""
-        self._state(name).update(value)
+        state = self._state(name)
+        if state.snapshots and state.snapshots[-1][1].shape != value.shape:
+            state.reset()
+            state.current_step = self._step
+        state.update(value)
 
     def approximate(self, name: str = "default") -> torch.Tensor:
         """The forecast at the current step."""
@@ -106,17 +110,20 @@ def _new_calibrator(settings: CacheSettings) -> _Forecaster | _SteppedDMD | None
 class BranchContext(CachedContext):
     """cache-dit's context of one block list and branch, with what our decision needs on top."""
 
+    blocks: str = ""
     last_step: int = -1
+    last_diff: tuple[int, float] | None = None
     streak: int = 0
     cached_count: int = 0
     has_reference: bool = False
 
     @classmethod
-    def create(cls, name: str, spec: TransformerSpec) -> BranchContext:
-        """An empty context for one request."""
+    def create(cls, name: str, blocks: str, spec: TransformerSpec) -> BranchContext:
+        """An empty context of block list ``blocks`` for one request."""
         settings = spec.settings
         context = cls(
             name=name,
+            blocks=blocks,
             cache_config=DBCacheConfig(
                 Fn_compute_blocks=settings.Fn_compute_blocks,
                 Bn_compute_blocks=settings.Bn_compute_blocks,
@@ -197,7 +204,7 @@ class BranchContexts(CachedContextManager):
         context = self._cached_context_manager.get(key)
         if context is None or self._identity.step < context.last_step:
             # A step before the last one is a new round of the loop: nothing of the old one may be seen.
-            context = BranchContext.create(key, self.spec)
+            context = BranchContext.create(key, str(cached_context), self.spec)
             self._cached_context_manager[key] = context
         self._current_context = context
         return context
@@ -232,7 +239,8 @@ class BranchContexts(CachedContextManager):
 
     def _decide(self, residual: torch.Tensor, prefix: str) -> bool:
         context, identity = self._current_context, self._identity
-        if not context.has_reference or identity.branch in self._poisoned:
+        reference = self.get_Fn_buffer(prefix) if context.has_reference else None
+        if reference is None or reference.shape != residual.shape or identity.branch in self._poisoned:
             return False
         action = self.spec.plan.action(
             identity.step - self.spec.first_step, context.cached_count, context.streak
@@ -242,8 +250,7 @@ class BranchContexts(CachedContextManager):
         limit = self.spec.settings.max_accumulated_residual_diff_threshold
         if limit and context.accumulated_residual_diff >= limit:
             return False
-        reference = self.get_Fn_buffer(prefix)
-        return reference is not None and self.similarity(
+        return self.similarity(
             reference, residual, threshold=self.spec.settings.residual_diff_threshold
         )
 
@@ -253,7 +260,7 @@ class BranchContexts(CachedContextManager):
         prefix: str = "Fn",
     ) -> bool:
         """Whether the residual ``t2`` of this step is within ``threshold`` of the stored ``t1``."""
-        if threshold <= 0.0 or t1.shape != t2.shape:
+        if threshold <= 0.0:
             return False
         if threshold >= 1.0:
             return True
@@ -263,15 +270,19 @@ class BranchContexts(CachedContextManager):
                 t1, t2, group=self.group, important_threshold=self.get_important_condition_threshold()
             )
         self.branch_stats.measured(self._identity.step, diff)
-        if not math.isnan(diff):
+        self._current_context.last_diff = (self._identity.step, diff)
+        if math.isfinite(diff):
             self._current_context.accumulated_residual_diff += diff
         return diff < threshold
 
     def _shared_diff(self) -> float | None:
-        """The conditional branch's difference at this step, where the other branches follow it."""
+        """The conditional branch's difference at this step and block list, where the others follow it."""
         if self.spec.settings.cfg_diff_compute_separate or self._identity.branch == COND:
             return None
-        return self.stats.branch(COND).residual_diffs.get(self._identity.step)
+        leading = self._cached_context_manager.get(f"{self._current_context.blocks}/{COND}")
+        if leading is None or leading.last_diff is None or leading.last_diff[0] != self._identity.step:
+            return None
+        return leading.last_diff[1]
 
     @torch.compiler.disable
     def add_cached_step(self) -> None:

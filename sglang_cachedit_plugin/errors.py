@@ -30,13 +30,10 @@ class SettingError(CacheDitError, ValueError):
         super().__init__(self._line())
 
     def _line(self) -> str:
-        shown = repr(self.value)
-        if len(shown) > 80:
-            shown = shown[:77] + "..."
-        line = f"{self.field} = {shown} ({self.origin}): {self.allowed}"
+        line = f"{_shorten(self.field)} = {shown(self.value)} ({self.origin}): {self.allowed}"
         if self.near:
             line += f"; did you mean {self.near!r}?"
-        return " ".join(line.split())
+        return _printable(" ".join(line.split()))
 
 
 class MountError(CacheDitError):
@@ -47,8 +44,30 @@ class HostContractError(CacheDitError):
     """A seam of the host that is not what this plugin was built against."""
 
 
+def shown(value: object) -> str:
+    """``value`` as an error shows it, shortened; whatever it is, this does not fail."""
+    try:
+        return _shorten(repr(value))
+    except (ValueError, RecursionError):
+        # Python does not print integers of thousands of digits, nor lists nested a thousand deep.
+        return f"<{type(value).__name__}>"
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _printable(text: str) -> str:
+    """``text`` with control characters and lone surrogates escaped, safe for logs and for UTF-8."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text
+    )
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name closest to ``name``, or None when nothing is close."""
+    if len(str(name)) > 100:
+        return None
     known = list(known)
     folded = {candidate.lower(): candidate for candidate in known}
     matches = difflib.get_close_matches(str(name).lower(), folded, n=1, cutoff=0.75)

@@ -49,9 +49,8 @@ class Extrapolator:
         """Add a computed value; a value of another shape starts anew, one at a known position replaces it."""
         if self._known and self.shape != value.shape:
             self._known.clear()
-        if self._known and self._known[-1][0] == position:
-            self._known.pop()
-        self._known.append((position, value))
+        others = [known for known in self._known if known[0] != position]
+        self._known = deque([*others, (position, value)], maxlen=self.order + 1)
 
     def predict(self, position: float) -> torch.Tensor:
         """The forecast at ``position``, accumulated in float32, in the dtype of the values."""

@@ -99,7 +99,8 @@ class Runtime:
         self.mount()
         try:
             self._backend.refresh(spec)
-        except MountError:
+        except BaseException:
+            # Some transformers may have been refreshed already: no request runs half cached.
             self._to_bypass()
             raise
         self.state = State.ACTIVE

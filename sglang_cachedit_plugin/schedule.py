@@ -58,9 +58,6 @@ class StepPlan:
     @property
     def may_cache(self) -> bool:
         """Whether any step can be cached at all. The first step never can: nothing precedes it."""
-        if self.max_cached == 0 or self.max_continuous == 0:
-            if not (self.static and self.mask is not None):
-                return False
         return any(self.action(step) is not Action.COMPUTE for step in range(1, self.num_steps))
 
 
@@ -75,6 +72,8 @@ def bins_mask(compute: Sequence[int], cache: Sequence[int], num_steps: int) -> t
         mask += [1] * run
         if index < len(cache):
             mask += [0] * cache[index]
+        if len(mask) >= num_steps:
+            break
     if len(mask) < num_steps:
         raise ValueError(f"the bins cover {len(mask)} of {num_steps} steps")
     return tuple(mask[:num_steps])
@@ -118,7 +117,7 @@ def _mask(
             return wanted, ()
         if len(wanted) == total_steps:
             return wanted[first_step : first_step + num_steps], ()
-        return None, (f"schedule off: the mask has {len(wanted)} entries, this request has {num_steps} steps",)
+        return None, (f"schedule off: the mask has {len(wanted)} entries for {num_steps} steps",)
     if settings.scm_compute_bins is None and wanted is None:
         return None, ()
     if num_steps < MIN_SCHEDULE_STEPS:

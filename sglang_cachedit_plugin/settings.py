@@ -14,6 +14,9 @@ from typing import Any
 
 from .errors import SettingError
 
+MAX_LENGTH = 10_000
+"""Most entries of a list, and most steps of a bin."""
+
 PRESETS = ("none", "slow", "medium", "fast", "ultra")
 _TRUE = {"true", "1", "yes", "on"}
 _FALSE = {"false", "0", "no", "off"}
@@ -124,18 +127,20 @@ class Knob:
     def _check_bins(self, value: Any) -> tuple[int, ...]:
         if isinstance(value, str):
             value = [int(part) for part in value.split(",")]
-        if not isinstance(value, list | tuple) or not value or len(value) > 10_000:
+        if not isinstance(value, list | tuple) or not value or len(value) > MAX_LENGTH:
             raise ValueError(value)
-        if any(isinstance(bin_, bool) or not isinstance(bin_, int) or bin_ < 1 for bin_ in value):
+        if any(isinstance(run, bool) or not isinstance(run, int) for run in value):
             raise ValueError(value)
-        return tuple(value)
+        if not all(1 <= run <= MAX_LENGTH for run in value):
+            raise ValueError(value)
+        return tuple(int(run) for run in value)
 
     def _check_mask(self, value: Any) -> str | tuple[int, ...] | None:
         if isinstance(value, str):
             if value not in PRESETS:
                 raise ValueError(value)
             return None if value == "none" else value
-        if not isinstance(value, list | tuple) or not value or len(value) > 10_000:
+        if not isinstance(value, list | tuple) or not value or len(value) > MAX_LENGTH:
             raise ValueError(value)
         if any(isinstance(step, bool) or step not in (0, 1) for step in value):
             raise ValueError(value)
@@ -225,7 +230,8 @@ class CacheSettings:
         unit="steps", optional=True, env="SCM_CACHE_BINS", per_transformer=True,
     )
     steps_computation_policy: str = _knob(
-        "dynamic", "choice", "Steps that a schedule marks 0: dynamic asks the threshold, static always caches.",
+        "dynamic", "choice",
+        "Steps that a schedule marks 0: dynamic asks the threshold, static always caches.",
         choices=("dynamic", "static"), env="SCM_POLICY", per_transformer=True,
     )
     cfg_diff_compute_separate: bool = _knob(
@@ -287,7 +293,7 @@ def check_consistent(values: Mapping[str, Any], origin: str) -> None:
     compute, cache = values.get("scm_compute_bins"), values.get("scm_cache_bins")
     if (compute is None) != (cache is None):
         missing = "scm_cache_bins" if cache is None else "scm_compute_bins"
-        raise SettingError(missing, None, origin, "compute bins and cache bins are given together or not at all")
+        raise SettingError(missing, None, origin, "compute and cache bins are given together or not at all")
     if compute is not None and len(compute) - len(cache) not in (0, 1):
         raise SettingError(
             "scm_cache_bins", cache, origin,

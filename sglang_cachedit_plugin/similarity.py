@@ -30,7 +30,8 @@ def residual_sums(
         return torch.cat([sums, sums])
     token_difference, token_magnitude = difference.sum(-1), magnitude.sum(-1)
     counted = token_difference > important_threshold * token_magnitude
-    return torch.cat([torch.stack([(token_difference * counted).sum(), (token_magnitude * counted).sum()]), sums])
+    important = torch.stack([(token_difference * counted).sum(), (token_magnitude * counted).sum()])
+    return torch.cat([important, sums])
 
 
 def residual_difference(

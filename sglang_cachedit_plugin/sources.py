@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from .errors import SettingError, nearest
+from .errors import SettingError, nearest, shown
 from .settings import (
     ALIASES,
     CALIBRATOR_KNOBS,
@@ -154,13 +154,19 @@ def read_layer(
                 _BOOL.check(key, value, origin)
             continue
         if not isinstance(key, str) or key not in known:
-            raise SettingError(str(key), value, origin, "unknown key", nearest(str(key), [*known, *extra]))
+            near = nearest(_name(key), [*known, *extra])
+            raise SettingError(_name(key), value, origin, "unknown key", near)
         name = ALIASES.get(key, key)
         if name in layer:
             raise SettingError(key, value, origin, f"given twice, also as {name}")
         layer[name] = Value(KNOBS[name].check(key, value, origin), f"{origin}.{key}")
     check_consistent({n: v.value for n, v in layer.items()}, origin)
     return layer
+
+
+def _name(key: Any) -> str:
+    """A key of a mapping as a field name; YAML allows keys of any type."""
+    return key if isinstance(key, str) else shown(key)
 
 
 def _known_keys(secondary: bool) -> list[str]:
@@ -186,23 +192,40 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, refused when it repeats a key."""
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in mapping if names.count(name) > 1)
+        raise ValueError(f"key {repeated!r} is given twice")
+    return mapping
+
+
+def _parse(text: str, is_json: bool) -> Any:
+    return json.loads(text, object_pairs_hook=_unique) if is_json else yaml.load(text, _UniqueKeyLoader)
+
+
 def load_file(path: str) -> Any:
     """The parsed YAML or JSON of ``path``; SettingError for anything that is not one."""
     origin, name = f"--cache-dit-config {path}", "--cache-dit-config"
     try:
         if not Path(path).is_file():
-            raise SettingError(name, path, "command line", "no such file")
+            what = "a folder, expected a file" if Path(path).is_dir() else "no such file"
+            raise SettingError(name, path, "command line", what)
         if Path(path).stat().st_size > MAX_FILE_BYTES:
             raise SettingError(name, path, "command line", f"larger than {MAX_FILE_BYTES} bytes")
         text = Path(path).read_bytes().decode("utf-8")
-        parsed = json.loads(text) if path.endswith(".json") else yaml.load(text, _UniqueKeyLoader)
+        parsed = _parse(text, path.endswith(".json"))
     except SettingError:
         raise
     except UnicodeDecodeError:
         raise SettingError(name, path, "command line", "not UTF-8 text") from None
     except OSError as error:
         raise SettingError(name, path, "command line", error.strerror or "unreadable") from None
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+    except Exception as error:
+        # Besides YAMLError: PyYAML's constructors raise KeyError, IndexError and AttributeError for
+        # scalars that are not what their tag says, such as ``!!bool maybe``.
         raise SettingError(name, path, "command line", f"not valid YAML or JSON: {error}") from None
     if parsed is None:
         raise SettingError(name, path, origin, "the file is empty")
@@ -220,13 +243,14 @@ def read_file(path_or_mapping: str | Mapping[str, Any]) -> FileConfig:
     sections = [*FILE_SECTIONS, "parallel_kwargs"]
     for key in raw:
         if key not in sections:
-            raise SettingError(str(key), raw[key], label, "unknown section", nearest(str(key), sections))
+            raise SettingError(_name(key), raw[key], label, "unknown section", nearest(_name(key), sections))
     warnings: list[str] = []
     profiles = _read_profiles(raw.get("profiles"), label, warnings)
     enabled = Value(True, label) if raw.get("cache_config") is not None or profiles else None
+    primary, secondary = ({} if raw.get(key) is None else raw[key] for key in ("cache_config", "secondary"))
     source = Source(
-        primary=read_layer(raw.get("cache_config") or {}, f"{label} cache_config", warnings),
-        secondary=read_layer(raw.get("secondary") or {}, f"{label} secondary", warnings, secondary=True),
+        primary=read_layer(primary, f"{label} cache_config", warnings),
+        secondary=read_layer(secondary, f"{label} secondary", warnings, secondary=True),
         enabled=enabled,
     )
     passed_on = {key: raw[key] for key in PASSED_ON_SECTIONS if raw.get(key) is not None}
@@ -242,7 +266,7 @@ def _read_profiles(raw: Any, label: str, warnings: list[str]) -> dict[str, Sourc
     if not isinstance(raw, Mapping):
         raise SettingError("profiles", raw, label, "expected a mapping of profile name to settings")
     return {
-        str(name): read_request(knobs, origin=f"{label} profiles.{name}", warnings=warnings, profiles=())
+        _name(name): read_request(knobs, origin=f"{label} profiles.{_name(name)}", warnings=warnings)
         for name, knobs in raw.items()
     }
 
@@ -262,10 +286,10 @@ def read_request(
     primary = read_layer(raw, origin, warnings, extra=("secondary", "profile"))
     secondary = raw.get("secondary")
     profile = raw.get("profile")
-    if profile is not None and profile not in (profiles or ()):
+    if profile is not None and not (isinstance(profile, str) and profile in (profiles or ())):
         choices = ", ".join(sorted(profiles or ())) or "none is defined"
         raise SettingError(
-            "profile", profile, origin, f"expected one of: {choices}", nearest(str(profile), profiles or ())
+            "profile", profile, origin, f"expected one of: {choices}", nearest(_name(profile), profiles or ())
         )
     layer = {} if secondary is None else read_layer(
         secondary, f"{origin}.secondary", warnings, secondary=True

@@ -24,8 +24,8 @@ class BranchStats:
         (self.cached if cached else self.computed).append(step)
 
     def measured(self, step: int, diff: float) -> None:
-        """Note one measured residual difference; NaN is counted, not listed."""
-        if math.isnan(diff):
+        """Note one measured residual difference; NaN and infinity are counted as NaN, not listed."""
+        if not math.isfinite(diff):
             self.nan_diffs += 1
         else:
             self.residual_diffs.setdefault(step, diff)
