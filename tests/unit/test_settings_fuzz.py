@@ -1,0 +1,140 @@
+"""Whatever a request, a file or a variable holds: a value in range, or SettingError in one line."""
+
+from __future__ import annotations
+
+import enum
+import math
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from sglang_cachedit_plugin.errors import SettingError
+from sglang_cachedit_plugin.settings import ALIASES, INERT_KNOBS, KNOBS, MAX_LENGTH, PRESETS, CacheSettings
+from sglang_cachedit_plugin.sources import VARIABLES, read_environment, read_file, read_request, resolve
+
+
+class _Text(str):
+    __slots__ = ()
+
+
+class _Number(enum.IntEnum):
+    ONE = 1
+
+
+def nested(depth: int) -> list:
+    value: list = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+# Python itself refuses to print these, so hypothesis cannot draw them.
+UNPRINTABLE = {"huge": 10**5000, "negative": -(10**5000), "deep": nested(3000), "list": [10**5000]}
+
+SPECIAL = st.sampled_from(
+    [None, True, False, 0, 1, -1, 10**18, 10**400, 0.0, 1.0, math.nan, math.inf, "", "nan", "1", "none",
+     "fast", "static", "\ud800", "a\nb", "\x1b[31m", _Text("static"), _Text("fast"), _Number.ONE, b"1",
+     [], {}, [1, 0], [1, 1.0], [[1]], [None], (1, 0), {"a": 1}, {1: 2}, object(), [10**12], "8,3", "1,",
+     "9" * 5000, set(), [True]]
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | SPECIAL,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text() | st.integers(), inner, max_size=3),
+    max_leaves=6,
+)
+NUMBERS = st.integers(-3, 70) | st.floats(-0.5, 1.5)
+LISTS = st.lists(st.integers(-1, 3), max_size=8)
+NAMES = st.sampled_from([*KNOBS, *ALIASES, *INERT_KNOBS])
+KEYS = NAMES | st.text() | st.none() | st.integers() | st.sampled_from(["profile", "secondary", (1,)])
+TEXTS = st.sampled_from(
+    ["", "none", "1e400", "0x10", "9" * 5000, "\udcff", "true", "1_0", "٣", "2,3", "2,3,", "fast", "high"]
+)
+VALUES = JSON | NUMBERS | LISTS | st.sampled_from(["low", "dynamic", "output", "slow", "2,3"])
+
+
+def in_range(name: str, value: object) -> bool:
+    """An independent reading of each knob's declaration."""
+    knob = KNOBS[name]
+    if value is None:
+        return knob.optional
+    if knob.kind == "bool":
+        return value is True or value is False
+    if knob.kind in ("int", "float"):
+        if type(value).__name__ != knob.kind or not math.isfinite(value):
+            return False
+        above = knob.low is None or value >= knob.low
+        return above and (knob.high is None or value <= knob.high)
+    if knob.kind == "choice":
+        return value in knob.choices
+    if knob.kind == "bins":
+        return isinstance(value, tuple) and all(type(run) is int and 0 < run <= MAX_LENGTH for run in value)
+    return value in PRESETS[1:] or (isinstance(value, tuple) and 1 in value and set(value) <= {0, 1})
+
+
+def accepted_or_one_line(read):
+    """Read; the error's line must be one line without control characters and fit into UTF-8."""
+    refused = None
+    try:
+        source = read()
+    except SettingError as error:
+        refused = error
+    if refused is not None:
+        line = str(refused)
+        assert line.isprintable()
+        assert line.encode("utf-8")
+        assert len(line) < 1000
+        return
+    for layer in (source.primary, source.secondary):
+        for name, given_ in layer.items():
+            assert in_range(name, given_.value), (name, given_)
+    hash(resolve(source).primary)
+
+
+@settings(max_examples=400, deadline=None)
+@given(name=NAMES, value=VALUES)
+@example(name="steps_computation_mask", value=[])
+def test_any_value_of_any_knob(name, value):
+    accepted_or_one_line(lambda: read_request({name: value}))
+    accepted_or_one_line(lambda: read_request({"secondary": {name: value}}))
+
+
+@settings(max_examples=300, deadline=None)
+@given(raw=st.dictionaries(KEYS, VALUES, max_size=4) | VALUES)
+@example(raw={"profile": [1]})
+def test_any_request(raw):
+    accepted_or_one_line(lambda: read_request(raw, profiles={"draft": None}))
+
+
+@pytest.mark.parametrize("value", UNPRINTABLE.values(), ids=UNPRINTABLE)
+def test_what_python_does_not_print_is_refused_all_the_same(value):
+    for name in (*KNOBS, "profile"):
+        with pytest.raises(SettingError, match=f"{name} = "):
+            read_request({name: value})
+    for raw in ({"cache_config": value}, {"nonsense": value}):
+        with pytest.raises(SettingError):
+            read_file(raw)
+    with pytest.raises(SettingError):
+        read_request({10**5000: value})
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    raw=st.dictionaries(
+        st.sampled_from(["cache_config", "secondary", "profiles", "attention_backend"]) | KEYS,
+        VALUES | st.dictionaries(KEYS, VALUES, max_size=3), max_size=3,
+    )
+)
+def test_any_file(raw):
+    accepted_or_one_line(lambda: read_file(raw).source)
+
+
+@settings(max_examples=300, deadline=None)
+@given(variable=st.sampled_from(sorted(VARIABLES)), text=st.text() | NUMBERS.map(str) | TEXTS)
+def test_any_text_of_any_variable(variable, text):
+    accepted_or_one_line(lambda: read_environment({variable: text})[0])
+
+
+def test_every_default_is_accepted_back():
+    given_ = {name: getattr(CacheSettings(), name) for name in KNOBS}
+    assert resolve(read_request(given_)).primary == CacheSettings()
