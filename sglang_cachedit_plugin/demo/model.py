@@ -45,6 +45,9 @@ def make_vae():
         use_quant_conv=False,
         use_post_quant_conv=False,
         force_upcast=False,
+        # Given explicitly, because diffusers drops from a copied configuration what was left at its default.
+        scaling_factor=1.0,
+        shift_factor=0.0,
     )
 
 
