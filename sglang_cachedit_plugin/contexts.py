@@ -19,19 +19,11 @@ from cache_dit.caching.cache_contexts.cache_manager import CachedContextManager
 from cache_dit.caching.cache_contexts.calibrators import Calibrator
 
 from .forecast import Extrapolator
-from .runtime import TransformerSpec
+from .runtime import Identity, TransformerSpec
 from .schedule import Action
 from .settings import CacheSettings
 from .similarity import residual_difference
 from .stats import COND, BranchStats, TransformerStats
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Which forward this is: the host's branch name and step number."""
-
-    branch: str
-    step: int
 
 
 class _Forecaster:

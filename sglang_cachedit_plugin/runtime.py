@@ -11,6 +11,14 @@ from .schedule import StepPlan
 from .settings import CacheSettings
 
 
+@dataclass(frozen=True)
+class Identity:
+    """Which forward this is: the host's branch name and step number."""
+
+    branch: str
+    step: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class TransformerSpec:
     """What a request wants of one transformer.

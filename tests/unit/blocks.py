@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from sglang_cachedit_plugin import adapters
-from sglang_cachedit_plugin.contexts import Identity
 from sglang_cachedit_plugin.mount import CachedTransformer, preset_mask
-from sglang_cachedit_plugin.runtime import TransformerSpec
+from sglang_cachedit_plugin.runtime import Identity, TransformerSpec
 from sglang_cachedit_plugin.schedule import build_plan
 from sglang_cachedit_plugin.settings import CacheSettings
 from sglang_cachedit_plugin.stats import TransformerStats

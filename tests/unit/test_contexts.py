@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_cachedit_plugin.contexts import Identity
 from sglang_cachedit_plugin.errors import MountError
+from sglang_cachedit_plugin.runtime import Identity
 from sglang_cachedit_plugin.stats import BranchStats
 
 from .blocks import Rig, TinyDiT, TwoListsDiT, known_classes, sample

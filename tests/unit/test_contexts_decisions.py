@@ -231,7 +231,7 @@ def test_one_transformer_that_cannot_be_mounted_unmounts_the_other():
 
 
 def test_the_bytes_held_are_those_of_two_hidden_states():
-    from sglang_cachedit_plugin.contexts import Identity
+    from sglang_cachedit_plugin.runtime import Identity
 
     modules = {"transformer": TinyDiT()}
     backend = backend_with(modules)

@@ -1,0 +1,185 @@
+"""The host's seams are as the table says, and a host that differs is noticed by name."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sglang_cachedit_plugin import hooks
+from sglang_cachedit_plugin.errors import HostContractError
+
+ROOT = hooks.host_root()
+TARGETS = [seam.target.removeprefix("sglang.multimodal_gen.runtime.") for seam in hooks.SEAMS]
+KINDS = {"replace", "around", "after", "before"}
+
+
+def source_of(seam: hooks.Seam) -> tuple[Path, list[str]]:
+    """The host's file of a seam, and the qualified name inside it."""
+    parts = (seam.defined_in or seam.target).split(".")
+    for split in range(len(parts) - 1, 0, -1):
+        path = Path(*parts[:split]).with_suffix(".py")
+        if (ROOT / path).is_file():
+            return path, parts[split:]
+    raise AssertionError(f"{seam.target}: no such file")
+
+
+def copied(seam: hooks.Seam, folder: Path) -> tuple[Path, list[str]]:
+    path, names = source_of(seam)
+    (folder / path).parent.mkdir(parents=True)
+    shutil.copy(ROOT / path, folder / path)
+    return folder / path, names
+
+
+def function_lines(path: Path, names: list[str]) -> tuple[ast.FunctionDef, list[str]]:
+    text = path.read_text(encoding="utf-8")
+    body: list = ast.parse(text).body
+    for name in names:
+        node = next(n for n in body if getattr(n, "name", None) == name)
+        body = node.body
+    return node, text.splitlines(keepends=True)
+
+
+def test_the_installed_host_is_as_expected():
+    assert hooks.mismatches(ROOT) == []
+
+
+@pytest.mark.parametrize("seam", hooks.SEAMS, ids=TARGETS)
+def test_a_copy_of_the_hosts_file_passes(seam, tmp_path):
+    copied(seam, tmp_path)
+    assert hooks.check(seam, tmp_path) is None
+
+
+@pytest.mark.parametrize("seam", hooks.SEAMS, ids=TARGETS)
+def test_a_renamed_parameter_is_reported_with_both_signatures(seam, tmp_path):
+    if not seam.parameters:
+        pytest.skip("the hook looks at no parameter of this function")
+    path, names = copied(seam, tmp_path)
+    node, lines = function_lines(path, names)
+    last = node.args.args[-1]
+    line = lines[last.lineno - 1]
+    lines[last.lineno - 1] = (
+        line[: last.col_offset] + "renamed" + line[last.col_offset + len(last.arg) :]
+    )
+    path.write_text("".join(lines), encoding="utf-8")
+    expected = ", ".join(seam.parameters)
+    found = ", ".join([*seam.parameters[:-1], "renamed"])
+    assert hooks.check(seam, tmp_path) == f"{seam.target}: expected ({expected}), found ({found})"
+
+
+@pytest.mark.parametrize("seam", hooks.SEAMS, ids=TARGETS)
+def test_a_removed_function_is_reported(seam, tmp_path):
+    path, names = copied(seam, tmp_path)
+    node, lines = function_lines(path, names)
+    del lines[node.lineno - 1 : node.end_lineno]
+    lines.insert(node.lineno - 1, " " * node.col_offset + "gone = None\n")
+    first = min((d.lineno for d in node.decorator_list), default=node.lineno)
+    del lines[first - 1 : node.lineno - 1]
+    path.write_text("".join(lines), encoding="utf-8")
+    assert hooks.check(seam, tmp_path) == f"{seam.target}: not found"
+
+
+@pytest.mark.parametrize("seam", hooks.SEAMS, ids=TARGETS)
+def test_a_missing_module_is_reported(seam, tmp_path):
+    assert hooks.check(seam, tmp_path) == f"{seam.target}: no such module"
+
+
+def test_all_mismatches_are_listed(tmp_path):
+    assert len(hooks.mismatches(tmp_path)) == len(hooks.SEAMS)
+
+
+def test_a_host_that_is_not_installed_is_said_so(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(HostContractError, match="not installed"):
+        hooks.host_root()
+
+
+def test_a_mismatch_leaves_the_host_unpatched(monkeypatch, capsys, tmp_path):
+    from sglang_cachedit_plugin import plugin
+
+    monkeypatch.setattr(hooks, "host_root", lambda: tmp_path)
+    monkeypatch.setattr(hooks, "register", lambda *_: pytest.fail("patched all the same"))
+    plugin.register()
+    printed = capsys.readouterr().err
+    assert len(printed.splitlines()) == 1
+    assert f"{hooks.SEAMS[0].target}: no such module" in printed
+
+
+@pytest.fixture(scope="module")
+def registry():
+    """The host's own registry with its hooks put aside for these tests."""
+    from sglang.multimodal_gen.runtime.platforms.plugins import HookRegistry, HookType
+
+    return HookRegistry, HookType
+
+
+def resolve(dotted: str):
+    """The object at a dotted path of the real host."""
+    import importlib
+
+    parts = dotted.split(".")
+    for split in range(len(parts) - 1, 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:split]))
+        except ModuleNotFoundError:
+            continue
+        for name in parts[split:]:
+            found = inspect.getattr_static(found, name) if inspect.isclass(found) else getattr(found, name)
+        return found
+    raise AssertionError(dotted)
+
+
+@pytest.mark.parametrize("seam", hooks.SEAMS, ids=TARGETS)
+def test_every_target_resolves_in_the_host_with_the_parameters_of_the_table(seam):
+    found = resolve(seam.target)
+    assert inspect.isfunction(found)
+    if seam.parameters:
+        assert tuple(inspect.signature(found).parameters) == seam.parameters
+
+
+@pytest.mark.parametrize("seam", hooks.SEAMS, ids=TARGETS)
+def test_every_handler_is_a_callable_that_takes_what_its_kind_gives(seam):
+    handler = hooks._resolve(*seam.handler.split(":"))
+    assert seam.kind in KINDS
+    assert seam.why
+    extra = {"around": ["original"], "after": ["result"]}.get(seam.kind, [])
+    names = [*extra, *(seam.parameters or ["self"])]
+    inspect.signature(handler).bind(*names)
+    if seam.kind == "replace":
+        assert tuple(inspect.signature(handler).parameters) == seam.parameters
+
+
+def test_hooks_are_registered_under_the_hosts_kinds(registry):
+    _, hook_type = registry
+    calls = []
+
+    class Recorder:
+        @staticmethod
+        def register(target, hook, kind):
+            calls.append((target, callable(hook), kind))
+
+    hooks.register(Recorder, hook_type)
+    assert calls == [(seam.target, True, hook_type[seam.kind.upper()]) for seam in hooks.SEAMS]
+
+
+def test_a_hook_hands_its_arguments_to_its_handler():
+    seam = hooks.Seam(
+        target="a.b", parameters=(), kind="around", handler="errors:nearest", why="to have one to call"
+    )
+    assert seam.hook()("warmpu", ["warmup", "other"]) == "warmup"
+
+
+def test_registering_imports_nothing_of_the_hosts_runtime():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from sglang_cachedit_plugin import hooks; assert hooks.mismatches(hooks.host_root()) == [];"
+        "bad = [m for m in sys.modules if m.startswith(('sglang.', 'torch', 'cache_dit', 'diffusers'))];"
+        "print(bad)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
