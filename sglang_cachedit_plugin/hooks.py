@@ -127,11 +127,19 @@ SEAMS: tuple[Seam, ...] = (
         why="process groups of the ranks that must agree, where the host has none",
     ),
     Seam(
-        target=f"{_RUNTIME}.server_args.server_args.ServerArgs.__post_init__",
+        target=f"{_RUNTIME}.utils.perf_logger.RequestMetrics.to_dict",
         parameters=("self",),
         kind="after",
-        handler="startup:server_args_ready",
-        why="--cache-dit-config is read before weights load, on both backends",
+        handler="session:add_report",
+        why="the report in the metrics of the offline engine's results",
+    ),
+    Seam(
+        target=f"{_RUNTIME}.launch_server.launch_server",
+        parameters=("server_args", "launch_http_server"),
+        kind="before",
+        handler="startup:before_launch",
+        why="--cache-dit-config is read in the launching process, before workers start and weights load; the "
+        "command line builds its server arguments before plugins load",
     ),
 )
 

@@ -101,3 +101,9 @@ def publish(batch: Any, stats: RequestStats, log: Callable[[str], None]) -> None
     if not batch.is_warmup and host.is_first_rank():
         for line in stats.lines():
             log(line)
+
+
+def add_report(result: dict[str, Any], metrics: Any) -> dict[str, Any]:
+    """After ``RequestMetrics.to_dict``: the request's report, where there is one."""
+    report = getattr(metrics, "cache_dit", None)
+    return result if report is None else result | {"cache_dit": report}

@@ -35,19 +35,30 @@ def read_settings() -> None:
     defaults.install(Defaults(environment=environment, file=defaults.current().file))
 
 
-def server_args_ready(result: Any, server_args: Any) -> None:
-    """After ``ServerArgs.__post_init__``: read ``--cache-dit-config``."""
-    given = server_args.cache_dit_config
-    if not given:
-        return
+def before_launch(server_args: Any, *args: Any, **kwargs: Any) -> None:
+    """Before ``launch_server``: leave with status 2 where ``--cache-dit-config`` is not valid."""
     try:
-        file = read_file(given)
-        _refuse_foreign_sections(file.passed_on, server_args)
+        for warning in ensure_file(server_args):
+            print(f"cache-dit: warning: {warning}", file=sys.stderr, flush=True)
     except SettingError as error:
         fail(error)
-    for warning in file.warnings:
-        print(f"cache-dit: warning: {warning}", file=sys.stderr, flush=True)
+
+
+def ensure_file(server_args: Any) -> tuple[str, ...]:
+    """Read ``--cache-dit-config`` into this process's defaults, once; returns warnings.
+
+    Workers get their server arguments ready made, so each process reads the file itself.
+
+    Raises:
+        SettingError: a file that cannot be used.
+    """
+    given = server_args.cache_dit_config
+    if not given or defaults.current().file.given == given:
+        return ()
+    file = read_file(given)
+    _refuse_foreign_sections(file.passed_on, server_args)
     defaults.install(Defaults(environment=defaults.current().environment, file=file))
+    return file.warnings
 
 
 def _refuse_foreign_sections(sections: Any, server_args: Any) -> None:
@@ -60,8 +71,3 @@ def _refuse_foreign_sections(sections: Any, server_args: Any) -> None:
             f"only the diffusers backend takes this section, use {_SECTION_FLAGS[section]}",
         )
 
-
-def ensure_file(server_args: Any) -> None:
-    """Read the file in a process that got its server arguments ready made, as workers do."""
-    if server_args.cache_dit_config and defaults.current().file.given != server_args.cache_dit_config:
-        server_args_ready(None, server_args)

@@ -2,13 +2,16 @@
 
 ``python -m tests.e2e.probe JOB.json OUT.pt`` where JOB is a list of
 ``{"name", "server": {server arguments}, "requests": [{sampling parameters}]}``. For each request OUT holds
-the final latents, the report, and how often each block of each block list ran.
+the final latents, the report, and how often each block of each block list ran. A job with ``"fresh": true``
+runs every request as the first of a process of its own, forked after loading.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+import tempfile
 from collections import Counter
 from typing import Any
 
@@ -40,12 +43,24 @@ def run_job(job: dict[str, Any]) -> list[dict[str, Any]]:
     worker = GPUWorker(local_rank=0, rank=0, master_port=job["server"]["master_port"], server_args=args)
     calls = count_blocks(worker)
     latents = record_latents(worker)
-    results = []
-    for request in job["requests"]:
-        calls.clear()
-        latents.clear()
-        results.append(run_request(worker, args, request, calls, latents))
-    return results
+    run = run_forked if job.get("fresh") else run_request
+    return [run(worker, args, request, calls, latents) for request in job["requests"]]
+
+
+def run_forked(worker, args, request, calls, latents) -> dict[str, Any]:
+    """One request in a child process that served nothing before."""
+    with tempfile.NamedTemporaryFile() as file:
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                torch.save(run_request(worker, args, request, calls, latents), file.name)
+                status = 0
+            finally:
+                os._exit(status)
+        _, status = os.waitpid(child, 0)
+        assert status == 0, f"the child left with {status}"
+        return torch.load(file.name)
 
 
 def run_request(worker, args, request, calls, latents) -> dict[str, Any]:
@@ -53,6 +68,8 @@ def run_request(worker, args, request, calls, latents) -> dict[str, Any]:
     from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
     from sglang.multimodal_gen.runtime.entrypoints.utils import prepare_request
 
+    calls.clear()
+    latents.clear()
     params = SamplingParams.from_user_sampling_params_args(
         args.model_path, server_args=args, save_output=False, return_file_paths_only=False, **request
     )
@@ -108,6 +125,7 @@ def record_latents(worker) -> list[torch.Tensor]:
 
 def main() -> None:
     """Command line."""
+    torch.set_num_threads(1)
     with open(sys.argv[1]) as source:
         jobs = json.load(source)
     torch.save(run_jobs(jobs), sys.argv[2])

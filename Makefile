@@ -1,0 +1,39 @@
+# Starts from Python 3.11 or newer and nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SHELL := /bin/bash
+
+.PHONY: setup demo test lint requirements clean
+
+setup: $(VENV)/.ready
+
+# uv comes from the ordinary registry into a folder of its own, then installs the pinned, hashed stack.
+# Bytecode is compiled once: without it every start of the host spends half its time compiling.
+$(VENV)/.ready: requirements/dev.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	test -x .uv/bin/uv || { $(PYTHON) -m venv .uv && .uv/bin/pip install --quiet --disable-pip-version-check uv; }
+	test -x $(BIN)/python || .uv/bin/uv venv --quiet --python $(PYTHON) $(VENV)
+	.uv/bin/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements/dev.txt
+	.uv/bin/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m compileall -q -j 2 $(VENV)/lib >/dev/null || true
+	touch $@
+
+demo: setup
+	$(BIN)/python -m sglang_cachedit_plugin.demo.show
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# The pins, without registry addresses.
+requirements:
+	test -x .uv/bin/uv || { $(PYTHON) -m venv .uv && .uv/bin/pip install --quiet uv; }
+	.uv/bin/uv pip compile --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
+	  --no-header --quiet requirements/dev.in -o requirements/dev.txt
+
+clean:
+	rm -rf $(VENV) .uv outputs
