@@ -123,6 +123,16 @@ def test_other_branches_follow_cond_where_asked(separate, model):
         assert measured == {"cond": alone["cond"], "uncond": alone["uncond" if separate else "cond"]}
 
 
+def test_where_cond_did_not_run_the_others_measure_for_themselves():
+    knobs = {"residual_diff_threshold": 0.9, "max_continuous_cached_steps": -1}
+    alone = run_all(Rig().begin(3, **knobs), 3, "uncond").residual_diffs
+    rig = Rig().begin(3, cfg_diff_compute_separate=False, **knobs)
+    for branch, step in [("cond", 0), ("uncond", 0), ("cond", 1), ("uncond", 1), ("uncond", 2)]:
+        rig.run(branch, step)
+    diffs = rig.stats.branches["uncond"].residual_diffs
+    assert diffs == {1: rig.stats.branches["cond"].residual_diffs[1], 2: alone[2]}
+
+
 def test_following_a_second_round_uses_that_rounds_difference():
     rig = Rig().begin(2, cfg_diff_compute_separate=False, residual_diff_threshold=0.5)
     for second in (sample("cond", 1), sample("cond", 1) * -3):
