@@ -142,6 +142,7 @@ def test_all_computed_and_off_are_the_original_bit_for_bit(build):
     assert same([rig.run(step) for step in range(STEPS)], rig.before)
 
 
+@pytest.mark.parametrize("build", [flux, qwen, wan])
 @pytest.mark.parametrize(("first", "last"), [(1, 0), (1, 2), (3, 1)])
 def test_a_cached_step_runs_the_first_and_last_blocks_only(build, first, last):
     rig = Mounted(build)
