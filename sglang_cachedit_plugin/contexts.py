@@ -18,6 +18,7 @@ from cache_dit.caching.cache_contexts.cache_context import CachedContext
 from cache_dit.caching.cache_contexts.cache_manager import CachedContextManager
 from cache_dit.caching.cache_contexts.calibrators import Calibrator
 
+from . import agreement
 from .forecast import Extrapolator
 from .runtime import Identity, TransformerSpec
 from .schedule import Action
@@ -139,11 +140,15 @@ class BranchContexts(CachedContextManager):
     Args:
         name: shown in cache-dit's log lines.
         group: process group whose ranks must agree, None on one rank.
+        pair_group: process group that spans the CFG ranks too, for ``lockstep``.
     """
 
-    def __init__(self, name: str, group: dist.ProcessGroup | None = None):
+    def __init__(
+        self, name: str, group: dist.ProcessGroup | None = None, pair_group: dist.ProcessGroup | None = None
+    ):
         super().__init__(name=name, persistent_context=True)
         self.group = group
+        self.pair_group = pair_group
         self.spec: TransformerSpec | None = None
         self.stats: TransformerStats | None = None
         self.on_decision: Callable[[bool], None] | None = None
@@ -177,6 +182,17 @@ class BranchContexts(CachedContextManager):
         if branch not in self._poisoned:
             self._poisoned.add(branch)
             self.stats.notes.append(f"{branch}: forwards cannot be told apart, every step is computed")
+
+    def is_poisoned(self, branch: str) -> bool:
+        """Whether every further step of ``branch`` is computed."""
+        return branch in self._poisoned
+
+    def record(self, identity: Identity, *, cached: bool) -> None:
+        """Note a forward that was decided without any block list."""
+        self._identity = identity
+        if self.spec.settings.verify_ranks and self.group is not None:
+            agreement.verify(identity.step, identity.branch, cached, self.group)
+        self.branch_stats.record(identity.step, cached)
 
     @property
     def identity(self) -> Identity:
@@ -223,6 +239,8 @@ class BranchContexts(CachedContextManager):
     ) -> bool:
         """Whether the middle blocks may be left out of this forward."""
         cached = self._decide(states_tensor, prefix)
+        if self.spec.settings.verify_ranks and self.group is not None:
+            agreement.verify(self._identity.step, self._identity.branch, cached, self.group)
         self._current_context.streak = self._current_context.streak + 1 if cached else 0
         self._outcomes.append(cached)
         if self.on_decision is not None:
@@ -232,15 +250,23 @@ class BranchContexts(CachedContextManager):
     def _decide(self, residual: torch.Tensor, prefix: str) -> bool:
         context, identity = self._current_context, self._identity
         reference = self.get_Fn_buffer(prefix) if context.has_reference else None
-        if reference is None or reference.shape != residual.shape or identity.branch in self._poisoned:
+        if reference is None or reference.shape != residual.shape:
             return False
         action = self.spec.plan.action(
             identity.step - self.spec.first_step, context.cached_count, context.streak
         )
+        cached = identity.branch not in self._poisoned
         if action is not Action.MEASURE:
-            return action is Action.CACHE
+            return cached and action is Action.CACHE
+        cached = cached and self._within_threshold(reference, residual)
+        if self.spec.settings.lockstep and self.pair_group is not None:
+            # Both ranks of the pair get here on the same steps: their decisions have been equal so far.
+            cached = agreement.all_cache(cached, self.pair_group)
+        return cached
+
+    def _within_threshold(self, reference: torch.Tensor, residual: torch.Tensor) -> bool:
         limit = self.spec.settings.max_accumulated_residual_diff_threshold
-        if limit and context.accumulated_residual_diff >= limit:
+        if limit and self._current_context.accumulated_residual_diff >= limit:
             return False
         return self.similarity(
             reference, residual, threshold=self.spec.settings.residual_diff_threshold

@@ -54,6 +54,8 @@ class CacheDitDenoisingMixin:
         session = Session("native", decision)
         _open.append((self, session))
         host.forget_branch()
+        if decision.enabled and (sections := defaults.current().file.passed_on):
+            session.stats.note(f"only the diffusers backend reads {', '.join(sections)} of the config file")
         if decision.enabled and self.server_args.enable_breakable_cuda_graph:
             session.disable("breakable CUDA graphs are on")
             return
@@ -79,7 +81,8 @@ def _mounted(stage: Any) -> _Mounted:
     if mounted is None or mounted.backend.modules != modules:
         # The host may load a transformer anew (low-memory modes): what was mounted went with it.
         group = host.model_group(stage.server_args, pair=stage._cache_dit_joint_cfg_decision())
-        mounted = _stages[stage] = _Mounted(ModelBackend(modules, _identify, group=group))
+        pair = host.model_group(stage.server_args, pair=True) if stage.server_args.enable_cfg_parallel else None
+        mounted = _stages[stage] = _Mounted(ModelBackend(modules, _identify, group=group, pair_group=pair))
     return mounted
 
 

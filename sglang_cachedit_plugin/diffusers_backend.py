@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -76,7 +76,7 @@ class PipelineCache:
         self.session, self._step, self._embeddings = session, 0, []
         with self._named_contexts(), self._counted_steps():
             try:
-                session.open(self.runtime, self.backend, self._split(num_steps), None)
+                session.open(self.runtime, self.backend, self._split(num_steps), _Timesteps(self.pipe.scheduler))
                 yield
             finally:
                 self.session, self._embeddings = None, []
@@ -137,6 +137,22 @@ class PipelineCache:
         limit = boundary * self.pipe.scheduler.config.num_train_timesteps
         high = int((self.pipe.scheduler.timesteps >= limit).sum())
         return {"transformer": (0, high), "transformer_2": (high, num_steps - high)}
+
+
+class _Timesteps(Sequence[float]):
+    """The scheduler's timesteps, read once the pipeline has set them."""
+
+    def __init__(self, scheduler: Any):
+        self._scheduler = scheduler
+        self._read: list[float] = []
+
+    def __len__(self) -> int:
+        if not self._read:
+            self._read = [float(t) for t in self._scheduler.timesteps.flatten().tolist()]
+        return len(self._read)
+
+    def __getitem__(self, step: int) -> float:
+        return self._read[step]
 
 
 def _branch_name(index: int) -> str:

@@ -23,8 +23,9 @@ from torch import nn
 from . import adapters
 from .contexts import BranchContexts, Identity
 from .errors import MountError
+from .output_forecast import OutputHistory
 from .runtime import RequestSpec, TransformerSpec
-from .schedule import StepPlan
+from .schedule import Action, StepPlan
 from .stats import RequestStats, TransformerStats
 
 Identify = Callable[[str, Mapping[str, Any]], Identity | None]
@@ -83,6 +84,10 @@ def _from_row(transformer: nn.Module, row: adapters.AdapterRow) -> BlockAdapter:
     )
 
 
+class _SkipForward(BaseException):  # noqa: N818
+    """Leaves a transformer's forward once its first blocks have decided that the step is cached."""
+
+
 class CachedTransformer:
     """One transformer with a second set of block lists that cache.
 
@@ -95,7 +100,12 @@ class CachedTransformer:
     """
 
     def __init__(
-        self, name: str, transformer: nn.Module, pipe: Any = None, group: dist.ProcessGroup | None = None
+        self,
+        name: str,
+        transformer: nn.Module,
+        pipe: Any = None,
+        group: dist.ProcessGroup | None = None,
+        pair_group: dist.ProcessGroup | None = None,
     ):
         self.name = name
         self.module = transformer
@@ -103,7 +113,7 @@ class CachedTransformer:
         self._slot = "_old_forward" if hasattr(transformer, "_old_forward") else "forward"
         self._own = transformer.__dict__.get(self._slot)
         self._original = getattr(transformer, self._slot)
-        self.contexts = BranchContexts(name=f"{type(transformer).__name__}/{name}", group=group)
+        self.contexts = BranchContexts(name=f"{type(transformer).__name__}/{name}", group=group, pair_group=pair_group)
         adapter = find_blocks(transformer, pipe)
         self._patched = getattr(transformer, self._slot)
         self._restore_slot()
@@ -111,6 +121,7 @@ class CachedTransformer:
         self._swaps = self._build(adapter, index)
         self.num_blocks = [len(blocks) for blocks in adapter.blocks[index]]
         self._identify: Identify | None = None
+        self._outputs: dict[str, OutputHistory] = {}
         setattr(transformer, self._slot, self._wrapper())
 
     def _build(self, adapter: BlockAdapter, index: int) -> dict[str, nn.ModuleList]:
@@ -144,6 +155,8 @@ class CachedTransformer:
             identity = self._identify(self.name, kwargs) if self._identify is not None else None
             if identity is None:
                 return self._original(*args, **kwargs)
+            if self.contexts.spec.settings.forecast == "output":
+                return self._forecast_forward(identity, args, kwargs)
             return self._cached_forward(identity, args, kwargs)
 
         return forward
@@ -160,6 +173,43 @@ class CachedTransformer:
         self.contexts.end_forward()
         return output
 
+    def _forecast_forward(self, identity: Identity, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A forward whose output is extrapolated on cached steps, and nothing else runs."""
+        spec = self.contexts.spec
+        history = self._outputs.get(identity.branch)
+        if history is None or identity.step < history.last_step:
+            history = self._outputs[identity.branch] = OutputHistory(spec.settings.forecast_order)
+        position = spec.position(identity.step)
+        if identity.step == history.last_step:
+            self.contexts.poison(identity.branch)
+        history.last_step = identity.step
+        try:
+            if not spec.plan.static:
+                output = self._cached_forward(identity, args, kwargs)
+            elif self._cached_by_plan(identity, history):
+                return history.predict(position)
+            else:
+                output = self._original(*args, **kwargs)
+                self.contexts.record(identity, cached=False)
+        except _SkipForward:
+            self.contexts.end_forward()
+            return history.predict(position)
+        history.update(position, output)
+        return output
+
+    def _cached_by_plan(self, identity: Identity, history: OutputHistory) -> bool:
+        if not history.ready or self.contexts.is_poisoned(identity.branch):
+            return False
+        spec = self.contexts.spec
+        if spec.plan.action(identity.step - spec.first_step) is not Action.CACHE:
+            return False
+        self.contexts.record(identity, cached=True)
+        return True
+
+    def _skip(self, cached: bool) -> None:
+        if cached:
+            raise _SkipForward
+
     def refresh(self, spec: TransformerSpec, stats: TransformerStats, identify: Identify) -> None:
         """Serve the next forwards under ``spec``.
 
@@ -172,13 +222,20 @@ class CachedTransformer:
                 f"Fn_compute_blocks {first} + Bn_compute_blocks {last} exceed the "
                 f"{min(self.num_blocks)} blocks of {self.name}"
             )
+        self._outputs.clear()
         self.contexts.begin_request(spec, stats)
+        self.contexts.on_decision = self._skip if spec.settings.forecast == "output" else None
         self._identify = identify
 
     def bypass(self) -> None:
         """Run the original forward; drop all buffers."""
         self._identify = None
+        self._outputs.clear()
         self.contexts.clear()
+
+    def pause(self) -> None:
+        """Run the original forward; keep the buffers until the next request."""
+        self._identify = None
 
     def unmount(self) -> None:
         """Give the transformer its own forward back."""
@@ -203,13 +260,18 @@ class ModelBackend:
     """
 
     def __init__(
-        self, modules: Mapping[str, nn.Module], identify: Identify, *, pipe: Any = None,
+        self,
+        modules: Mapping[str, nn.Module],
+        identify: Identify,
+        *,
+        pipe: Any = None,
         group: dist.ProcessGroup | None = None,
+        pair_group: dist.ProcessGroup | None = None,
     ):
         self.modules = dict(modules)
         self._identify = identify
         self._pipe = pipe
-        self._group = group
+        self._groups = (group, pair_group)
         self.mounted: dict[str, CachedTransformer] = {}
         self.stats: RequestStats | None = None
 
@@ -217,7 +279,7 @@ class ModelBackend:
         """Prepare every transformer, or none."""
         try:
             for name, module in self.modules.items():
-                self.mounted[name] = CachedTransformer(name, module, self._pipe, self._group)
+                self.mounted[name] = CachedTransformer(name, module, self._pipe, *self._groups)
         except BaseException:
             for transformer in self.mounted.values():
                 transformer.unmount()
@@ -235,7 +297,11 @@ class ModelBackend:
     def bypass(self) -> None:
         """Run the original forwards."""
         for transformer in self.mounted.values():
-            transformer.bypass()
+            spec = transformer.contexts.spec
+            if spec is not None and spec.settings.keep_buffers:
+                transformer.pause()
+            else:
+                transformer.bypass()
 
     def buffer_bytes(self) -> int:
         """Bytes held by all contexts."""

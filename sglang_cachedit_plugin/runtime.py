@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -36,7 +37,7 @@ class TransformerSpec:
     settings: CacheSettings
     plan: StepPlan
     first_step: int = 0
-    positions: tuple[float, ...] | None = None
+    positions: Sequence[float] | None = None
 
     def position(self, step: int) -> float:
         """Place of the host's step ``step``."""

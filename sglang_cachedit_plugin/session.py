@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ class Session:
         self._started = time.perf_counter()
 
     def open(self, runtime: Runtime, backend: ModelBackend, steps: dict[str, tuple[int, int]],
-             positions: tuple[float, ...] | None) -> None:
+             positions: Sequence[float] | None) -> None:
         """Bring the model to what the request wants.
 
         Args:
@@ -66,7 +66,7 @@ class Session:
         self.stats.enabled = False
         self.stats.reason = reason
 
-    def _spec(self, steps: dict[str, tuple[int, int]], positions: tuple[float, ...] | None) -> RequestSpec:
+    def _spec(self, steps: dict[str, tuple[int, int]], positions: Sequence[float] | None) -> RequestSpec:
         resolved = self.decision.resolved
         specs = []
         total = max((first + count for first, count in steps.values()), default=0)

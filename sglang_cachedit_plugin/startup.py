@@ -63,7 +63,7 @@ def ensure_file(server_args: Any) -> tuple[str, ...]:
 
 def _refuse_foreign_sections(sections: Any, server_args: Any) -> None:
     backend = str(getattr(server_args.backend, "value", server_args.backend))
-    if backend == "diffusers":
+    if backend != "sglang":
         return
     for section, value in sections.items():
         raise SettingError(

@@ -16,13 +16,13 @@ SGLANG = str(Path(sys.executable).with_name("sglang"))
 
 VARIABLES = {
     "misspelt variable": ({"WARMPU": "4"}, "SGLANG_CACHE_DIT_WARMPU", "did you mean 'SGLANG_CACHE_DIT_WARMUP'"),
-    "not a number": ({"RDT": "abc"}, "residual_diff_threshold = 'abc'", "a number from 0 to 1"),
-    "out of range": ({"WARMUP": "-4"}, "max_warmup_steps = -4", "at least 0"),
-    "order": ({"TS_ORDER": "7"}, "taylorseer_order = 7", "from 1 to 2"),
-    "policy": ({"SCM_POLICY": "statik"}, "steps_computation_policy = 'statik'", "did you mean 'static'"),
+    "not a number": ({"RDT": "abc"}, "SGLANG_CACHE_DIT_RDT = 'abc'", "a number from 0 to 1"),
+    "out of range": ({"WARMUP": "-4"}, "SGLANG_CACHE_DIT_WARMUP = -4", "at least 0"),
+    "order": ({"TS_ORDER": "7"}, "SGLANG_CACHE_DIT_TS_ORDER = 7", "from 1 to 2"),
+    "policy": ({"SCM_POLICY": "statik"}, "SGLANG_CACHE_DIT_SCM_POLICY = 'statik'", "did you mean 'static'"),
     "both calibrators": ({"TAYLORSEER": "1", "DMD": "1"}, "enable_dmd", "exclude each other"),
     "bins that do not pair": ({"SCM_COMPUTE_BINS": "4,2"}, "scm_cache_bins", "together or not at all"),
-    "second transformer": ({"SECONDARY_FN": "x"}, "Fn_compute_blocks = 'x'", "a whole number"),
+    "second transformer": ({"SECONDARY_FN": "x"}, "SGLANG_CACHE_DIT_SECONDARY_FN = 'x'", "a whole number"),
     "switch": ({"ENABLED": "ja"}, "SGLANG_CACHE_DIT_ENABLED = 'ja'", "true or false"),
 }
 FILES = {

@@ -29,6 +29,8 @@ SEQUENCE = {
     "dmd": BASE | CFG | _cached(enable_dmd=True),
     "preset": BASE | _cached(scm_preset="fast", scm_policy="static"),
     "bins": BASE | _cached(scm_compute_bins=[4, 2, 2], scm_cache_bins=[2, 2]),
+    "output": BASE | CFG | _cached(forecast="output", scm_preset="medium", scm_policy="static", max_warmup_steps=0),
+    "output by threshold": BASE | _cached(forecast="output", forecast_order=2),
     "too many blocks": BASE | _cached(Fn_compute_blocks=99),
     "on again": BASE | {"prompt": "blue moon", "seed": 7} | _cached(),
 }
@@ -89,7 +91,7 @@ def test_each_request_equals_a_fresh_process(results, backend, name):
 def test_the_sequence_caches_and_its_requests_differ(results, backend):
     """Shows that the comparison above can fail."""
     outcomes = dict(zip(SEQUENCE, results[f"{backend} sequence"], strict=True))
-    for name in ("defaults", "taylorseer", "preset", "bins", "on again"):
+    for name in ("defaults", "taylorseer", "preset", "bins", "output", "output by threshold", "on again"):
         assert outcomes[name]["report"]["cached_steps"] > 0, name
     assert not torch.equal(outcomes["defaults"]["latents"], outcomes["off"]["latents"])
     assert not torch.equal(outcomes["defaults"]["latents"], outcomes["taylorseer"]["latents"])

@@ -1,0 +1,58 @@
+"""Forecast of the whole model output: on a cached step nothing of the transformer runs.
+
+The output of every tensor leaf is extrapolated through the last computed outputs on the real spacing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from .forecast import Extrapolator
+
+
+class OutputHistory:
+    """Computed outputs of one branch, and how its steps went.
+
+    Args:
+        order: degree of the extrapolation.
+    """
+
+    def __init__(self, order: int):
+        self._order = order
+        self._leaves: list[Extrapolator] = []
+        self._structure: Any = None
+        self._constants: list[Any] = []
+        self.last_step = -1
+        self.streak = 0
+        self.cached_count = 0
+
+    @property
+    def ready(self) -> bool:
+        """Whether anything was computed yet."""
+        return self._structure is not None
+
+    def update(self, position: float, output: Any) -> None:
+        """Add a computed output: a tensor, or a tuple, list, mapping or model output of tensors."""
+        leaves, structure = pytree.tree_flatten(output)
+        if structure != self._structure:
+            self._structure = structure
+            self._leaves = [Extrapolator(self._order) for _ in leaves]
+        self._constants = leaves
+        for known, leaf in zip(self._leaves, leaves, strict=True):
+            if isinstance(leaf, torch.Tensor):
+                # The host may change what it gets in place.
+                known.update(position, leaf.detach().clone())
+        self.streak = 0
+
+    def predict(self, position: float) -> Any:
+        """The forecast, in the structure of the last output."""
+        self.streak += 1
+        self.cached_count += 1
+        leaves = [
+            known.predict(position).clone() if len(known) else constant
+            for known, constant in zip(self._leaves, self._constants, strict=True)
+        ]
+        return pytree.tree_unflatten(leaves, self._structure)
