@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from . import defaults, host, startup
-from .contexts import Identity
 from .mount import ModelBackend
-from .runtime import Runtime
+from .runtime import Identity, Runtime
 from .session import Session, publish
 
 

@@ -12,10 +12,9 @@ import torch
 from torch import nn
 
 from . import defaults, host, startup
-from .contexts import Identity
 from .errors import MountError
 from .mount import ModelBackend, apply_sections
-from .runtime import Runtime
+from .runtime import Identity, Runtime
 from .session import Session, publish
 from .stats import COND
 

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from importlib import metadata
 from typing import Any
 
-from .contexts import Identity
+from .runtime import Identity
 from .stats import COND
 
 SUPPORTED_HOSTS = ("0.5.21", "0.5.22", "0.5.23")

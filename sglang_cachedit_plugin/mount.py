@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import cache_dit
-import torch
 import torch.distributed as dist
 from cache_dit import BlockAdapter, BlockAdapterRegister, ForwardPattern
 from cache_dit.caching.cache_blocks import UnifiedBlocks
@@ -84,7 +83,41 @@ def _from_row(transformer: nn.Module, row: adapters.AdapterRow) -> BlockAdapter:
     )
 
 
-class _SkipForward(BaseException):  # noqa: N818
+_ABSENT = object()
+
+
+def _set_forwards(forwards: Mapping[nn.Module, Any]) -> dict[nn.Module, Any]:
+    """Set the modules' own ``forward`` attributes; returns what they were."""
+    previous = {module: module.__dict__.get("forward", _ABSENT) for module in forwards}
+    for module, forward in forwards.items():
+        if forward is _ABSENT:
+            module.__dict__.pop("forward", None)
+        else:
+            module.__dict__["forward"] = forward
+    return previous
+
+
+@contextmanager
+def _undone(transformer: nn.Module, pipe: Any) -> Iterator[dict[nn.Module, Any]]:
+    """Undo every forward that is replaced inside; afterwards the mapping holds the replacements."""
+    roots = [transformer, *(getattr(pipe, name, None) for name in ("transformer", "transformer_2"))]
+    roots = [root for root in roots if isinstance(root, nn.Module)]
+    flags = [root.__dict__.get("_is_patched", _ABSENT) for root in roots]
+    before = {m: m.__dict__.get("forward", _ABSENT) for root in roots for m in root.modules()}
+    replacements: dict[nn.Module, Any] = {}
+    try:
+        yield replacements
+    finally:
+        after = {m: m.__dict__.get("forward", _ABSENT) for m in before}
+        changed = {m: own for m, own in before.items() if after[m] is not own}
+        replacements.update({m: after[m] for m in changed})
+        _set_forwards(changed)
+        for root, flag in zip(roots, flags, strict=True):
+            if flag is _ABSENT:
+                root.__dict__.pop("_is_patched", None)
+
+
+class _SkipForward(BaseException):
     """Leaves a transformer's forward once its first blocks have decided that the step is cached."""
 
 
@@ -114,12 +147,15 @@ class CachedTransformer:
         self._own = transformer.__dict__.get(self._slot)
         self._original = getattr(transformer, self._slot)
         self.contexts = BranchContexts(name=f"{type(transformer).__name__}/{name}", group=group, pair_group=pair_group)
-        adapter = find_blocks(transformer, pipe)
-        self._patched = getattr(transformer, self._slot)
-        self._restore_slot()
-        index = [id(module) for module in adapter.transformer].index(id(transformer))
-        self._swaps = self._build(adapter, index)
+        with _undone(transformer, pipe) as patches:
+            # cache-dit's functors rewrite forwards of some models for good; here they hold for cached
+            # forwards only, so that the original stays the original.
+            adapter = find_blocks(transformer, pipe)
+            index = [id(module) for module in adapter.transformer].index(id(transformer))
+            self._swaps = self._build(adapter, index)
         self.num_blocks = [len(blocks) for blocks in adapter.blocks[index]]
+        self._patched = patches.pop(transformer, self._original)
+        self._block_forwards = {module: patches[module] for module in transformer.modules() if module in patches}
         self._identify: Identify | None = None
         self._outputs: dict[str, OutputHistory] = {}
         setattr(transformer, self._slot, self._wrapper())
@@ -166,10 +202,12 @@ class CachedTransformer:
         modules = self.module._modules
         own = {name: modules[name] for name in self._swaps}
         modules.update(self._swaps)
+        own_forwards = _set_forwards(self._block_forwards)
         try:
             output = self._patched(*args, **kwargs)
         finally:
             modules.update(own)
+            _set_forwards(own_forwards)
         self.contexts.end_forward()
         return output
 
@@ -302,16 +340,6 @@ class ModelBackend:
                 transformer.pause()
             else:
                 transformer.bypass()
-
-    def buffer_bytes(self) -> int:
-        """Bytes held by all contexts."""
-        return sum(
-            buffer.numel() * buffer.element_size()
-            for transformer in self.mounted.values()
-            for context in transformer.contexts._cached_context_manager.values()
-            for buffer in context.buffers.values()
-            if isinstance(buffer, torch.Tensor)
-        )
 
 
 def _transformer_stats(plan: StepPlan) -> TransformerStats:

@@ -77,7 +77,7 @@ class Session:
             )
             for note in notes:
                 self.stats.note(note)
-            if not plan.may_cache:
+            if not (plan.may_cache and (plan.static or settings.residual_diff_threshold > 0.0)):
                 self.stats.note(f"{name}: none of its {count} steps can be cached with these settings")
             specs.append(
                 TransformerSpec(name=name, settings=settings, plan=plan, first_step=first, positions=positions)

@@ -32,7 +32,7 @@ MAX_FILE_BYTES = 1 << 20
 FILE_SECTIONS = (
     "cache_config", "secondary", "profiles", "parallelism_config", "quantize_config", "attention_backend",
 )
-PASSED_ON_SECTIONS = ("parallelism_config", "quantize_config", "attention_backend", "parallel_kwargs")
+PASSED_ON_SECTIONS = ("parallelism_config", "quantize_config", "attention_backend")
 _MISSPELT = {"enable_sperate_cfg": "enable_separate_cfg"}
 _BOOL = Knob(kind="bool", doc="")
 
@@ -254,10 +254,28 @@ def read_file(path_or_mapping: str | Mapping[str, Any]) -> FileConfig:
         enabled=enabled,
     )
     passed_on = {key: raw[key] for key in PASSED_ON_SECTIONS if raw.get(key) is not None}
+    _unfold_parallel_kwargs(raw, passed_on, label, warnings)
     return FileConfig(
         source=source, profiles=profiles, passed_on=passed_on, warnings=tuple(warnings),
         given=path_or_mapping,
     )
+
+
+def _unfold_parallel_kwargs(
+    raw: Mapping[str, Any], passed_on: dict[str, Any], label: str, warnings: list[str]
+) -> None:
+    """Read the older spelling ``parallel_kwargs``, at top level or nested, as part of ``parallelism_config``."""
+    parallelism = passed_on.get("parallelism_config")
+    older = raw.get("parallel_kwargs")
+    if isinstance(parallelism, Mapping) and "parallel_kwargs" in parallelism:
+        older = parallelism["parallel_kwargs"]
+    if older is None:
+        return
+    if not isinstance(older, Mapping) or (parallelism is not None and not isinstance(parallelism, Mapping)):
+        raise SettingError("parallel_kwargs", older, label, "expected a mapping of settings")
+    warnings.append(f"parallel_kwargs ({label}) is read as part of parallelism_config")
+    kept = {key: value for key, value in (parallelism or {}).items() if key != "parallel_kwargs"}
+    passed_on["parallelism_config"] = {**older, **kept}
 
 
 def _read_profiles(raw: Any, label: str, warnings: list[str]) -> dict[str, Source]:

@@ -12,7 +12,6 @@ from .sources import read_environment, read_file
 
 _SECTION_FLAGS = {
     "parallelism_config": "--ulysses-degree, --ring-degree or --tp-size",
-    "parallel_kwargs": "--ulysses-degree, --ring-degree or --tp-size",
     "quantize_config": "a quantised checkpoint or --quantization",
     "attention_backend": "--attention-backend",
 }

@@ -126,7 +126,7 @@ def _draw_all(generator: Any, out: Path) -> tuple[list[Drawn], list[Drawn]]:
 
 
 def _print_table(plain: list[Drawn], cached: list[Drawn], sheet: Path) -> None:
-    print(f"\n{'prompt':<12} {'uncached':>9} {'cached':>8} {'computed/cached':>13} {'speed-up':>8} {'PSNR':>7} {'SSIM':>6}")
+    print(f"\n{'prompt':<12} {'uncached':>9} {'cached':>8} {'comp. / cached':>13} {'speed':>8} {'PSNR':>7} {'SSIM':>6}")
     for line in map(row, PROMPTS, plain, cached):
         print(line)
     total, total_cached = sum(d.seconds for d in plain), sum(d.seconds for d in cached)

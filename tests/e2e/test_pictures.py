@@ -86,7 +86,7 @@ def test_cached_steps_change_the_latents(case):
 def test_a_static_mask_runs_exactly_the_blocks_it_should(case):
     name, plain, plugged = case
     firsts = {"transformer.transformer_blocks.0", "transformer.blocks.0", "transformer_2.blocks.0"}
-    high, low = EXPERT_STEPS.get(name, (STEPS, 0))
+    high, _ = EXPERT_STEPS.get(name, (STEPS, 0))
     masks = {"transformer": MASK[:high], "transformer_2": MASK[high:]}
     assert plain["calls"]
     for block, full in plain["calls"].items():

@@ -11,7 +11,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-WORDS = "a an the red green blue apple cat dog moon house tree of on in with photo painting small large".split()
+WORDS = [
+    "a", "an", "the", "red", "green", "blue", "apple", "cat", "dog", "moon", "house", "tree", "of", "on", "in", "with",
+    "photo", "painting", "small", "large",
+]
 
 
 def widen(model: nn.Module, seed: int, scale: float = 1.2) -> nn.Module:

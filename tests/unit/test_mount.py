@@ -73,10 +73,7 @@ def inputs(build, step: int) -> dict:
     return {**text, **ids, "pooled_projections": noise(1, 16), "guidance": torch.ones(1)}
 
 
-PATCHED_BLOCKS = pytest.mark.xfail(
-    strict=True, reason="cache-dit's functor patches the blocks too, and mount.py leaves them patched when off"
-)
-MODELS = [flux, qwen, wan, pytest.param(chroma, marks=PATCHED_BLOCKS)]
+MODELS = [flux, qwen, wan, chroma]
 
 
 @pytest.fixture(params=MODELS, ids=["flux", "qwen", "wan", "chroma"])
@@ -188,15 +185,7 @@ class _Counted(ModelHook):
         return args, kwargs
 
 
-@pytest.mark.parametrize(
-    "build",
-    [
-        qwen, wan,
-        pytest.param(flux, marks=pytest.mark.xfail(
-            strict=True, reason="cache-dit's functor overwrites accelerate's forward, mount.py restores its own slot"
-        )),
-    ],
-)
+@pytest.mark.parametrize("build", [qwen, wan, flux])
 def test_an_offload_hook_goes_on_working(build):
     hook = _Counted()
     rig = Mounted(build, hook)
@@ -208,7 +197,6 @@ def test_an_offload_hook_goes_on_working(build):
     assert stats.branches["cond"].computed == [0, 2]
 
 
-@pytest.mark.xfail(strict=True, reason="mount.py restores the forward only after find_blocks has succeeded")
 def test_a_mount_that_fails_late_leaves_the_original_forward(monkeypatch):
     model = widened(flux)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -124,3 +125,16 @@ def test_an_empty_source_changes_nothing():
     assert resolve(Source(), Source()).primary == resolve().secondary == DEFAULTS
     assert resolve(Source(profile=None), Source(profile="a"), Source(profile="b")).profile == "a"
     assert resolve(Source(primary={"strict": Value(True, "x")})).primary.strict is True
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"parallelism_config": {"ulysses_size": 2, "parallel_kwargs": {"attention_backend": "native"}}},
+        {"parallelism_config": {"ulysses_size": 2}, "parallel_kwargs": {"attention_backend": "native"}},
+    ],
+)
+def test_the_older_parallel_kwargs_is_read_with_a_warning(raw):
+    file = read_file(raw)
+    assert file.passed_on == {"parallelism_config": {"ulysses_size": 2, "attention_backend": "native"}}
+    assert len(file.warnings) == 1 and "parallel_kwargs" in file.warnings[0]
