@@ -48,6 +48,11 @@ class _Forecaster:
         return self._values[name].predict(self.position)
 
 
+    def held_bytes(self) -> int:
+        """Bytes of the values kept."""
+        return sum(values.held_bytes() for values in self._values.values())
+
+
 class _SteppedDMD:
     """cache-dit's DMD calibrator, told the step instead of counting calls."""
 
@@ -76,6 +81,11 @@ class _SteppedDMD:
     def approximate(self, name: str = "default") -> torch.Tensor:
         """The forecast at the current step."""
         return self._state(name).approximate()
+
+    def held_bytes(self) -> int:
+        """Bytes of the snapshots kept; the decomposition's own factors are not counted."""
+        snapshots = [value for state in self._dmd.states.values() for _, value in state.snapshots]
+        return sum(value.numel() * value.element_size() for value in snapshots)
 
 
 def _calibrator_config(settings: CacheSettings) -> TaylorSeerCalibratorConfig | DMDCalibratorConfig | None:
@@ -130,6 +140,12 @@ class BranchContext(CachedContext):
         return context
 
 
+def _tensor_bytes(context: BranchContext) -> int:
+    buffers = [each for each in context.buffers.values() if isinstance(each, torch.Tensor)]
+    calibrators = [each for each in context.get_calibrators() if each is not None]
+    return sum(each.numel() * each.element_size() for each in buffers) + sum(c.held_bytes() for c in calibrators)
+
+
 class BranchContexts(CachedContextManager):
     """cache-dit's context manager, keyed by block list and branch.
 
@@ -166,6 +182,10 @@ class BranchContexts(CachedContextManager):
         self.clear_contexts()
         self._current_context = None
         self._poisoned.clear()
+
+    def held_bytes(self) -> int:
+        """Bytes of the tensors in all contexts and their calibrators."""
+        return sum(_tensor_bytes(context) for context in self._cached_context_manager.values())
 
     def begin_forward(self, identity: Identity) -> None:
         """The next calls belong to ``identity``."""

@@ -67,3 +67,7 @@ class Extrapolator:
     def clear(self) -> None:
         """Forget everything."""
         self._known.clear()
+
+    def held_bytes(self) -> int:
+        """Bytes of the values kept."""
+        return sum(value.numel() * value.element_size() for _, value in self._known)

@@ -275,6 +275,10 @@ class CachedTransformer:
         """Run the original forward; keep the buffers until the next request."""
         self._identify = None
 
+    def buffer_bytes(self) -> int:
+        """Bytes of the tensors held for cached steps."""
+        return self.contexts.held_bytes() + sum(history.held_bytes() for history in self._outputs.values())
+
     def unmount(self) -> None:
         """Give the transformer its own forward back."""
         self.bypass()
@@ -340,6 +344,10 @@ class ModelBackend:
                 transformer.pause()
             else:
                 transformer.bypass()
+
+    def buffer_bytes(self) -> int:
+        """Bytes of all tensors held for cached steps."""
+        return sum(transformer.buffer_bytes() for transformer in self.mounted.values())
 
 
 def _transformer_stats(plan: StepPlan) -> TransformerStats:

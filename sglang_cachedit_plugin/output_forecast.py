@@ -56,3 +56,7 @@ class OutputHistory:
             for known, constant in zip(self._leaves, self._constants, strict=True)
         ]
         return pytree.tree_unflatten(leaves, self._structure)
+
+    def held_bytes(self) -> int:
+        """Bytes of the outputs kept."""
+        return sum(leaf.held_bytes() for leaf in self._leaves)

@@ -255,3 +255,25 @@ def test_the_bytes_held_are_those_of_two_hidden_states():
     backend.bypass()
     assert backend.buffer_bytes() == 0
     assert isinstance(modules["transformer"].transformer_blocks[0], Block)
+
+
+def test_what_a_calibrator_or_an_output_forecast_holds_is_counted_too():
+    from sglang_cachedit_plugin.runtime import Identity
+
+    held = {}
+    for name, knobs in {
+        "plain": {}, "taylorseer": {"enable_taylorseer": True}, "output": {"forecast": "output"},
+    }.items():
+        modules = {"transformer": TinyDiT()}
+        backend = backend_with(modules)
+        backend.mount()
+        backend.refresh(request(modules, max_warmup_steps=3, **knobs))
+        for step in range(3):
+            backend.set_identity(Identity("cond", step))
+            with torch.no_grad():
+                modules["transformer"](sample("cond", step))
+        held[name] = backend.buffer_bytes() // (sample("cond", 0).numel() * 4)
+        backend.bypass()
+        assert backend.buffer_bytes() == 0
+    # First and middle residual; TaylorSeer 1 keeps two middle residuals; the output forecast two outputs.
+    assert held == {"plain": 2, "taylorseer": 3, "output": 4}
