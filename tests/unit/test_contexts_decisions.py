@@ -210,7 +210,7 @@ def backend_with(modules: dict) -> ModelBackend:
 
 
 def request(modules: dict, **knobs) -> RequestSpec:
-    settings = CacheSettings(max_warmup_steps=1, **knobs)
+    settings = CacheSettings(**{"max_warmup_steps": 1, **knobs})
     plan, _ = build_plan(settings, 4, preset_mask)
     return RequestSpec(
         transformers=tuple(TransformerSpec(name=name, settings=settings, plan=plan) for name in modules)
