@@ -63,7 +63,13 @@ class CacheDitDenoisingMixin:
         mounted = _mounted(self)
         if self.server_args.enable_torch_compile and self._cache_dit_requested():
             _mount_early(mounted, session)
-        session.open(mounted.runtime, mounted.backend, _steps(self, num_inference_steps), _positions(batch))
+        session.open(
+            mounted.runtime,
+            mounted.backend,
+            _steps(self, num_inference_steps),
+            _positions(batch),
+            one_config=self._cache_dit_secondary_uses_primary_config(),
+        )
         # The host holds torch.compile back until caching is in place; from here on it is.
         self._cache_dit_enabled = True
 

@@ -38,8 +38,6 @@ class PipelineCache:
         self._step = 0
         self._context_name: str | None = None
         self._embeddings: list[torch.Tensor] = []
-        self._first_step_calls = 0
-        self._started = False
 
     def mount(self) -> None:
         """Mount now; MountError is kept for the first request that wants caching."""
@@ -52,22 +50,25 @@ class PipelineCache:
         if self._context_name is not None:
             branch = _NAMES.get(self._context_name, self._context_name)
         else:
-            branch = self._branch_of(kwargs.get("encoder_hidden_states"))
+            branch = self._branch_of(name, kwargs.get("encoder_hidden_states"))
         return Identity(branch=branch, step=self._step)
 
-    def _branch_of(self, embeddings: Any) -> str:
+    def _branch_of(self, name: str, embeddings: Any) -> str:
         if not isinstance(embeddings, torch.Tensor):
             return COND
         for index, known in enumerate(self._embeddings):
             if known.data_ptr() == embeddings.data_ptr() and known.shape == embeddings.shape:
                 return _branch_name(index)
-        if self._step > 0 and len(self._embeddings) == 1:
-            # One forward a step whose embeddings are made anew each time: still one branch. A second
-            # forward in the same step would be refused as ambiguous.
-            return COND
-        # Held until the request ends, so that no other tensor can take the address.
-        self._embeddings.append(embeddings)
-        return _branch_name(len(self._embeddings) - 1)
+        if self._step == 0:
+            # Held until the request ends, so that no other tensor can take the address.
+            self._embeddings.append(embeddings)
+            return _branch_name(len(self._embeddings) - 1)
+        if len(self._embeddings) > 1:
+            # Several branches whose embeddings are made anew on each step: nothing tells them apart.
+            self.backend.mounted[name].contexts.poison(COND)
+        # One forward a step with new embeddings each time (batched CFG) is one branch; a second forward
+        # in the same step would be refused as ambiguous.
+        return COND
 
     @contextmanager
     def request(self, session: Session, num_steps: int) -> Iterator[None]:

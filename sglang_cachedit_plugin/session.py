@@ -37,11 +37,19 @@ class Session:
         self._runtime: Runtime | None = None
         self._started = time.perf_counter()
 
-    def open(self, runtime: Runtime, backend: ModelBackend, steps: dict[str, tuple[int, int]],
-             positions: Sequence[float] | None) -> None:
+    def open(
+        self,
+        runtime: Runtime,
+        backend: ModelBackend,
+        steps: dict[str, tuple[int, int]],
+        positions: Sequence[float] | None,
+        *,
+        one_config: bool = False,
+    ) -> None:
         """Bring the model to what the request wants.
 
         Args:
+            one_config: both transformers take the settings of the first.
             steps: for each transformer the host's number of its first step, and how many it takes.
             positions: place of each of the host's steps on the denoising path.
 
@@ -55,7 +63,7 @@ class Session:
             return
         backend.stats = self.stats
         try:
-            runtime.prepare(self._spec(steps, positions))
+            runtime.prepare(self._spec(steps, positions, one_config))
         except MountError as error:
             if self.decision.resolved.primary.strict:
                 raise
@@ -66,12 +74,15 @@ class Session:
         self.stats.enabled = False
         self.stats.reason = reason
 
-    def _spec(self, steps: dict[str, tuple[int, int]], positions: Sequence[float] | None) -> RequestSpec:
+    def _spec(
+        self, steps: dict[str, tuple[int, int]], positions: Sequence[float] | None, one_config: bool
+    ) -> RequestSpec:
         resolved = self.decision.resolved
         specs = []
         total = max((first + count for first, count in steps.values()), default=0)
         for name, (first, count) in steps.items():
-            settings = resolved.secondary if name == "transformer_2" else resolved.primary
+            second = name == "transformer_2" and not one_config
+            settings = resolved.secondary if second else resolved.primary
             plan, notes = build_plan(
                 settings, count, preset_mask, first_step=first, total_steps=total
             )

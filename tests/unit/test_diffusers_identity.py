@@ -1,0 +1,110 @@
+"""Branches and steps of diffusers pipelines: named, told by their embeddings, batched, or refused."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+
+from sglang_cachedit_plugin.defaults import Defaults
+from sglang_cachedit_plugin.diffusers_backend import PipelineCache
+from sglang_cachedit_plugin.session import Session
+
+STEPS = 6
+MASK = [1, 1, 0, 1, 0, 1]
+
+
+def noise(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Pipe:
+    """The loop of a diffusers pipeline around a real transformer and a real scheduler."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.transformer = FluxTransformer2DModel(
+            patch_size=1, in_channels=4, num_layers=3, num_single_layers=1, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(4, 6, 6),
+        ).eval()
+        self.scheduler = FlowMatchEulerDiscreteScheduler()
+        self.config = SimpleNamespace()
+
+    def forward(self, embeddings: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        count = embeddings.shape[0]
+        return self.transformer(
+            hidden_states=latents.expand(count, -1, -1), encoder_hidden_states=embeddings,
+            pooled_projections=torch.ones(count, 8), timestep=torch.full((count,), 0.5),
+            img_ids=torch.zeros(4, 3), txt_ids=torch.zeros(3, 3), return_dict=False,
+        )[0]
+
+    @torch.no_grad()
+    def run(self, style: str, branches: str = "both") -> torch.Tensor:
+        """Final latents; ``style`` is how the pipeline does CFG."""
+        self.scheduler.set_timesteps(STEPS)
+        copied = copy.deepcopy(self.scheduler)
+        cond, uncond = noise(1, 1, 3, 8), noise(2, 1, 3, 8)
+        latents = noise(3, 1, 4, 4)
+        for t in self.scheduler.timesteps:
+            copied.step(latents, t, latents)
+            if style == "batched":
+                positive, negative = self.forward(torch.cat([cond, uncond]), latents).chunk(2)
+            elif style == "named":
+                with self.transformer.cache_context("uncond"):
+                    negative = self.forward(uncond.clone(), latents)
+                with self.transformer.cache_context("cond"):
+                    positive = self.forward(cond.clone(), latents)
+            elif style == "embeddings":
+                positive, negative = self.forward(cond, latents), self.forward(uncond, latents)
+            else:
+                positive, negative = self.forward(cond.clone(), latents), self.forward(uncond.clone(), latents)
+            latents = self.scheduler.step(negative + 2.0 * (positive - negative), t, latents, return_dict=False)[0]
+        return latents
+
+
+def serve(pipe: Pipe, style: str) -> tuple[torch.Tensor, dict]:
+    knobs = {"steps_computation_mask": MASK, "scm_policy": "static", "max_warmup_steps": 0}
+    session = Session("diffusers", Defaults().decide(True, knobs))
+    cache = PipelineCache(pipe)
+    with cache.request(session, STEPS):
+        latents = pipe.run(style)
+    return latents, session.close().as_dict()
+
+
+CACHED = [step for step, computed in enumerate(MASK) if not computed]
+
+
+@pytest.mark.parametrize("style", ["named", "embeddings"])
+def test_two_forwards_a_step_are_two_branches(style):
+    latents, report = serve(Pipe(), style)
+    branches = report["transformers"]["transformer"]["branches"]
+    assert {name: branch["cached"] for name, branch in branches.items()} == {"cond": CACHED, "uncond": CACHED}
+    assert not torch.equal(latents, Pipe().run(style))
+
+
+def test_both_ways_to_tell_branches_give_the_same_picture():
+    assert torch.equal(serve(Pipe(), "named")[0], serve(Pipe(), "embeddings")[0])
+
+
+def test_batched_cfg_is_one_branch():
+    _, report = serve(Pipe(), "batched")
+    branches = report["transformers"]["transformer"]["branches"]
+    assert {name: branch["cached"] for name, branch in branches.items()} == {"cond": CACHED}
+
+
+def test_branches_that_cannot_be_told_apart_are_computed_and_the_report_says_so():
+    latents, report = serve(Pipe(), "anonymous")
+    assert torch.equal(latents, Pipe().run("anonymous"))
+    assert report["cached_steps"] == 0
+    assert "cannot be told apart" in report["reason"]
+
+
+def test_the_pipeline_is_its_own_afterwards():
+    pipe = Pipe()
+    serve(pipe, "named")
+    assert type(pipe.scheduler) is FlowMatchEulerDiscreteScheduler
+    assert "cache_context" not in pipe.transformer.__dict__
+    assert torch.equal(pipe.run("named"), Pipe().run("named"))
