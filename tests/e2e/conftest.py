@@ -19,7 +19,8 @@ PORTS = iter(range(43100, 43900))
 def host_environment(**extra: str) -> dict[str, str]:
     """The environment of a host process: no hub, one thread, nothing of the caller's cache settings."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SGLANG_")}
-    return environment | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | extra
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return environment | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path} | extra
 
 
 @pytest.fixture(scope="session")
