@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -10,6 +11,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="sglang-cachedit", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_demo_model(commands)
+    _add_doctor(commands)
     args = parser.parse_args(argv)
     return int(args.run(args) or 0)
 
@@ -23,3 +25,18 @@ def _demo_model(args: argparse.Namespace) -> None:
     from .demo import model_dir
 
     print(model_dir())
+
+
+def _add_doctor(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("doctor", help="versions, seams and settings in force; status 1 if something is wrong")
+    parser.add_argument("--config", metavar="FILE", help="a file as --cache-dit-config takes it")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from . import doctor
+
+    found = doctor.examine(args.config)
+    print(json.dumps(found, indent=2) if args.json else "\n".join(doctor.lines(found)))
+    return 0 if found["ok"] else 1

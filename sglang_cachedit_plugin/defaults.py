@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .sources import FileConfig, Resolved, Source, read_request, resolve
+from .profiles import BUILT_IN
+from .sources import FileConfig, Resolved, Source, Value, read_request, resolve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +30,28 @@ class Defaults:
     @property
     def enabled(self) -> bool:
         """Whether requests that say nothing are cached; the file outranks the environment."""
+        return self.switch.value
+
+    @property
+    def switch(self) -> Value:
+        """The same with its origin."""
         for source in (self.file.source, self.environment):
             if source.enabled is not None:
-                return source.enabled.value
-        return False
+                return source.enabled
+        return Value(False, "default")
+
+    @property
+    def profiles(self) -> Mapping[str, Source]:
+        """Profiles by name; the file's replace built-in ones of the same name."""
+        return {**BUILT_IN, **self.file.profiles}
+
+    def describe(self) -> dict[str, Any]:
+        """The settings that a request without parameters meets, with their origins."""
+        return {
+            "enabled": {"value": self.switch.value, "origin": self.switch.origin},
+            "config": self.decide(None, None).resolved.config(),
+            "profiles": sorted(self.profiles),
+        }
 
     def decide(self, enable: bool | None, params: Mapping[str, Any] | None) -> Decision:
         """Settings of a request with ``enable_cache_dit`` and ``cache_dit_params``.
@@ -40,8 +59,8 @@ class Defaults:
         Raises:
             SettingError: a parameter that cannot be used.
         """
-        request = read_request(params, profiles=self.file.profiles)
-        profile = self.file.profiles[request.profile] if request.profile else Source()
+        request = read_request(params, profiles=self.profiles)
+        profile = self.profiles[request.profile] if request.profile else Source()
         resolved = resolve(request, profile, self.file.source, self.environment)
         enabled = self.enabled if enable is None else enable
         return Decision(enabled=enabled, reason=self._why_off(enable, enabled), resolved=resolved)

@@ -141,6 +141,28 @@ SEAMS: tuple[Seam, ...] = (
         why="--cache-dit-config is read in the launching process, before workers start and weights load; the "
         "command line builds its server arguments before plugins load",
     ),
+    Seam(
+        target=f"{_RUNTIME}.entrypoints.http_server.create_app",
+        parameters=("server_args", "worker_pids", "disagg_server"),
+        kind="around",
+        handler="serving.app:create",
+        why="the field cache_dit in the host's response models, and GET /v1/cache_dit",
+    ),
+    Seam(
+        target=f"{_RUNTIME}.entrypoints.openai.utils.build_sampling_params",
+        parameters=(),
+        kind="before",
+        handler="serving.requests:check",
+        why="a bad cache setting answers 400 before a worker hears of the request; the host would accept it "
+        "and fail in the worker",
+    ),
+    Seam(
+        target=f"{_RUNTIME}.entrypoints.openai.utils.add_common_data_to_response",
+        parameters=("response", "request_id", "result"),
+        kind="after",
+        handler="serving.answers:add_report",
+        why="the report in image, edit and video answers",
+    ),
 )
 
 

@@ -59,7 +59,7 @@ def test_a_renamed_parameter_is_reported_with_both_signatures(seam, tmp_path):
         pytest.skip("the hook looks at no parameter of this function")
     path, names = copied(seam, tmp_path)
     node, lines = function_lines(path, names)
-    last = node.args.args[-1]
+    last = (node.args.kwonlyargs or node.args.args)[-1]
     line = lines[last.lineno - 1]
     lines[last.lineno - 1] = (
         line[: last.col_offset] + "renamed" + line[last.col_offset + len(last.arg) :]

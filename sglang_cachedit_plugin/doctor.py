@@ -1,0 +1,94 @@
+"""``sglang-cachedit doctor``: versions, seams and settings, without loading a model or the host's runtime."""
+
+from __future__ import annotations
+
+import os
+from importlib import metadata
+from typing import Any
+
+from . import defaults, hooks, host
+from .defaults import Defaults
+from .errors import CacheDitError, HostContractError
+from .sources import read_environment, read_file
+
+_GROUP, _NAME = "sglang.multimodal_gen.plugins", "cachedit"
+_PACKAGES = ("sglang", "cache-dit", "torch", "sglang-cachedit-plugin")
+
+
+def examine(config: str | None = None) -> dict[str, Any]:
+    """Everything that the doctor says.
+
+    Args:
+        config: path of a ``--cache-dit-config`` file.
+    """
+    found: dict[str, Any] = {"ok": True, "problems": [], "warnings": []}
+    found["versions"] = _versions(found)
+    found["seams"] = _seams(found)
+    _entry_point(found)
+    found["settings"] = _settings(config, found)
+    found["ok"] = not found["problems"]
+    return found
+
+
+def _versions(found: dict[str, Any]) -> dict[str, str | None]:
+    versions = {name: host.version(name) for name in _PACKAGES}
+    found["problems"] += [f"{name} is not installed" for name, version in versions.items() if version is None]
+    if versions["sglang"] is not None and versions["sglang"] not in host.SUPPORTED_HOSTS:
+        found["warnings"].append(
+            f"sglang {versions['sglang']} was not tried, expected one of: {', '.join(host.SUPPORTED_HOSTS)}"
+        )
+    return versions
+
+
+def _seams(found: dict[str, Any]) -> list[dict[str, Any]]:
+    try:
+        root = hooks.host_root()
+    except HostContractError:
+        return []
+    seams = []
+    for seam in hooks.SEAMS:
+        problem = hooks.check(seam, root)
+        seams.append({"target": seam.target, "found": problem is None, "problem": problem})
+        if problem is not None:
+            found["problems"].append(f"seam {problem}")
+    return seams
+
+
+def _entry_point(found: dict[str, Any]) -> None:
+    if not metadata.entry_points(group=_GROUP, name=_NAME):
+        found["problems"].append(f"entry point {_NAME} of {_GROUP} is not installed: the host does not see the plugin")
+    allowed = [name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",") if name.strip()]
+    if allowed and _NAME not in allowed:
+        found["problems"].append(f"SGLANG_PLUGINS = {','.join(allowed)!r} leaves out {_NAME}: the plugin is not loaded")
+
+
+def _settings(config: str | None, found: dict[str, Any]) -> dict[str, Any] | None:
+    try:
+        environment, warnings = read_environment(host_variables=host.known_variables)
+        file = defaults.current().file if config is None else read_file(config)
+        settings = Defaults(environment=environment, file=file).describe()
+    except CacheDitError as error:
+        found["problems"].append(str(error))
+        return None
+    found["warnings"] += [*warnings, *file.warnings]
+    return settings
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """``examine``'s result as text."""
+    out = ["versions"]
+    out += [f"  {name:<24} {version or 'not installed'}" for name, version in found["versions"].items()]
+    out.append("seams")
+    for seam in found["seams"]:
+        name = seam["target"].removeprefix("sglang.multimodal_gen.runtime.")
+        out.append(f"  {'found' if seam['found'] else 'WRONG':<6} {name}")
+    if (settings := found["settings"]) is not None:
+        switch = settings["enabled"]
+        out += ["settings", f"  {'caching':<40} {'on' if switch['value'] else 'off'} ({switch['origin']})"]
+        for name, entry in settings["config"].items():
+            out.append(f"  {name:<40} {entry['value']} ({entry['origin']})")
+        out.append(f"  {'profiles':<40} {', '.join(settings['profiles'])}")
+    out += [f"warning: {text}" for text in found["warnings"]]
+    out += [f"error: {text}" for text in found["problems"]]
+    out.append("nothing is wrong" if found["ok"] else f"{len(found['problems'])} wrong")
+    return out

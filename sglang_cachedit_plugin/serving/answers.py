@@ -1,0 +1,43 @@
+"""The field ``cache_dit`` of image, edit and video answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from . import control
+
+FIELD = "cache_dit"
+_ANNOTATION = dict[str, Any] | None
+
+
+def declare_field() -> None:
+    """Add the field to the host's response models, before routes are built from them."""
+    from sglang.multimodal_gen.runtime.entrypoints.openai import protocol
+
+    for model in (protocol.ImageResponse, protocol.VideoResponse):
+        model.__annotations__[FIELD] = _ANNOTATION
+        model.__pydantic_fields__[FIELD] = FieldInfo(
+            annotation=_ANNOTATION, default=None, description="What the cache did for this request."
+        )
+        model.model_rebuild(force=True)
+    protocol.VideoListResponse.model_rebuild(force=True)
+
+
+def add_report(answer: dict[str, Any], response: dict[str, Any], request_id: str, result: Any) -> dict[str, Any]:
+    """After ``add_common_data_to_response``: the request's report, where a worker wrote one."""
+    report = report_of(result)
+    if report is None:
+        return answer
+    control.totals.add(report)
+    return answer | {FIELD: report}
+
+
+def report_of(result: Any) -> dict[str, Any] | None:
+    """The report of a worker's result; outputs that ran one by one are listed under ``outputs``."""
+    metrics = getattr(result, "metrics_list", None) or [getattr(result, "metrics", None)]
+    reports = [report for each in metrics if (report := getattr(each, FIELD, None)) is not None]
+    if not reports:
+        return None
+    return reports[0] if len(reports) == 1 else reports[0] | {"outputs": reports}

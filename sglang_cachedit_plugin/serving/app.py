@@ -1,0 +1,20 @@
+"""The host's HTTP application, made ready for reports and given the plugin's own addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .. import startup
+from . import answers, control
+
+
+def create(
+    original: Callable[..., Any], server_args: Any, worker_pids: tuple[int, ...] = (), disagg_server: Any = None
+) -> Any:
+    """Around ``create_app``; this process may be one of its own and reads the config file itself."""
+    startup.before_launch(server_args)
+    answers.declare_field()
+    app = original(server_args, worker_pids=worker_pids, disagg_server=disagg_server)
+    app.include_router(control.router)
+    return app

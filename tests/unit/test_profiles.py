@@ -1,0 +1,62 @@
+"""Built-in profiles: which they are, what wins over them, what they make of a request."""
+
+from __future__ import annotations
+
+import pytest
+
+from sglang_cachedit_plugin.defaults import Defaults
+from sglang_cachedit_plugin.errors import SettingError
+from sglang_cachedit_plugin.profiles import BUILT_IN, KNOBS_OF
+from sglang_cachedit_plugin.sources import read_environment, read_file
+
+PRESETS = {"quality": "slow", "balanced": "medium", "fast": "fast"}
+
+
+def test_every_built_in_profile_is_tested():
+    assert set(PRESETS) == set(BUILT_IN) == set(KNOBS_OF)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_request_takes_a_built_in_profile(name):
+    resolved = Defaults().decide(True, {"profile": name}).resolved
+    assert resolved.profile == name
+    assert resolved.primary.steps_computation_mask == PRESETS[name]
+    assert (resolved.primary.forecast, resolved.primary.forecast_order) == ("output", 1)
+    assert resolved.primary.steps_computation_policy == "static"
+    assert resolved.secondary == resolved.primary
+    assert resolved.origins["forecast"] == f"built-in profiles.{name}.forecast"
+
+
+def test_a_profile_outranks_file_and_environment_and_the_request_outranks_it():
+    environment, _ = read_environment({"SGLANG_CACHE_DIT_FORECAST": "residual", "SGLANG_CACHE_DIT_WARMUP": "7"})
+    file = read_file({"cache_config": {"steps_computation_mask": "ultra", "forecast_order": 3}})
+    defaults = Defaults(environment=environment, file=file)
+    settings = defaults.decide(None, {"profile": "fast", "forecast_order": 2}).resolved.primary
+    assert (settings.forecast, settings.steps_computation_mask, settings.forecast_order) == ("output", "fast", 2)
+    assert settings.max_warmup_steps == 7
+    assert defaults.decide(None, {"profile": "quality"}).resolved.primary.max_warmup_steps == 4
+
+
+def test_the_files_profile_replaces_the_built_in_one_of_the_same_name():
+    file = read_file({"profiles": {"fast": {"residual_diff_threshold": 0.5}, "draft": {}}})
+    defaults = Defaults(file=file)
+    resolved = defaults.decide(None, {"profile": "fast"}).resolved
+    assert resolved.primary.residual_diff_threshold == 0.5
+    assert (resolved.primary.forecast, resolved.primary.steps_computation_mask) == ("residual", None)
+    assert sorted(defaults.profiles) == ["balanced", "draft", "fast", "quality"]
+    assert defaults.decide(None, {"profile": "balanced"}).resolved.primary.forecast == "output"
+
+
+def test_a_misspelt_profile_is_refused_with_the_near_name():
+    with pytest.raises(SettingError, match=r"profile = 'fsat'.*balanced, fast, quality; did you mean 'fast'"):
+        Defaults().decide(True, {"profile": "fsat"})
+
+
+def test_the_description_names_switch_values_and_profiles():
+    nothing = Defaults().describe()
+    assert nothing["enabled"] == {"value": False, "origin": "default"}
+    environment, _ = read_environment({"SGLANG_CACHE_DIT_ENABLED": "true", "SGLANG_CACHE_DIT_RDT": "0.1"})
+    described = Defaults(environment=environment, file=read_file({"profiles": {"a": {}}})).describe()
+    assert described["enabled"] == {"value": True, "origin": "cache_dit_config"}
+    assert described["config"]["residual_diff_threshold"] == {"value": 0.1, "origin": "SGLANG_CACHE_DIT_RDT"}
+    assert described["profiles"] == ["a", "balanced", "fast", "quality"]

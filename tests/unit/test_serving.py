@@ -1,0 +1,82 @@
+"""Reports in answers and refusals of requests, without a server."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from fastapi import HTTPException
+
+from sglang_cachedit_plugin import defaults
+from sglang_cachedit_plugin.defaults import Defaults
+from sglang_cachedit_plugin.serving import answers, control, requests
+from sglang_cachedit_plugin.sources import read_file
+
+
+def report(enabled=True, computed=7, cached=5):
+    return {"enabled": enabled, "computed_steps": computed, "cached_steps": cached}
+
+
+def result(*reports, single=None):
+    each = [None if r is None else SimpleNamespace(cache_dit=r) for r in reports]
+    return SimpleNamespace(metrics=None if single is None else SimpleNamespace(cache_dit=single), metrics_list=each)
+
+
+@pytest.fixture
+def totals(monkeypatch):
+    fresh = control.Totals()
+    monkeypatch.setattr(control, "totals", fresh)
+    return fresh
+
+
+def test_the_report_is_added_to_the_answer(totals):
+    assert answers.add_report({"id": "a"}, {}, "a", result(single=report())) == {"id": "a", "cache_dit": report()}
+    assert totals == control.Totals(cached_requests=1, computed_steps=7, cached_steps=5)
+
+
+@pytest.mark.parametrize("empty", [result(), result(None), SimpleNamespace(), SimpleNamespace(metrics=object())])
+def test_without_a_report_the_answer_stays(totals, empty):
+    answer = {"id": "a"}
+    assert answers.add_report(answer, {}, "a", empty) is answer
+    assert totals == control.Totals()
+
+
+def test_outputs_that_ran_one_by_one_are_listed(totals):
+    first, second = report(), report(computed=8, cached=4)
+    answer = answers.add_report({}, {}, request_id="a", result=result(first, None, second))
+    assert answer["cache_dit"] == first | {"outputs": [first, second]}
+    assert totals == control.Totals(cached_requests=1, computed_steps=15, cached_steps=9)
+
+
+def test_uncached_answers_are_counted_apart(totals):
+    answers.add_report({}, {}, "a", result(report(enabled=False, computed=12, cached=0)))
+    assert totals == control.Totals(uncached_requests=1, computed_steps=12)
+
+
+@pytest.mark.parametrize(
+    ("fields", "parts"),
+    [
+        ({"cache_dit_params": {"max_warmup_stepz": 1}}, ["max_warmup_stepz = 1", "did you mean 'max_warmup_steps'"]),
+        ({"cache_dit_params": {"residual_diff_threshold": "x"}}, ["= 'x' (cache_dit_params)", "from 0 to 1"]),
+        ({"cache_dit_params": "fast"}, ["cache_dit_params = 'fast'", "expected a mapping"]),
+        ({"cache_dit_params": []}, ["cache_dit_params = []", "expected a mapping"]),
+        ({"enable_cache_dit": "yes"}, ["enable_cache_dit = 'yes' (request)", "expected true or false"]),
+        ({"enable_cache_dit": 1}, ["enable_cache_dit = 1"]),
+        ({"enable_cache_dit": False, "cache_dit_params": {"profile": "x"}}, ["profile = 'x'"]),
+    ],
+)
+def test_a_bad_request_is_400_in_one_line(fields, parts):
+    with pytest.raises(HTTPException) as caught:
+        requests.check("id", prompt="a", **fields)
+    assert caught.value.status_code == 400
+    assert "\n" not in caught.value.detail
+    for part in parts:
+        assert part in caught.value.detail
+
+
+def test_a_good_request_passes_with_the_files_profiles(monkeypatch):
+    monkeypatch.setattr(defaults, "_current", Defaults(file=read_file({"profiles": {"draft": {}}})))
+    for name in ("draft", "fast"):
+        assert requests.check("id", enable_cache_dit=True, cache_dit_params={"profile": name}) is None
+    assert requests.check("id", enable_cache_dit=None, cache_dit_params=None) is None
+    assert requests.check("id") is None
