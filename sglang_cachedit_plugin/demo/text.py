@@ -85,6 +85,8 @@ def train_t5_tokenizer(lines: list[str]):
 def encode(tokenizer, lines: list[str], length: int) -> np.ndarray:
     """Padded as the host pads, (prompts, length) int64."""
     encoded = tokenizer(lines, padding="max_length", max_length=length, truncation=True)
+    tokenizer.backend_tokenizer.no_truncation()  # or the length would be saved with the tokenizer
+    tokenizer.backend_tokenizer.no_padding()
     return np.asarray(encoded["input_ids"], dtype=np.int64)
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from sglang_cachedit_plugin.demo import data, model, text
 from sglang_cachedit_plugin.demo.loop import Loop
+from sglang_cachedit_plugin.demo.placements import centred, corners, jittered, place
 
 SHORT, FULL = 32, 512  # text tokens; the hosts always pad to FULL
 CLIP_SHORT = 24  # CLIP is causal, so what follows the end marker cannot change the pooled vector
@@ -26,15 +27,9 @@ def autocast(device):
 
 
 def augmented(images: torch.Tensor, batch: int) -> torch.Tensor:
-    """A batch moved by up to 8 pixels and mirrored at random, (B, 3, 128, 128) in [-1, 1]."""
-    device = images.device
-    chosen = images[torch.randint(len(images), (batch,), device=device)].float() / 127.5 - 1.0
-    turn = torch.zeros(batch, 2, 3, device=device)
-    turn[:, 0, 0] = torch.randint(0, 2, (batch,), device=device) * 2.0 - 1.0
-    turn[:, 1, 1] = 1.0
-    turn[:, :, 2] = torch.randint(-8, 9, (batch, 2), device=device) / 64.0
-    grid = F.affine_grid(turn, list(chosen.shape), align_corners=False)
-    return 1.0 - F.grid_sample(1.0 - chosen, grid, align_corners=False)
+    """A batch moved by a few pixels and mirrored at random, (B, 3, 128, 128) in [-1, 1]."""
+    chosen = images[torch.randint(len(images), (batch,), device=images.device)]
+    return place(chosen, jittered(batch, images.device))
 
 
 def vae_loss(vae, images: torch.Tensor, batch: int) -> torch.Tensor:
@@ -52,17 +47,21 @@ def vae_loss(vae, images: torch.Tensor, batch: int) -> torch.Tensor:
 
 @torch.no_grad()
 def encode_pictures(vae, images: torch.Tensor) -> torch.Tensor:
-    """Latent means, (N, 16, 16, 16), before normalisation."""
-    parts = [vae.encoder(part.float() / 127.5 - 1.0).chunk(2, dim=1)[0] for part in images.split(64)]
-    return torch.cat(parts)
+    """Latent means of pictures in [-1, 1], (N, 16, 16, 16), before normalisation."""
+    return torch.cat([vae.encoder(part).chunk(2, dim=1)[0] for part in images.split(64)])
+
+
+def as_float(images: np.ndarray, device) -> torch.Tensor:
+    """(N, H, W, 3) bytes -> (N, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).to(device).float() / 127.5 - 1.0
 
 
 @torch.no_grad()
 def reconstruction_psnr(vae, images: torch.Tensor) -> float:
     """Mean PSNR over at most 128 pictures, in dB."""
     images = images[:128]
-    drawn = (vae.decoder(encode_pictures(vae, images)) + 1.0).clamp(0, 2) / 2
-    errors = (drawn - images.float() / 255.0).square().mean(dim=(1, 2, 3))
+    drawn = vae.decoder(encode_pictures(vae, images)).clamp(-1, 1)
+    errors = ((drawn - images) / 2).square().mean(dim=(1, 2, 3))
     return float((-10.0 * errors.log10()).mean())
 
 
@@ -81,11 +80,15 @@ def train_vae(vae, images: torch.Tensor, seconds: float, batch: int) -> None:
 class Pairs:
     """Named pictures as packed latents and all their prompts as token ids, on the training device."""
 
-    def __init__(self, nets: model.Networks, arrays: dict[str, np.ndarray], device):
+    def __init__(self, nets: model.Networks, arrays: dict[str, np.ndarray], placements, device):
         names, aliases = arrays["names"].tolist(), arrays["aliases"].tolist()
-        images = torch.from_numpy(arrays["images"][: len(names)]).permute(0, 3, 1, 2).to(device)
-        latents = encode_pictures(nets.vae, images) - nets.vae.config.shift_factor
-        self.latents = model.pack(latents * nets.vae.config.scaling_factor)
+        images = as_float(arrays["images"][: len(names)], device)
+        placed = []
+        for placement in placements.to(device):
+            latents = encode_pictures(nets.vae, place(images, placement.expand(len(images), 2, 3)))
+            latents = (latents - nets.vae.config.shift_factor) * nets.vae.config.scaling_factor
+            placed.append(model.pack(latents))
+        self.latents = torch.stack(placed, dim=1)  # (names, placements, T, 64)
         tables = text.prompt_tables(names, aliases, nets.clip_tokenizer, nets.t5_tokenizer, CLIP_SHORT, SHORT)
         self.clip, self.t5 = (torch.from_numpy(table).to(device) for table in tables)
         self.empty_clip = torch.from_numpy(text.encode(nets.clip_tokenizer, [""], CLIP_SHORT)).to(device)
@@ -95,11 +98,12 @@ class Pairs:
         """Random latents (B, T, 64) with the ids of one of their prompts, sometimes of the empty one."""
         device = self.latents.device
         which = torch.randint(len(self.latents), (batch,), device=device)
+        where = torch.randint(self.latents.shape[1], (batch,), device=device)
         prompt = torch.randint(self.clip.shape[1], (batch,), device=device)
         empty = torch.rand(batch, 1, device=device) < DROP_TEXT
         clip = torch.where(empty, self.empty_clip, self.clip[which, prompt])
         t5 = torch.where(empty, self.empty_t5, self.t5[which, prompt])
-        return self.latents[which], clip, t5
+        return self.latents[which, where], clip, t5
 
 
 def flow_loss(nets: model.Networks, pairs: Pairs, batch: int, length: int) -> torch.Tensor:
@@ -124,18 +128,18 @@ def flow_loss(nets: model.Networks, pairs: Pairs, batch: int, length: int) -> to
 
 @torch.no_grad()
 def retrieval(nets: model.Networks, pairs: Pairs, length: int, count: int = 64, steps: int = 16) -> float:
-    """Share of names whose drawn latent is nearest to the named picture's, plain Euler steps."""
+    """Share of names whose drawn latent is nearest to one of the named pictures', plain Euler steps."""
     device = pairs.latents.device
     chosen = torch.linspace(0, len(pairs.latents) - 1, min(count, len(pairs.latents)), device=device).long()
     clip, t5 = pairs.clip[chosen, 0], F.pad(pairs.t5[chosen, 0], (0, length - SHORT))
-    x = torch.randn(len(chosen), *pairs.latents.shape[1:], device=device)
+    x = torch.randn(len(chosen), *pairs.latents.shape[2:], device=device)
     times = torch.linspace(1.0, 0.0, steps + 1, device=device)
     guidance = torch.full((len(chosen),), 3.5, device=device)
     with autocast(device):
         for now, then in zip(times[:-1], times[1:], strict=True):
             x = x + (then - now) * model.velocity(nets, x, now.expand(len(x)), clip, t5, guidance).float()
-    nearest = torch.cdist(x.flatten(1), pairs.latents.flatten(1)).argmin(dim=1)
-    return float((nearest == chosen).float().mean())
+    nearest = torch.cdist(x.flatten(1), pairs.latents.flatten(0, 1).flatten(1)).argmin(dim=1)
+    return float((nearest // pairs.latents.shape[1] == chosen).float().mean())
 
 
 def train_flow(nets: model.Networks, pairs: Pairs, args, length: int, seconds: float, rate: float) -> None:
@@ -178,9 +182,10 @@ def main() -> None:
     parser.add_argument("target", type=Path, help="folder to write; the hosts want it named FLUX.1-dev")
     parser.add_argument("--data", type=Path, default=Path("outputs/emoji.npz"), help="built when missing")
     parser.add_argument("--resume", type=Path, help="a folder to go on from")
-    parser.add_argument("--vae-seconds", type=float, default=130.0)
-    parser.add_argument("--seconds", type=float, default=270.0, help="on 32 text tokens")
-    parser.add_argument("--finish-seconds", type=float, default=100.0, help="on 512 text tokens")
+    parser.add_argument("--vae-seconds", type=float, default=120.0)
+    parser.add_argument("--seconds", type=float, default=200.0, help="one placement, 32 text tokens")
+    parser.add_argument("--spread-seconds", type=float, default=300.0, help="four placements, 32 text tokens")
+    parser.add_argument("--finish-seconds", type=float, default=70.0, help="on 512 text tokens")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--finish-rate", type=float, default=2e-4)
     parser.add_argument("--batch", type=int, default=256)
@@ -196,17 +201,19 @@ def main() -> None:
     arrays = data.load(args.data)
     nets = build(args, arrays, device)
     if args.vae_seconds:
-        train_vae(nets.vae, torch.from_numpy(arrays["images"]).permute(0, 3, 1, 2).to(device), args.vae_seconds, 64)
+        train_vae(nets.vae, as_float(arrays["images"], device), args.vae_seconds, 64)
     nets.vae.requires_grad_(False).eval()
-    pairs = Pairs(nets, arrays, device)
     if device.type == "cuda":
         torch._dynamo.config.cache_size_limit = 64
         nets.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
     if args.seconds:
-        train_flow(nets, pairs, args, SHORT, args.seconds, args.rate)
+        train_flow(nets, Pairs(nets, arrays, centred(), device), args, SHORT, args.seconds, args.rate)
+    spread = Pairs(nets, arrays, corners(), device)
+    if args.spread_seconds:
+        train_flow(nets, spread, args, SHORT, args.spread_seconds, args.rate)
         model.save(nets, args.target)
     if args.finish_seconds:
-        train_flow(nets, pairs, args, FULL, args.finish_seconds, args.finish_rate)
+        train_flow(nets, spread, args, FULL, args.finish_seconds, args.finish_rate)
     model.save(nets, args.target)
 
 
