@@ -5,7 +5,7 @@ and nothing can be learnt about caching. Four places make the first steps decide
 """
 
 import torch
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 SIDE = 128
 SMALL = 0.75  # 96 of 128 pixels: what is left is one image token (16 pixels) on each side

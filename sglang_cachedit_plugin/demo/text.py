@@ -38,7 +38,7 @@ def train_clip_tokenizer(lines: list[str]):
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     # A letter may also end a word, and a word may end in a letter the corpus never ends one with.
-    lines = lines + [" ".join(alphabet), " ".join(string.ascii_letters + string.digits + string.punctuation)]
+    lines = [*lines, " ".join(alphabet), " ".join(string.ascii_letters + string.digits + string.punctuation)]
     trainer = trainers.BpeTrainer(
         vocab_size=CLIP_VOCAB - 2, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
     )

@@ -5,11 +5,12 @@ and at the end on the 512 that the hosts pad to. Takes about ten minutes on one 
 """
 
 import argparse
+import itertools
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from sglang_cachedit_plugin.demo import data, model, text
 from sglang_cachedit_plugin.demo.loop import Loop
@@ -136,7 +137,7 @@ def retrieval(nets: model.Networks, pairs: Pairs, length: int, count: int = 64, 
     times = torch.linspace(1.0, 0.0, steps + 1, device=device)
     guidance = torch.full((len(chosen),), 3.5, device=device)
     with autocast(device):
-        for now, then in zip(times[:-1], times[1:], strict=True):
+        for now, then in itertools.pairwise(times):
             x = x + (then - now) * model.velocity(nets, x, now.expand(len(x)), clip, t5, guidance).float()
     nearest = torch.cdist(x.flatten(1), pairs.latents.flatten(0, 1).flatten(1)).argmin(dim=1)
     return float((nearest // pairs.latents.shape[1] == chosen).float().mean())
