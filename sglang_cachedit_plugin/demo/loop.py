@@ -17,11 +17,19 @@ EMA_EVERY = 10
 class Loop:
     """Minimises `loss_fn()` over the parameters of `modules`."""
 
-    def __init__(self, loss_fn: Callable[[], torch.Tensor], modules: Iterable, rate: float, ema: float = 0.999):
+    def __init__(
+        self,
+        loss_fn: Callable[[], torch.Tensor],
+        modules: Iterable,
+        rate: float,
+        ema: float = 0.999,
+        graph: bool = True,
+    ):
         self.loss_fn = loss_fn
         self.params = [p for module in modules for p in module.parameters() if p.requires_grad]
         self.device = self.params[0].device
         self.cuda = self.device.type == "cuda"
+        self.graph = graph and self.cuda
         self.rate = rate
         self.ema_decay = ema
         self.averages = [p.detach().clone() for p in self.params]
@@ -65,7 +73,7 @@ class Loop:
     def run(self, seconds: float, watch: Callable | None = None, watch_every: int = 1000, floor: float = 0.02):
         """Train for `seconds`; the rate falls by a cosine of the time spent to `floor` of its height."""
         self.rate_now.fill_(self.rate / WARMUP_STEPS)
-        take_step = self._capture() if self.cuda else self._eager_step
+        take_step = self._capture() if self.graph else self._eager_step
         start, first = time.monotonic(), self.step
         mean = torch.zeros((), device=self.device)
         while (spent := time.monotonic() - start) < seconds:

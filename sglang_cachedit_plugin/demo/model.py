@@ -162,7 +162,7 @@ def velocity(nets: Networks, noisy, sigma, clip_ids, t5_ids, guidance) -> torch.
     )[0]
 
 
-def _bf16_copy(net: torch.nn.Module) -> torch.nn.Module:
+def bf16_copy(net: torch.nn.Module) -> torch.nn.Module:
     """A fresh, uncompiled network with the same weights, so that training can go on in float32."""
     copy = type(net).from_config(net.config) if hasattr(net, "from_config") else type(net)(net.config)
     copy.load_state_dict(net.state_dict())
@@ -175,11 +175,11 @@ def save(nets: Networks, folder: Path) -> None:
 
     pipeline = FluxPipeline(
         scheduler=make_scheduler(),
-        vae=_bf16_copy(nets.vae),
-        text_encoder=_bf16_copy(nets.clip),
+        vae=bf16_copy(nets.vae),
+        text_encoder=bf16_copy(nets.clip),
         tokenizer=nets.clip_tokenizer,
-        text_encoder_2=_bf16_copy(nets.t5),
+        text_encoder_2=bf16_copy(nets.t5),
         tokenizer_2=nets.t5_tokenizer,
-        transformer=_bf16_copy(nets.transformer),
+        transformer=bf16_copy(nets.transformer),
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
