@@ -66,7 +66,7 @@ def free_ports(count: int) -> range:
 @contextmanager
 def serving(model: Path, folder: Path, *flags: str, **environment: str):
     """Address of a server that lives as long as the block."""
-    port, master, scheduler, _ = free_ports(4)  # the port after the scheduler's belongs to the host's broker
+    port, _, master, scheduler, _ = free_ports(5)  # the port after the server's belongs to the host's broker
     log = folder / "server.log"
     with log.open("w") as out:
         process = subprocess.Popen(
