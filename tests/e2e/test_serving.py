@@ -104,6 +104,46 @@ def post(url: str, **fields) -> httpx.Response:
     return httpx.post(f"{url}/v1/images/generations", json=IMAGE | EXTRA | fields, timeout=120)
 
 
+@pytest.fixture
+def video_server(models, tmp_path_factory):
+    """Wan; a distribution made for the test gives the host's processes the operators that Wan needs on a CPU.
+
+    Its test comes first, so that one server runs at a time.
+    """
+    folder = tmp_path_factory.mktemp("video-server")
+    info = folder / "tiny_cpu_ops-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tiny-cpu-ops\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(
+        "[sglang.multimodal_gen.plugins]\ntiny_cpu_ops = tests.tiny.cpu_ops:register\n"
+    )
+    path = os.pathsep.join([str(ROOT), str(folder)])
+    with serving(models["wan21"], folder, PYTHONPATH=path) as url:
+        yield url
+
+
+def test_a_video_answers_with_its_report_and_a_bad_setting_with_400(video_server):
+    videos = client_of(video_server).videos
+    video = {"prompt": "red apple", "size": "64x64"}
+    extra = {"num_frames": 9, "num_inference_steps": STEPS, "seed": 1, "enable_cache_dit": True}
+    with pytest.raises(openai.BadRequestError) as caught:
+        videos.create(**video, extra_body=extra | {"cache_dit_params": {"forecast": "outptu"}})
+    assert "forecast = 'outptu' (cache_dit_params): expected one of residual, output; did you mean 'output'?" in str(
+        caught.value
+    )
+    job = videos.create(**video, extra_body=extra | {"cache_dit_params": {"profile": "fast"}})
+    deadline = time.monotonic() + 60
+    while job.status not in ("completed", "failed") and time.monotonic() < deadline:
+        time.sleep(0.3)
+        job = videos.retrieve(job.id)
+    assert job.status == "completed", job
+    report = job.model_extra["cache_dit"]
+    assert (report["enabled"], report["profile"], report["backend"]) == (True, "fast", "native")
+    branches = report["transformers"]["transformer"]["branches"]
+    assert set(branches) == {"cond", "uncond"}
+    assert branches["cond"]["cached"] == branches["uncond"]["cached"] != []
+
+
 @pytest.fixture(scope="module")
 def server(models, tmp_path_factory):
     folder = tmp_path_factory.mktemp("image-server")
@@ -203,40 +243,3 @@ def test_the_field_is_described_in_openapi(server):
     for model in ("ImageResponse", "VideoResponse"):
         assert "cache_dit" in described["components"]["schemas"][model]["properties"]
     assert "/v1/cache_dit" in described["paths"]
-
-
-@pytest.fixture(scope="module")
-def video_server(models, tmp_path_factory):
-    """Wan; a distribution made for the test gives the host's processes the operators that Wan needs on a CPU."""
-    folder = tmp_path_factory.mktemp("video-server")
-    info = folder / "tiny_cpu_ops-0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tiny-cpu-ops\nVersion: 0\n")
-    (info / "entry_points.txt").write_text(
-        "[sglang.multimodal_gen.plugins]\ntiny_cpu_ops = tests.tiny.cpu_ops:register\n"
-    )
-    path = os.pathsep.join([str(ROOT), str(folder)])
-    with serving(models["wan21"], folder, PYTHONPATH=path) as url:
-        yield url
-
-
-def test_a_video_answers_with_its_report_and_a_bad_setting_with_400(video_server):
-    videos = client_of(video_server).videos
-    video = {"prompt": "red apple", "size": "64x64"}
-    extra = {"num_frames": 9, "num_inference_steps": STEPS, "seed": 1, "enable_cache_dit": True}
-    with pytest.raises(openai.BadRequestError) as caught:
-        videos.create(**video, extra_body=extra | {"cache_dit_params": {"forecast": "outptu"}})
-    assert "forecast = 'outptu' (cache_dit_params): expected one of residual, output; did you mean 'output'?" in str(
-        caught.value
-    )
-    job = videos.create(**video, extra_body=extra | {"cache_dit_params": {"profile": "fast"}})
-    deadline = time.monotonic() + 60
-    while job.status not in ("completed", "failed") and time.monotonic() < deadline:
-        time.sleep(0.3)
-        job = videos.retrieve(job.id)
-    assert job.status == "completed", job
-    report = job.model_extra["cache_dit"]
-    assert (report["enabled"], report["profile"], report["backend"]) == (True, "fast", "native")
-    branches = report["transformers"]["transformer"]["branches"]
-    assert set(branches) == {"cond", "uncond"}
-    assert branches["cond"]["cached"] == branches["uncond"]["cached"] != []
