@@ -44,7 +44,7 @@ def run_probe(jobs: list[dict], folder: Path, **environment: str) -> dict[str, l
     (folder / "jobs.json").write_text(json.dumps(jobs))
     done = subprocess.run(
         [sys.executable, "-m", "tests.e2e.probe", str(folder / "jobs.json"), str(folder / "out.pt")],
-        cwd=ROOT, env=host_environment(**environment), capture_output=True, text=True, timeout=900, errors="replace",
+        cwd=ROOT, env=host_environment(**environment), capture_output=True, text=True, timeout=1800, errors="replace",
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return torch.load(folder / "out.pt")

@@ -45,7 +45,7 @@ FILES = {
 
 def _run(command: list[str], **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        command, cwd=ROOT, env=host_environment(**environment), capture_output=True, text=True, timeout=150,
+        command, cwd=ROOT, env=host_environment(**environment), capture_output=True, text=True, timeout=900,
         errors="replace",
     )
 
