@@ -35,12 +35,6 @@ def known_variables() -> Collection[str]:
     return envs.environment_variables.keys()
 
 
-def name_branch(branch: Any) -> None:
-    """Remember the CFG branch whose forward comes next."""
-    global _branch_name
-    _branch_name = branch.name
-
-
 def forget_branch() -> None:
     """No branch was named for what comes next."""
     global _branch_name
@@ -133,8 +127,9 @@ def logger() -> Any:
 
 
 def branch_comes(branch: Any, batch: Any) -> None:
-    """Before ``CFGBranch.configure_batch``."""
-    name_branch(branch)
+    """Before ``CFGBranch.configure_batch``: remember the branch whose forward comes next."""
+    global _branch_name
+    _branch_name = branch.name
 
 
 def groups_ready(result: Any, *args: Any, **kwargs: Any) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from .errors import SettingError
+from .errors import SettingError, nearest
 
 MAX_LENGTH = 10_000
 """Most entries of a list, and most steps of a bin."""
@@ -68,8 +68,6 @@ class Knob:
         except (TypeError, ValueError, OverflowError):
             near = None
             if isinstance(value, str) and (self.choices or self.kind == "mask"):
-                from .errors import nearest
-
                 near = nearest(value, self.choices or PRESETS)
             raise SettingError(name, value, origin, self.allowed(), near) from None
 
