@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SHELL := /bin/bash
 COMPILED := sglang torch transformers diffusers cache_dit accelerate fastapi pydantic openai scipy numpy sympy
 
-.PHONY: setup demo test lint requirements clean
+.PHONY: setup demo test lint browser requirements clean
 
 setup: $(VENV)/.ready
 
@@ -28,7 +28,13 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 
-test: lint
+# Pages are tested in a real Chromium; as root on Debian it is installed, elsewhere bring one.
+browser:
+	command -v chromium >/dev/null || test -n "$$CHROMIUM" || \
+	  { test $$(id -u) = 0 && apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } || \
+	  { echo "make test needs Chromium: install it, or name it in CHROMIUM" >&2; exit 1; }
+
+test: lint browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 # The pins, without registry addresses.
