@@ -1,14 +1,21 @@
-"""Tiny models, and runs of the real host with and without the plugin."""
+"""Tiny models, and runs of the real host with and without the plugin; servers that the tests of HTTP share."""
 
 from __future__ import annotations
 
 import json
 import os
+import random
+import signal
+import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
+import openai
 import pytest
 import torch
 
@@ -54,3 +61,81 @@ def run_together(*tasks):
     """Results of callables that run at the same time, one a core."""
     with ThreadPoolExecutor(max_workers=2) as pool:
         return [future.result() for future in [pool.submit(task) for task in tasks]]
+
+
+def free_ports(count: int) -> range:
+    """That many ports in a row that nothing on this machine uses."""
+    while True:
+        first = random.randrange(20000, 30000)
+        try:
+            for port in range(first, first + count):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+        return range(first, first + count)
+
+
+@contextmanager
+def serving(model: Path, folder: Path, *flags: str, **environment: str):
+    """Address of a server that lives as long as the block."""
+    port, _, master, scheduler, _ = free_ports(5)  # the port after the server's belongs to the host's broker
+    log = folder / "server.log"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [str(Path(sys.executable).with_name("sglang")), "serve", "--model-path", str(model), "--port", str(port),
+             "--master-port", str(master), "--scheduler-port", str(scheduler), "--warmup-mode", "off",
+             "--attention-backend", "torch_sdpa", "--output-path", str(folder / "out"), *flags],
+            cwd=folder, env=host_environment(**environment), stdout=out, stderr=out, start_new_session=True,
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + 150
+        while True:
+            try:
+                if httpx.get(url + "/health").status_code == 200:
+                    break
+            except httpx.TransportError:
+                pass
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text(errors="replace")[-4000:]
+            time.sleep(0.3)
+        yield url
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def client_of(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=120)
+
+
+@pytest.fixture(scope="session")
+def video_server(models, tmp_path_factory):
+    """Wan; a distribution made for the test gives the host's processes the operators that Wan needs on a CPU."""
+    folder = tmp_path_factory.mktemp("video-server")
+    info = folder / "tiny_cpu_ops-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tiny-cpu-ops\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(
+        "[sglang.multimodal_gen.plugins]\ntiny_cpu_ops = tests.tiny.cpu_ops:register\n"
+    )
+    path = os.pathsep.join([str(ROOT), str(folder)])
+    with serving(models["wan21"], folder, PYTHONPATH=path) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def server(models, tmp_path_factory):
+    """The image server that all tests of HTTP share."""
+    folder = tmp_path_factory.mktemp("image-server")
+    file = folder / "cache.yaml"
+    file.write_text(json.dumps({
+        "cache_config": {"max_warmup_steps": 3},
+        "profiles": {"draft": {"scm_compute_bins": [3, 1, 1, 1], "scm_cache_bins": [2, 2, 2], "scm_policy": "static"}},
+    }))
+    with serving(models["flux"], folder, "--cache-dit-config", str(file)) as url:
+        yield url
