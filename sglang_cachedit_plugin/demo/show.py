@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ..quality import psnr, ssim
 from . import model_dir
 
 PROMPTS = ("red apple", "dog face", "pizza", "camera", "full moon", "hamburger")
@@ -43,19 +44,6 @@ def draw(generator: Any, prompt: str, out: Path, name: str, **request: Any) -> D
     )
     picture = np.asarray(Image.open(result.output_file_path or out / f"{name}.png").convert("RGB"))
     return Drawn(picture, result.metrics["cache_dit"])
-
-
-def psnr(reference: np.ndarray, picture: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of two uint8 pictures, computed in float64."""
-    error = np.mean((reference.astype(np.float64) - picture.astype(np.float64)) ** 2)
-    return float("inf") if error == 0 else float(10 * np.log10(255.0**2 / error))
-
-
-def ssim(reference: np.ndarray, picture: np.ndarray) -> float:
-    """Structural similarity of two uint8 pictures."""
-    from skimage.metrics import structural_similarity
-
-    return float(structural_similarity(reference, picture, channel_axis=2))
 
 
 def row(prompt: str, plain: Drawn, cached: Drawn) -> str:
