@@ -53,32 +53,34 @@ def find_blocks(transformer: nn.Module, pipe: Any = None) -> BlockAdapter:
     Raises:
         MountError: nobody describes the class.
     """
-    names = [cls.__name__ for cls in type(transformer).__mro__]
-    row = adapters.find_row(names)
+    name = type(transformer).__name__
+    row = adapters.find_row(type(transformer))
+    if row is not None and not row.blocks:
+        raise MountError(f"{name}: {row.no_blocks or row.refused}")
     try:
         with _quiet():
-            if row is not None:
+            if row is not None and not row.register:
                 adapter = _from_row(transformer, row)
             elif pipe is not None and BlockAdapterRegister.is_supported(pipe):
                 adapter = BlockAdapterRegister.get_adapter(pipe)
             else:
                 adapter = BlockAdapterRegister.get_adapter(transformer)
             if adapter is None:
-                raise MountError(f"{names[0]}: no adapter describes its blocks")
+                raise MountError(f"{name}: no adapter describes its blocks")
             return BlockAdapter.normalize(adapter)
     except MountError:
         raise
     except Exception as error:
         # cache-dit's register runs third-party attribute look-ups; whatever they raise is the reason.
-        raise MountError(f"{names[0]}: its blocks are not as declared: {error}") from error
+        raise MountError(f"{name}: its blocks are not as declared: {error}") from error
 
 
 def _from_row(transformer: nn.Module, row: adapters.AdapterRow) -> BlockAdapter:
     return BlockAdapter(
         transformer=transformer,
-        blocks=[getattr(transformer, name) for name in row.blocks],
-        blocks_name=list(row.blocks),
-        forward_pattern=[getattr(ForwardPattern, f"Pattern_{number}") for number in row.patterns],
+        blocks=[getattr(transformer, each.name) for each in row.blocks],
+        blocks_name=[each.name for each in row.blocks],
+        forward_pattern=[getattr(ForwardPattern, f"Pattern_{each.pattern}") for each in row.blocks],
         check_forward_pattern=False,
     )
 

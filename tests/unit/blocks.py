@@ -75,9 +75,14 @@ class TwoListsDiT(nn.Module):
 
 
 ROWS = {
-    "TinyDiT": adapters.AdapterRow(family="tiny", blocks=("transformer_blocks",), patterns=(3,)),
+    "TinyDiT": adapters.AdapterRow(
+        family="tiny", blocks=(adapters.Blocks(name="transformer_blocks", pattern=3),)
+    ),
     "TwoListsDiT": adapters.AdapterRow(
-        family="tiny", blocks=("transformer_blocks", "single_blocks"), patterns=(3, 3)
+        family="tiny",
+        blocks=(
+            adapters.Blocks(name="transformer_blocks", pattern=3), adapters.Blocks(name="single_blocks", pattern=3)
+        ),
     ),
 }
 
@@ -85,12 +90,12 @@ ROWS = {
 @contextlib.contextmanager
 def known_classes() -> Iterator[None]:
     """The tiny classes are in the adapters' table for a while."""
-    adapters.TABLE.update(ROWS)
+    adapters.NATIVE.update(ROWS)
     try:
         yield
     finally:
         for name in ROWS:
-            del adapters.TABLE[name]
+            del adapters.NATIVE[name]
 
 
 def sample(branch: str, step: int, scale: float = 0.15) -> torch.Tensor:

@@ -220,7 +220,7 @@ def test_blocks_that_are_not_as_the_table_says_are_refused_untouched():
     class Krea2Transformer2DModel(torch.nn.Module):
         pass
 
-    assert "Krea2Transformer2DModel" in adapters.TABLE
+    assert "Krea2Transformer2DModel" in adapters.NATIVE
     model = Krea2Transformer2DModel()
     with pytest.raises(MountError, match="Krea2Transformer2DModel: its blocks are not as declared"):
         CachedTransformer("transformer", model)
