@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from cache_dit import DBCacheConfig, DMDCalibratorConfig, TaylorSeerCalibratorConfig
 from cache_dit.caching.cache_contexts.cache_context import CachedContext
 from cache_dit.caching.cache_contexts.cache_manager import CachedContextManager
@@ -20,10 +19,10 @@ from cache_dit.caching.cache_contexts.calibrators import Calibrator
 
 from . import agreement
 from .forecast import Extrapolator
-from .runtime import Identity, TransformerSpec
+from .runtime import Groups, Identity, TransformerSpec
 from .schedule import Action
 from .settings import CacheSettings
-from .similarity import residual_difference
+from .similarity import reduced_differences, residual_difference, residual_sums
 from .stats import COND, BranchStats, TransformerStats
 
 
@@ -155,33 +154,32 @@ class BranchContexts(CachedContextManager):
 
     Args:
         name: shown in cache-dit's log lines.
-        group: process group whose ranks must agree, None on one rank.
-        pair_group: process group that spans the CFG ranks too, for ``lockstep``.
     """
 
-    def __init__(
-        self, name: str, group: dist.ProcessGroup | None = None, pair_group: dist.ProcessGroup | None = None
-    ):
+    def __init__(self, name: str):
         super().__init__(name=name, persistent_context=True)
-        self.group = group
-        self.pair_group = pair_group
+        self.groups = Groups()
         self.spec: TransformerSpec | None = None
         self.stats: TransformerStats | None = None
         self.on_decision: Callable[[bool], None] | None = None
         self._identity = Identity(COND, 0)
         self._outcomes: list[bool] = []
         self._poisoned: set[str] = set()
+        self._forward_in_step = 0
+        self._leading: dict[str, tuple[int, float]] = {}
 
-    def begin_request(self, spec: TransformerSpec, stats: TransformerStats) -> None:
-        """Forget every context; the next forwards run under ``spec`` and report to ``stats``."""
+    def begin_request(self, spec: TransformerSpec, stats: TransformerStats, groups: Groups) -> None:
+        """Forget every context; the next forwards run under ``spec`` on ``groups`` and report to ``stats``."""
         self.clear()
-        self.spec, self.stats = spec, stats
+        self.spec, self.stats, self.groups = spec, stats, groups
+        self._identity, self._forward_in_step = Identity(COND, -1), 0
 
     def clear(self) -> None:
         """Drop all contexts with their tensors."""
         self.clear_contexts()
         self._current_context = None
         self._poisoned.clear()
+        self._leading.clear()
 
     def held_bytes(self) -> int:
         """Bytes of the tensors in all contexts and their calibrators."""
@@ -189,8 +187,12 @@ class BranchContexts(CachedContextManager):
 
     def begin_forward(self, identity: Identity) -> None:
         """The next calls belong to ``identity``."""
-        self._identity = identity
+        self._enter(identity)
         self._outcomes = []
+
+    def _enter(self, identity: Identity) -> None:
+        self._forward_in_step = self._forward_in_step + 1 if identity.step == self._identity.step else 0
+        self._identity = identity
 
     def end_forward(self) -> None:
         """Record the finished forward: cached where every block list was."""
@@ -209,9 +211,8 @@ class BranchContexts(CachedContextManager):
 
     def record(self, identity: Identity, *, cached: bool) -> None:
         """Note a forward that was decided without any block list."""
-        self._identity = identity
-        if self.spec.settings.verify_ranks and self.group is not None:
-            agreement.verify(identity.step, identity.branch, cached, self.group)
+        self._enter(identity)
+        self._verify(cached)
         self.branch_stats.record(identity.step, cached)
 
     @property
@@ -232,6 +233,7 @@ class BranchContexts(CachedContextManager):
         context = self._cached_context_manager.get(key)
         if context is None or self._identity.step < context.last_step:
             # A step before the last one is a new round of the loop: nothing of the old one may be seen.
+            self._leading.pop(str(cached_context), None)
             context = BranchContext.create(key, str(cached_context), self.spec)
             self._cached_context_manager[key] = context
         self._current_context = context
@@ -259,38 +261,46 @@ class BranchContexts(CachedContextManager):
     ) -> bool:
         """Whether the middle blocks may be left out of this forward."""
         cached = self._decide(states_tensor, prefix)
-        if self.spec.settings.verify_ranks and self.group is not None:
-            agreement.verify(self._identity.step, self._identity.branch, cached, self.group)
+        self._verify(cached)
         self._current_context.streak = self._current_context.streak + 1 if cached else 0
         self._outcomes.append(cached)
         if self.on_decision is not None:
             self.on_decision(cached)
         return cached
 
+    def _verify(self, cached: bool) -> None:
+        if not self.spec.settings.verify_ranks or self._group is None:
+            return
+        step, context = self._identity.step, self._current_context
+        measured = context is not None and context.last_diff is not None and context.last_diff[0] == step
+        diff = context.last_diff[1] if measured else math.nan
+        agreement.verify(step, self._identity.branch, cached, self._group, diff=diff)
+
+    @property
+    def _coupled(self) -> bool:
+        """Whether this forward's decision is one with those of the other CFG ranks.
+
+        Every CFG rank runs at least one forward a step, but not always as many: the first ones are coupled.
+        """
+        groups = self.groups
+        if groups.pair is None or groups.pair is groups.forward or self._forward_in_step > 0:
+            return False
+        return self.spec.settings.lockstep or not self._separate
+
     def _decide(self, residual: torch.Tensor, prefix: str) -> bool:
         context, identity = self._current_context, self._identity
         reference = self.get_Fn_buffer(prefix) if context.has_reference else None
-        if reference is None or reference.shape != residual.shape:
+        if reference is None:
             return False
         action = self.spec.plan.action(
             identity.step - self.spec.first_step, context.cached_count, context.streak
         )
-        cached = identity.branch not in self._poisoned
+        may_cache = identity.branch not in self._poisoned and reference.shape == residual.shape
         if action is not Action.MEASURE:
-            return cached and action is Action.CACHE
-        cached = cached and self._within_threshold(reference, residual)
-        if self.spec.settings.lockstep and self.pair_group is not None:
-            # Both ranks of the pair get here on the same steps: their decisions have been equal so far.
-            cached = agreement.all_cache(cached, self.pair_group)
-        return cached
-
-    def _within_threshold(self, reference: torch.Tensor, residual: torch.Tensor) -> bool:
+            return action is Action.CACHE and may_cache
         limit = self.spec.settings.max_accumulated_residual_diff_threshold
-        if limit and self._current_context.accumulated_residual_diff >= limit:
-            return False
-        return self.similarity(
-            reference, residual, threshold=self.spec.settings.residual_diff_threshold
-        )
+        may_cache = may_cache and not (limit and context.accumulated_residual_diff >= limit)
+        return self._similar(reference, residual, self.spec.settings.residual_diff_threshold, may_cache)
 
     @torch.compiler.disable
     def similarity(
@@ -298,29 +308,75 @@ class BranchContexts(CachedContextManager):
         prefix: str = "Fn",
     ) -> bool:
         """Whether the residual ``t2`` of this step is within ``threshold`` of the stored ``t1``."""
+        return self._similar(t1, t2, threshold, True)
+
+    def _similar(self, t1: torch.Tensor, t2: torch.Tensor, threshold: float, may_cache: bool) -> bool:
+        """As ``similarity``.
+
+        Args:
+            may_cache: False where this rank computes whatever the difference. The ranks of its group may not
+                know (unequal shards can change shape on one rank only), so it takes part in their decision.
+        """
         if threshold <= 0.0:
             return False
         if threshold >= 1.0:
-            return True
-        diff = self._shared_diff()
+            return may_cache
+        context, step = self._current_context, self._identity.step
+        diff = decisive = self._shared_diff()
         if diff is None:
-            diff = residual_difference(
-                t1, t2, group=self.group, important_threshold=self.get_important_condition_threshold()
-            )
-        self.branch_stats.measured(self._identity.step, diff)
-        self._current_context.last_diff = (self._identity.step, diff)
+            if not may_cache and self._group is None:
+                return False
+            diff, decisive, may_cache = self._measure(t1, t2, may_cache)
+        if t1.shape != t2.shape:
+            return False
+        if self._identity.branch == COND:
+            self._leading[context.blocks] = (step, diff)
+        self.branch_stats.measured(step, diff)
+        context.last_diff = (step, diff)
         if math.isfinite(diff):
-            self._current_context.accumulated_residual_diff += diff
-        return diff < threshold
+            context.accumulated_residual_diff += diff
+        return may_cache and decisive < threshold
+
+    @property
+    def _group(self) -> Any:
+        return self.groups.pair if self._coupled else self.groups.forward
+
+    def _measure(self, t1: torch.Tensor, t2: torch.Tensor, may_cache: bool) -> tuple[float, float, bool]:
+        """This branch's difference, the one that decides, and whether no rank must compute."""
+        important = self.get_important_condition_threshold()
+        if self._group is None:
+            diff = residual_difference(t1, t2, important_threshold=important)
+            return diff, diff, True
+        shared = self._coupled and not self._separate
+        adds = t1.shape == t2.shape and (not shared or self._identity.branch == COND)
+        apart = self._coupled and self._separate
+        diffs, compute = reduced_differences(
+            residual_sums(t1, t2, important) if adds else None,
+            self._group,
+            device=t1.device,
+            compute=not may_cache,
+            row=self.groups.row if apart else 0,
+            rows=self.groups.rows if apart else 1,
+            important_threshold=important,
+        )
+        if shared:
+            self._leading[self._current_context.blocks] = (self._identity.step, diffs[0])
+        # max() may pass over NaN.
+        decisive = math.nan if any(math.isnan(each) for each in diffs) else max(diffs)
+        return diffs[self.groups.row if apart else 0], decisive, not compute
+
+    @property
+    def _separate(self) -> bool:
+        return self.spec.settings.cfg_diff_compute_separate
 
     def _shared_diff(self) -> float | None:
         """The conditional branch's difference at this step and block list, where the others follow it."""
-        if self.spec.settings.cfg_diff_compute_separate or self._identity.branch == COND:
+        if self._separate or self._identity.branch == COND:
             return None
-        leading = self._cached_context_manager.get(f"{self._current_context.blocks}/{COND}")
-        if leading is None or leading.last_diff is None or leading.last_diff[0] != self._identity.step:
+        leading = self._leading.get(self._current_context.blocks)
+        if leading is None or leading[0] != self._identity.step:
             return None
-        return leading.last_diff[1]
+        return leading[1]
 
     @torch.compiler.disable
     def add_cached_step(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from . import defaults, host, startup
 from .mount import ModelBackend
+from .parallel import tell_parallel
 from .runtime import Identity, Runtime
 from .session import Session, publish
 
@@ -22,6 +23,7 @@ class _Mounted:
 
 _stages: weakref.WeakKeyDictionary[Any, _Mounted] = weakref.WeakKeyDictionary()
 _open: list[tuple[Any, Session]] = []
+_running: list[Any] = []
 
 
 class CacheDitDenoisingMixin:
@@ -63,6 +65,9 @@ class CacheDitDenoisingMixin:
         mounted = _mounted(self)
         if self.server_args.enable_torch_compile and self._cache_dit_requested():
             _mount_early(mounted, session)
+        mounted.backend.groups = host.groups(
+            _running or [self], batch, joint=self._cache_dit_joint_cfg_decision()
+        )
         session.open(
             mounted.runtime,
             mounted.backend,
@@ -85,9 +90,9 @@ def _mounted(stage: Any) -> _Mounted:
     mounted = _stages.get(stage)
     if mounted is None or mounted.backend.modules != modules:
         # The host may load a transformer anew (low-memory modes): what was mounted went with it.
-        group = host.model_group(stage.server_args, pair=stage._cache_dit_joint_cfg_decision())
-        pair = host.model_group(stage.server_args, pair=True) if stage.server_args.enable_cfg_parallel else None
-        mounted = _stages[stage] = _Mounted(ModelBackend(modules, _identify, group=group, pair_group=pair))
+        mounted = _stages[stage] = _Mounted(ModelBackend(modules, _identify))
+        for module in modules.values():
+            tell_parallel(module, host.layout())
     return mounted
 
 
@@ -121,9 +126,11 @@ def _positions(batch: Any) -> tuple[float, ...] | None:
 def run_stage(original: Callable[..., Any], stage: Any, batch: Any, server_args: Any) -> Any:
     """Around every stage: whatever happened in it, a request opened in it ends with it."""
     before = len(_open)
+    _running.append(stage)
     try:
         return original(stage, batch, server_args)
     finally:
+        _running.pop()
         while len(_open) > before:
             owner, session = _open.pop()
             device = next((p.device for p in owner.transformer.parameters()), None)

@@ -14,7 +14,8 @@ from torch import nn
 from . import defaults, host, startup
 from .errors import MountError
 from .mount import ModelBackend, apply_sections
-from .runtime import Identity, Runtime
+from .parallel import mesh_group
+from .runtime import Groups, Identity, Runtime
 from .session import Session, publish
 from .stats import COND
 
@@ -74,6 +75,7 @@ class PipelineCache:
     def request(self, session: Session, num_steps: int) -> Iterator[None]:
         """Run one pipeline call under ``session``."""
         self.session, self._step, self._embeddings = session, 0, []
+        self.backend.groups = Groups(forward=next(map(mesh_group, self.modules.values()), None))
         with self._named_contexts(), self._counted_steps():
             try:
                 session.open(self.runtime, self.backend, self._split(num_steps), _Timesteps(self.pipe.scheduler))
@@ -169,6 +171,8 @@ def load(original: Callable[..., Any], pipeline: Any, pipe: Any, server_args: An
     if sections := current.file.passed_on:
         pipe = apply_sections(pipe, sections)
     cache = _pipes[pipe] = PipelineCache(pipe)
+    for module in cache.modules.values():
+        host.ensure_one_replica(mesh_group(module))
     if current.enabled or server_args.enable_torch_compile:
         try:
             cache.mount()

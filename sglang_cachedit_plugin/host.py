@@ -6,18 +6,24 @@ import the runtime early.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .runtime import Identity
+from .errors import HostContractError, SettingError
+from .runtime import Groups, Identity
 from .stats import COND
+
+if TYPE_CHECKING:
+    from .parallel import ParallelLayout
 
 SUPPORTED_HOSTS = ("0.5.21", "0.5.22", "0.5.23")
 _BRANCH_NAMES = {"conditional": COND, "unconditional": "uncond"}
 
 _branch_name: str | None = None
-_slices: dict[str, Any] = {}
+
+_ALL_RANKS = ("REPLICATED", "CFG_PARALLEL")
+"""The host's kinds of stages in which every rank runs forwards of its own."""
 
 
 def version(distribution: str) -> str | None:
@@ -56,45 +62,127 @@ def forward_identity() -> Identity | None:
     return Identity(branch=name, step=int(context.current_timestep))
 
 
-def model_group(server_args: Any, *, pair: bool = False) -> Any:
-    """Process group of the ranks that share one forward, None for a single rank.
+def groups(stages: Sequence[Any], batch: Any, *, joint: bool = False) -> Groups:
+    """Process groups of one request on the native backend.
 
     Args:
-        pair: include the CFG ranks, because one forward or one decision covers the pair.
+        stages: the stages under way, outermost first; where one runs on the main rank alone, or spreads one
+            forward over the CFG ranks, branches are not computed side by side.
+        joint: one decision covers the CFG ranks, because the stage says so.
     """
     from sglang.multimodal_gen.runtime.distributed import parallel_state as state
 
-    if not state.model_parallel_is_initialized():
-        return None
-    if pair and state.get_classifier_free_guidance_world_size() > 1:
-        return _slices["pair"]
-    sp, tp = state.get_sp_group(), state.get_tp_group()
-    if sp.world_size > 1 and tp.world_size > 1:
-        return _slices["model"]
-    for group in (sp, tp):
-        if group.world_size > 1:
-            return group.device_group
-    return None
+    if not _layout.pair or not state.model_parallel_is_initialized():
+        return Groups()
+    # A stage may run one forward over the CFG ranks: then the host's SP group is theirs for its duration.
+    spread = not set(state.get_sp_group().ranks) <= set(_layout.model)
+    forward = _layout.group(_layout.pair if spread else _layout.model)
+    cfg = state.get_cfg_group()
+    side_by_side = cfg.world_size > 1 and all(
+        stage.parallelism_type_for(batch).name in _ALL_RANKS for stage in stages
+    )
+    if spread or not side_by_side:
+        return Groups(forward=forward)
+    pair = _layout.group(_layout.pair)
+    return Groups(forward=pair if joint else forward, pair=pair, row=cfg.rank_in_group, rows=cfg.world_size)
+
+
+class _Layout:
+    """Ranks of this process's slices of the world, and the process groups of slices.
+
+    ``model`` is SP x TP, ``pair`` is SP x TP x CFG; both lie within one data-parallel replica.
+    """
+
+    def __init__(self) -> None:
+        self.model: tuple[int, ...] = ()
+        self.pair: tuple[int, ...] = ()
+        self._groups: dict[tuple[int, ...], Any] = {}
+
+    def group(self, ranks: tuple[int, ...]) -> Any:
+        """The process group of a slice, None for a single rank."""
+        return self._groups.get(ranks)
+
+    def build(self, axes: dict[str, Any], control: Any) -> None:
+        """Find the slices; make process groups where the host has none. Every rank calls this at the same time.
+
+        Args:
+            axes: the host's group of this rank along each axis: ``sp``, ``tp`` and ``cfg``.
+            control: a process group of all ranks, for exchanging the axes.
+        """
+        import torch.distributed as dist
+
+        own = {name: list(axis.ranks) for name, axis in axes.items()}
+        everyone: list[dict[str, list[int]]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, own, group=control)
+        known = {tuple(sorted(ranks)) for each in everyone for ranks in each.values()}
+        self._groups = {
+            tuple(sorted(axis.ranks)): axis.device_group for axis in axes.values() if axis.world_size > 1
+        }
+        for kind, names in (("model", ("sp", "tp")), ("pair", ("sp", "tp", "cfg"))):
+            for ranks in connected([each[name] for each in everyone for name in names]):
+                members = tuple(ranks)
+                if members not in known and len(members) > 1:
+                    known.add(members)
+                    # new_group is collective over the world: ranks outside it take part and keep nothing.
+                    group = dist.new_group(ranks)
+                    if dist.get_rank() in members:
+                        self._groups[members] = group
+                if dist.get_rank() in members:
+                    setattr(self, kind, members)
+
+
+_layout = _Layout()
 
 
 def build_slices() -> None:
-    """Make the process groups that the host has no name for. Every rank calls this once, at start-up."""
+    """Find the ranks that must agree. Every rank calls this once its model-parallel groups exist.
+
+    Raises:
+        HostContractError: pipeline parallelism, which SGLang Diffusion does not start with.
+    """
+    from sglang.multimodal_gen.runtime.distributed import parallel_state as state
+
+    world = state.get_world_group()
+    if world.world_size == 1:
+        return
+    if getattr(getattr(state, "_PP", None), "world_size", 1) > 1:
+        raise HostContractError("the blocks of one transformer lie on several pipeline ranks: no group can decide")
+    axes = {"sp": state.get_sp_group(), "tp": state.get_tp_group(), "cfg": state.get_cfg_group()}
+    _layout.build(axes, world.cpu_group)
+
+
+def layout() -> ParallelLayout:
+    """Over how many ranks the host spreads one forward, by axis."""
+    from sglang.multimodal_gen.runtime.distributed import parallel_state as state
+
+    from .parallel import ParallelLayout
+
+    if not state.model_parallel_is_initialized():
+        return ParallelLayout()
+    return ParallelLayout(
+        ulysses_size=state.get_ulysses_parallel_world_size(),
+        ring_size=state.get_ring_parallel_world_size(),
+        tp_size=state.get_tp_world_size(),
+    )
+
+
+def ensure_one_replica(group: Any) -> None:
+    """Refuse a mesh of ranks that serve different requests.
+
+    Raises:
+        SettingError: ``group`` reaches over data-parallel replicas.
+    """
     import torch.distributed as dist
     from sglang.multimodal_gen.runtime.distributed import parallel_state as state
 
-    if dist.get_world_size() == 1 or _slices:
+    if group is None or not state.model_parallel_is_initialized():
         return
-    own = {
-        "model": [state.get_sp_group().ranks, state.get_tp_group().ranks],
-        "pair": [state.get_sp_group().ranks, state.get_tp_group().ranks, state.get_cfg_group().ranks],
-    }
-    everyone: list[dict[str, list[list[int]]]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, own)
-    for kind in ("model", "pair"):
-        for members in connected([ranks for each in everyone for ranks in each[kind]]):
-            group = dist.new_group(members)
-            if dist.get_rank() in members:
-                _slices[kind] = group
+    replica, ranks = set(state.get_replica_group().ranks), dist.get_process_group_ranks(group)
+    if not set(ranks) <= replica:
+        raise SettingError(
+            "parallelism_config", f"{len(ranks)} ranks", "--cache-dit-config",
+            f"at most the {len(replica)} ranks of one data-parallel replica",
+        )
 
 
 def connected(sets: list[list[int]]) -> list[list[int]]:

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import cache_dit
-import torch.distributed as dist
 from cache_dit import BlockAdapter, BlockAdapterRegister, ForwardPattern
 from cache_dit.caching.cache_blocks import UnifiedBlocks
 from torch import nn
@@ -23,7 +22,7 @@ from . import adapters
 from .contexts import BranchContexts, Identity
 from .errors import MountError
 from .output_forecast import OutputHistory
-from .runtime import RequestSpec, TransformerSpec
+from .runtime import Groups, RequestSpec, TransformerSpec
 from .schedule import Action, StepPlan
 from .stats import RequestStats, TransformerStats
 
@@ -131,24 +130,16 @@ class CachedTransformer:
 
     Args:
         name: ``transformer`` or ``transformer_2``.
-        group: process group whose ranks must agree.
     """
 
-    def __init__(
-        self,
-        name: str,
-        transformer: nn.Module,
-        pipe: Any = None,
-        group: dist.ProcessGroup | None = None,
-        pair_group: dist.ProcessGroup | None = None,
-    ):
+    def __init__(self, name: str, transformer: nn.Module, pipe: Any = None):
         self.name = name
         self.module = transformer
         # accelerate's offload hook calls _old_forward after moving the weights: stand under it.
         self._slot = "_old_forward" if hasattr(transformer, "_old_forward") else "forward"
         self._own = transformer.__dict__.get(self._slot)
         self._original = getattr(transformer, self._slot)
-        self.contexts = BranchContexts(name=f"{type(transformer).__name__}/{name}", group=group, pair_group=pair_group)
+        self.contexts = BranchContexts(name=f"{type(transformer).__name__}/{name}")
         with _undone(transformer, pipe) as patches:
             # cache-dit's functors rewrite forwards of some models for good; here they hold for cached
             # forwards only, so that the original stays the original.
@@ -250,7 +241,9 @@ class CachedTransformer:
         if cached:
             raise _SkipForward
 
-    def refresh(self, spec: TransformerSpec, stats: TransformerStats, identify: Identify) -> None:
+    def refresh(
+        self, spec: TransformerSpec, stats: TransformerStats, identify: Identify, groups: Groups | None = None
+    ) -> None:
         """Serve the next forwards under ``spec``.
 
         Raises:
@@ -263,7 +256,7 @@ class CachedTransformer:
                 f"{min(self.num_blocks)} blocks of {self.name}"
             )
         self._outputs.clear()
-        self.contexts.begin_request(spec, stats)
+        self.contexts.begin_request(spec, stats, groups or Groups())
         self.contexts.on_decision = self._skip if spec.settings.forecast == "output" else None
         self._identify = identify
 
@@ -300,22 +293,15 @@ class ModelBackend:
         modules: transformers by name.
         identify: the host's word on which forward is under way.
         pipe: the diffusers pipeline, if there is one.
-        group: process group whose ranks must agree.
+
+    ``groups`` are set before each request: the host may lay the same ranks out differently from one to the next.
     """
 
-    def __init__(
-        self,
-        modules: Mapping[str, nn.Module],
-        identify: Identify,
-        *,
-        pipe: Any = None,
-        group: dist.ProcessGroup | None = None,
-        pair_group: dist.ProcessGroup | None = None,
-    ):
+    def __init__(self, modules: Mapping[str, nn.Module], identify: Identify, *, pipe: Any = None):
         self.modules = dict(modules)
         self._identify = identify
         self._pipe = pipe
-        self._groups = (group, pair_group)
+        self.groups = Groups()
         self.mounted: dict[str, CachedTransformer] = {}
         self.stats: RequestStats | None = None
 
@@ -323,7 +309,7 @@ class ModelBackend:
         """Prepare every transformer, or none."""
         try:
             for name, module in self.modules.items():
-                self.mounted[name] = CachedTransformer(name, module, self._pipe, *self._groups)
+                self.mounted[name] = CachedTransformer(name, module, self._pipe)
         except BaseException:
             for transformer in self.mounted.values():
                 transformer.unmount()
@@ -336,7 +322,7 @@ class ModelBackend:
         self.bypass()
         for each in spec.transformers:
             stats = self.stats.transformers[each.name] = _transformer_stats(each.plan)
-            self.mounted[each.name].refresh(each, stats, self._identify)
+            self.mounted[each.name].refresh(each, stats, self._identify, self.groups)
 
     def bypass(self) -> None:
         """Run the original forwards."""

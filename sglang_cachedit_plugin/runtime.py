@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import Any, Protocol
 
 from .errors import MountError
 from .schedule import StepPlan
@@ -18,6 +18,23 @@ class Identity:
 
     branch: str
     step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """Process groups of the ranks that take part in one request.
+
+    Args:
+        forward: ranks that share one forward, or one joint decision; None for a single rank.
+        pair: these and the ranks that run the other CFG branches at the same time; None where branches
+            take turns.
+        row: this rank's place among the CFG ranks, of ``rows``.
+    """
+
+    forward: Any = None
+    pair: Any = None
+    row: int = 0
+    rows: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 
@@ -34,24 +36,54 @@ def residual_sums(
     return torch.cat([important, sums])
 
 
-def residual_difference(
-    reference: torch.Tensor,
-    current: torch.Tensor,
-    *,
-    group: dist.ProcessGroup | None = None,
-    important_threshold: float = 0.0,
-) -> float:
-    """Relative L1 difference ``sum |current - reference| / sum |reference|`` over all shards.
-
-    One all-reduce of four float32 values when ``group`` is given, and one read by the host.
-    NaN anywhere, or a reference of zeros, gives NaN on every rank: sums carry NaN through the reduction.
-    """
-    sums = residual_sums(reference, current, important_threshold)
-    if group is not None:
-        dist.all_reduce(sums, group=group)
-    counted, counted_magnitude, total, magnitude = sums.tolist()
+def difference(sums: Sequence[float], important_threshold: float = 0.0) -> float:
+    """Relative L1 difference of four sums, NaN for a reference of zeros."""
+    counted, counted_magnitude, total, magnitude = sums
     if counted_magnitude > EMPTY and important_threshold > 0.0:
         return counted / counted_magnitude
     if magnitude <= EMPTY:
         return float("nan")
     return total / magnitude
+
+
+def residual_difference(
+    reference: torch.Tensor, current: torch.Tensor, *, important_threshold: float = 0.0
+) -> float:
+    """Relative L1 difference ``sum |current - reference| / sum |reference|`` on one rank.
+
+    NaN where there is NaN, or for a reference of zeros.
+    """
+    return difference(residual_sums(reference, current, important_threshold).tolist(), important_threshold)
+
+
+def reduced_differences(
+    sums: torch.Tensor | None,
+    group: dist.ProcessGroup,
+    *,
+    device: torch.device,
+    compute: bool = False,
+    row: int = 0,
+    rows: int = 1,
+    important_threshold: float = 0.0,
+) -> tuple[list[float], bool]:
+    """Differences over all shards of a group, and whether one of its ranks must compute.
+
+    One all-reduce of ``rows x 5`` float32 values over ``group`` and one read by the host. Sums of unequal
+    shards add up to those of the whole, and NaN on one rank reaches all.
+
+    Args:
+        sums: this rank's four sums, None where it has none to add.
+        compute: this rank computes the step whatever the difference.
+        row: what this rank adds to; each row is a difference of its own.
+
+    Returns:
+        one difference a row, NaN for a row that no rank added to; True where any rank must compute.
+    """
+    packed = torch.zeros(rows, 5, dtype=torch.float32, device=device)
+    if sums is not None:
+        packed[row, :4] = sums
+    if compute:
+        packed[row, 4] = 1.0
+    dist.all_reduce(packed, group=group)
+    read = packed.tolist()
+    return [difference(each[:4], important_threshold) for each in read], any(each[4] > 0.0 for each in read)

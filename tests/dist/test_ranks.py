@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 
 from sglang_cachedit_plugin import agreement
 from sglang_cachedit_plugin.host import connected
-from sglang_cachedit_plugin.similarity import residual_difference
+from sglang_cachedit_plugin.similarity import reduced_differences, residual_difference, residual_sums
 
 TOKENS = (7, 3)
 """Unequal shards of the token axis."""
@@ -44,27 +44,36 @@ def _shard(tensor: torch.Tensor, rank: int) -> torch.Tensor:
     return tensor.split(TOKENS, dim=1)[rank]
 
 
+def _reduced(reference: torch.Tensor, current: torch.Tensor, threshold: float = 0.0) -> float:
+    (diff,), _ = reduced_differences(
+        residual_sums(reference, current, threshold), dist.group.WORLD, device=reference.device,
+        important_threshold=threshold,
+    )
+    return diff
+
+
 def _shards(rank: int) -> float:
     reference, current = _tensors()
-    return residual_difference(_shard(reference, rank), _shard(current, rank), group=dist.group.WORLD)
+    return _reduced(_shard(reference, rank), _shard(current, rank))
 
 
 def _shards_of_important_tokens(rank: int) -> float:
     reference, current = _tensors()
-    return residual_difference(
-        _shard(reference, rank), _shard(current, rank), group=dist.group.WORLD, important_threshold=1.4
-    )
+    return _reduced(_shard(reference, rank), _shard(current, rank), 1.4)
 
 
 def _nan_on_one_rank(rank: int) -> float:
     reference, current = _tensors()
     if rank == 1:
         current[0, -1, 0] = float("nan")
-    return residual_difference(_shard(reference, rank), _shard(current, rank), group=dist.group.WORLD)
+    return _reduced(_shard(reference, rank), _shard(current, rank))
 
 
 def _one_must_compute(rank: int) -> tuple[bool, bool]:
-    return agreement.all_cache(rank == 0, dist.group.WORLD), agreement.all_cache(True, dist.group.WORLD)
+    cpu = torch.device("cpu")
+    return tuple(
+        reduced_differences(None, dist.group.WORLD, device=cpu, compute=compute)[1] for compute in (rank == 1, False)
+    )
 
 
 def _different_decisions(rank: int) -> str:
@@ -117,13 +126,13 @@ def test_nan_on_one_rank_is_nan_on_all():
 
 
 def test_lockstep_computes_if_either_must():
-    assert run("_one_must_compute") == [(False, True), (False, True)]
+    assert run("_one_must_compute") == [(True, False), (True, False)]
 
 
 def test_a_disagreement_stops_both_ranks_with_a_message():
     messages = run("_different_decisions")
     assert messages[0] == messages[1]
-    for part in ("cond", "rank 0: step 4 cached", "rank 1: step 4 computed"):
+    for part in ("cond", "rank 0: step 4 cached unmeasured", "rank 1: step 4 computed unmeasured"):
         assert part in messages[0]
 
 

@@ -1,0 +1,63 @@
+"""How a transformer is spread over ranks: what cache-dit is told, and what cache-dit or diffusers say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelLayout:
+    """Stands where cache-dit looks for the parallelism config of a transformer that SGLang has spread itself.
+
+    cache-dit's own ``ParallelismConfig`` would be wrong here: with TP and SP together it builds a device mesh
+    over the first ranks of the world as soon as it is made, and it is meant to be handed to ``enable_cache``,
+    which would spread the transformer again.
+
+    Args:
+        ulysses_size: ranks of Ulysses attention.
+        ring_size: ranks of ring attention.
+        tp_size: ranks of tensor parallelism.
+    """
+
+    ulysses_size: int = 1
+    ring_size: int = 1
+    tp_size: int = 1
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that share one forward."""
+        return self.ulysses_size * self.ring_size * self.tp_size
+
+    def strify(self, *args: Any, **kwargs: Any) -> str:
+        """The form in which cache-dit's summary shows a layout."""
+        sizes = (("Ulysses", self.ulysses_size), ("Ring", self.ring_size), ("TP", self.tp_size))
+        return "_".join(f"{name}{size}" for name, size in sizes if size > 1)
+
+
+def tell_parallel(transformer: nn.Module, layout: ParallelLayout) -> None:
+    """Let cache-dit see that ``transformer`` runs in parallel: its summary and its patches of models ask.
+
+    A transformer that cache-dit has spread itself keeps what it says.
+    """
+    if layout.world_size > 1 and not getattr(transformer, "_is_parallelized", False):
+        transformer._is_parallelized = True
+        transformer._parallelism_config = layout
+
+
+def mesh_group(transformer: nn.Module) -> Any:
+    """Process group of the device mesh over which cache-dit or diffusers spread ``transformer``, None for one rank.
+
+    cache-dit keeps the mesh of all three axes (ring, Ulysses, TP) in its parallelism config, that of context
+    parallelism in the transformer's, and that of tensor parallelism in the sharded parameters alone.
+    """
+    meshes = [getattr(getattr(transformer, "_parallelism_config", None), "_flat_mesh", None)]
+    context = getattr(getattr(transformer, "_parallel_config", None), "context_parallel_config", None)
+    meshes.append(getattr(context, "_flattened_mesh", None))
+    meshes += [getattr(parameter, "device_mesh", None) for parameter in transformer.parameters()]
+    mesh = next((mesh for mesh in meshes if mesh is not None), None)
+    if mesh is None or mesh.size() == 1 or mesh.get_coordinate() is None:
+        return None
+    return mesh.get_group()
