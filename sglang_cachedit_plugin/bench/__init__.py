@@ -1,0 +1,1 @@
+"""`sglang-cachedit bench`: uncached, the stock integration and the plugin side by side."""

@@ -1,0 +1,1 @@
+"""`sglang-cachedit tune`: schedules fitted to the deployer's own model."""
