@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -118,6 +118,7 @@ class BranchContext(CachedContext):
     streak: int = 0
     cached_count: int = 0
     has_reference: bool = False
+    absent: set[str] = field(default_factory=set)
 
     @classmethod
     def create(cls, name: str, blocks: str, spec: TransformerSpec) -> BranchContext:
@@ -196,14 +197,13 @@ class BranchContexts(CachedContextManager):
 
     def end_forward(self) -> None:
         """Record the finished forward: cached where every block list was."""
-        if self._outcomes:
-            self.branch_stats.record(self._identity.step, all(self._outcomes))
+        self.branch_stats.record(self._identity.step, bool(self._outcomes) and all(self._outcomes))
 
-    def poison(self, branch: str) -> None:
-        """Compute every further step of ``branch``: its forwards cannot be told apart."""
+    def poison(self, branch: str, why: str = "forwards cannot be told apart") -> None:
+        """Compute every further step of ``branch``, and say why."""
         if branch not in self._poisoned:
             self._poisoned.add(branch)
-            self.stats.notes.append(f"{branch}: forwards cannot be told apart, every step is computed")
+            self.stats.notes.append(f"{branch}: {why}, every step is computed")
 
     def is_poisoned(self, branch: str) -> bool:
         """Whether every further step of ``branch`` is computed."""

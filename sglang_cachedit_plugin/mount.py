@@ -1,6 +1,6 @@
 """Cached blocks in place of a transformer's own, and back.
 
-Only this file and contexts.py import cache_dit. cache-dit's ``enable_cache`` is not used: it keeps its
+Only this file, swaps.py and contexts.py import cache_dit. cache-dit's ``enable_cache`` is not used: it keeps its
 state on classes, cannot be undone in 1.5.1, and binds contexts before branches are known. Its parts are:
 the register of block lists, the cached blocks, the contexts and the calibrators.
 """
@@ -8,23 +8,21 @@ the register of block lists, the cached blocks, the contexts and the calibrators
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import cache_dit
-from cache_dit import BlockAdapter, BlockAdapterRegister, ForwardPattern
-from cache_dit.caching.cache_blocks import UnifiedBlocks
 from torch import nn
 
-from . import adapters
+from . import adapters, swaps
 from .contexts import BranchContexts, Identity
 from .errors import MountError
 from .output_forecast import OutputHistory
 from .runtime import Groups, RequestSpec, TransformerSpec
 from .schedule import Action, StepPlan
 from .stats import RequestStats, TransformerStats
+from .swaps import Swaps
 
 Identify = Callable[[str, Mapping[str, Any]], Identity | None]
 """(transformer name, keyword arguments of the forward) -> identity, None where the host names none."""
@@ -33,55 +31,6 @@ Identify = Callable[[str, Mapping[str, Any]], Identity | None]
 def preset_mask(preset: str, num_steps: int) -> list[int]:
     """cache-dit's mask for a preset; 1 computed, 0 may be cached."""
     return cache_dit.steps_mask(mask_policy=preset, total_steps=num_steps)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep cache-dit's mount chatter (wrong about contexts and CFG here) out of the log."""
-    previous = logging.root.manager.disable
-    logging.disable(max(previous, logging.WARNING))
-    try:
-        yield
-    finally:
-        logging.disable(previous)
-
-
-def find_blocks(transformer: nn.Module, pipe: Any = None) -> BlockAdapter:
-    """cache-dit's normalised description of a transformer's blocks.
-
-    Raises:
-        MountError: nobody describes the class.
-    """
-    name = type(transformer).__name__
-    row = adapters.find_row(type(transformer))
-    if row is not None and not row.blocks:
-        raise MountError(f"{name}: {row.no_blocks or row.refused}")
-    try:
-        with _quiet():
-            if row is not None and not row.register:
-                adapter = _from_row(transformer, row)
-            elif pipe is not None and BlockAdapterRegister.is_supported(pipe):
-                adapter = BlockAdapterRegister.get_adapter(pipe)
-            else:
-                adapter = BlockAdapterRegister.get_adapter(transformer)
-            if adapter is None:
-                raise MountError(f"{name}: no adapter describes its blocks")
-            return BlockAdapter.normalize(adapter)
-    except MountError:
-        raise
-    except Exception as error:
-        # cache-dit's register runs third-party attribute look-ups; whatever they raise is the reason.
-        raise MountError(f"{name}: its blocks are not as declared: {error}") from error
-
-
-def _from_row(transformer: nn.Module, row: adapters.AdapterRow) -> BlockAdapter:
-    return BlockAdapter(
-        transformer=transformer,
-        blocks=[getattr(transformer, each.name) for each in row.blocks],
-        blocks_name=[each.name for each in row.blocks],
-        forward_pattern=[getattr(ForwardPattern, f"Pattern_{each.pattern}") for each in row.blocks],
-        check_forward_pattern=False,
-    )
 
 
 _ABSENT = object()
@@ -143,40 +92,18 @@ class CachedTransformer:
         with _undone(transformer, pipe) as patches:
             # cache-dit's functors rewrite forwards of some models for good; here they hold for cached
             # forwards only, so that the original stays the original.
-            adapter = find_blocks(transformer, pipe)
-            index = [id(module) for module in adapter.transformer].index(id(transformer))
-            self._swaps = self._build(adapter, index)
-        self.num_blocks = [len(blocks) for blocks in adapter.blocks[index]]
+            self._swaps = self._find_swaps(pipe)
         self._patched = patches.pop(transformer, self._original)
         self._block_forwards = {module: patches[module] for module in transformer.modules() if module in patches}
         self._identify: Identify | None = None
         self._outputs: dict[str, OutputHistory] = {}
         setattr(transformer, self._slot, self._wrapper())
 
-    def _build(self, adapter: BlockAdapter, index: int) -> dict[str, nn.ModuleList]:
-        swaps: dict[str, nn.ModuleList] = {}
-        with _quiet():
-            for name, unique, blocks, pattern in zip(
-                adapter.blocks_name[index], adapter.unique_blocks_name[index], adapter.blocks[index],
-                adapter.forward_pattern[index], strict=True,
-            ):
-                try:
-                    cached = UnifiedBlocks(
-                        blocks,
-                        transformer=self.module,
-                        forward_pattern=pattern,
-                        check_forward_pattern=adapter.check_forward_pattern,
-                        check_num_outputs=adapter.check_num_outputs,
-                        cache_prefix=name,
-                        cache_context=unique,
-                        context_manager=self.contexts,
-                    )
-                except AssertionError as error:
-                    raise MountError(f"{type(self.module).__name__}.{name}: {error}") from error
-                swaps[name] = nn.ModuleList([cached])
-        for name in adapter.dummy_blocks_names[index] if adapter.dummy_blocks_names else ():
-            swaps[name] = nn.ModuleList()
-        return swaps
+    def _find_swaps(self, pipe: Any) -> Swaps:
+        """The replacements for the block lists; none where only the whole output can be forecast."""
+        row = adapters.find_row(type(self.module))
+        self._no_blocks = row.no_blocks if row is not None else ""
+        return Swaps() if self._no_blocks else swaps.build(self.module, self.contexts, pipe)
 
     def _wrapper(self) -> Callable[..., Any]:
         @functools.wraps(self._original)
@@ -192,15 +119,17 @@ class CachedTransformer:
 
     def _cached_forward(self, identity: Identity, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.contexts.begin_forward(identity)
-        modules = self.module._modules
-        own = {name: modules[name] for name in self._swaps}
-        modules.update(self._swaps)
-        own_forwards = _set_forwards(self._block_forwards)
-        try:
-            output = self._patched(*args, **kwargs)
-        finally:
-            modules.update(own)
-            _set_forwards(own_forwards)
+        with self._swaps.in_place():
+            own_forwards = _set_forwards(self._block_forwards)
+            try:
+                output = self._patched(*args, **kwargs)
+            finally:
+                _set_forwards(own_forwards)
+        if any(chain.unfinished for chain in self._swaps.chains):
+            # The loop ended before its last block, so the forecast is not in the output: compute this step.
+            self.contexts.poison(identity.branch, "the block loop left out its last block")
+            self.contexts.record(identity, cached=False)
+            return self._original(*args, **kwargs)
         self.contexts.end_forward()
         return output
 
@@ -247,18 +176,36 @@ class CachedTransformer:
         """Serve the next forwards under ``spec``.
 
         Raises:
-            MountError: F and B do not fit the blocks.
+            MountError: F and B do not fit the blocks, or only the whole output can be forecast.
         """
-        first, last = spec.settings.Fn_compute_blocks, spec.settings.Bn_compute_blocks
+        self._check(spec)
+        self._outputs.clear()
+        self.contexts.begin_request(spec, stats, groups or Groups())
+        self.contexts.on_decision = self._skip if spec.settings.forecast == "output" else None
+        self._identify = identify
+
+    def _check(self, spec: TransformerSpec) -> None:
+        settings, name = spec.settings, type(self.module).__name__
+        if self._no_blocks:
+            if settings.forecast != "output":
+                raise MountError(f"{name}: {self._no_blocks}; forecast: output can be used")
+            if not spec.plan.static:
+                raise MountError(
+                    f"{name}: {self._no_blocks}, so no difference can be measured; use a schedule with "
+                    "steps_computation_policy: static"
+                )
+            return
+        first, last = settings.Fn_compute_blocks, settings.Bn_compute_blocks
         if first + last > min(self.num_blocks):
             raise MountError(
                 f"Fn_compute_blocks {first} + Bn_compute_blocks {last} exceed the "
                 f"{min(self.num_blocks)} blocks of {self.name}"
             )
-        self._outputs.clear()
-        self.contexts.begin_request(spec, stats, groups or Groups())
-        self.contexts.on_decision = self._skip if spec.settings.forecast == "output" else None
-        self._identify = identify
+
+    @property
+    def num_blocks(self) -> list[int]:
+        """Length of each block list that is cached."""
+        return self._swaps.num_blocks
 
     def bypass(self) -> None:
         """Run the original forward; drop all buffers."""

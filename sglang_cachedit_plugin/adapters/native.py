@@ -1,23 +1,185 @@
-"""SGLang's own model classes."""
+"""SGLang's own model classes, all of 0.5.23's registry.
+
+Their loops are kept (``streams``): most of them pass other arguments to each block or do more than call them.
+A class whose block overwrites its input says so; the mount probe finds those that do not say it.
+"""
 
 from __future__ import annotations
 
 from .row import AdapterRow, Blocks
 
+_CHUNKED = (
+    "it is sampled chunk by chunk in a few steps, and each block's keys and values are what the next chunk reads"
+)
+_NO_DIT = "no diffusion transformer: it runs once a request, outside the denoising loop"
+
+
+def _blocks(name: str, *streams: str, **more: str | bool) -> Blocks:
+    return Blocks(name=name, streams=streams, **more)
+
+
+_DOUBLE = ("hidden_states", "encoder_hidden_states")
+_TEXT_FIRST = ("encoder_hidden_states", "hidden_states")
+
 NATIVE: dict[str, AdapterRow] = {
-    "AnimaTransformer3DModel": AdapterRow(family="Anima", blocks=(Blocks(name="transformer_blocks", pattern=3),)),
-    "MingImageTransformer2DModel": AdapterRow(family="Ming-Image", blocks=(Blocks(name="layers", pattern=3),)),
-    "QwenImage21Transformer2DModel": AdapterRow(
-        family="Qwen-Image 2.1", blocks=(Blocks(name="transformer_blocks", pattern=3),)
+    # image
+    "FluxTransformer2DModel": AdapterRow(
+        family="FLUX.1",
+        blocks=(
+            _blocks("transformer_blocks", *_TEXT_FIRST, measured="hidden_states"),
+            _blocks("single_transformer_blocks", *_TEXT_FIRST, measured="hidden_states", joins=True),
+        ),
+        cfg="none", note="with true_cfg_scale one forward for each branch",
     ),
-    "ErnieImageTransformer2DModel": AdapterRow(family="ERNIE-Image", blocks=(Blocks(name="layers", pattern=3),)),
-    "Krea2Transformer2DModel": AdapterRow(family="Krea 2", blocks=(Blocks(name="transformer_blocks", pattern=3),)),
-    "MiniMaxH3DiTModel": AdapterRow(family="MiniMax-H3", blocks=(Blocks(name="blocks", pattern=3),)),
+    "Flux2Transformer2DModel": AdapterRow(
+        family="FLUX.2",
+        blocks=(
+            _blocks(
+                "transformer_blocks", *_TEXT_FIRST, measured="hidden_states", settle="_materialize_gated_residual"
+            ),
+            _blocks("single_transformer_blocks", "hidden_states", settle="_materialize_gated_residual"),
+        ),
+        cfg="none", note="two decisions a step; the undistilled klein-base runs one forward for each branch",
+    ),
     "Flux3ImageDiT": AdapterRow(
-        family="FLUX.3", blocks=(Blocks(name="single_blocks", pattern=3),),
-        note="the per-modality blocks before the joint trunk always run",
+        family="FLUX.3 image", blocks=(_blocks("single_blocks", "x"),), cfg="batched",
+        note="the per-modality blocks before the joint trunk always run; both branches share one decision",
+    ),
+    "QwenImageTransformer2DModel": AdapterRow(
+        family="Qwen-Image, Qwen-Image-Edit",
+        blocks=(_blocks("transformer_blocks", *_TEXT_FIRST, measured="hidden_states"),),
+    ),
+    "QwenImage21Transformer2DModel": AdapterRow(
+        family="Qwen-Image 2.1", blocks=(_blocks("transformer_blocks", "hidden_states"),)
+    ),
+    "ZImageTransformer2DModel": AdapterRow(
+        family="Z-Image", blocks=(_blocks("layers", "x"),), note="the refiners before the joint trunk always run"
+    ),
+    "MingImageTransformer2DModel": AdapterRow(
+        family="Ming-Image", blocks=(_blocks("layers", "x"),), note="the refiners before the joint trunk always run"
+    ),
+    "GlmImageTransformer2DModel": AdapterRow(family="GLM-Image", blocks=(_blocks("transformer_blocks", *_DOUBLE),)),
+    "SD3Transformer2DModel": AdapterRow(
+        family="Stable Diffusion 3",
+        blocks=(_blocks("transformer_blocks", *_TEXT_FIRST, measured="hidden_states"),),
+    ),
+    "LongCatImageTransformer2DModel": AdapterRow(
+        family="LongCat-Image",
+        blocks=(
+            _blocks("transformer_blocks", *_TEXT_FIRST, measured="hidden_states"),
+            _blocks("single_transformer_blocks", *_TEXT_FIRST, measured="hidden_states", joins=True),
+        ),
+    ),
+    "AnimaTransformer3DModel": AdapterRow(family="Anima", blocks=(_blocks("transformer_blocks", "hidden_states"),)),
+    "ErnieImageTransformer2DModel": AdapterRow(family="ERNIE-Image", blocks=(_blocks("layers", "x"),)),
+    "Krea2Transformer2DModel": AdapterRow(
+        family="Krea 2", blocks=(_blocks("transformer_blocks", "hidden_states"),),
+        note="the text fusion before the trunk always runs",
     ),
     "Ideogram4Transformer2DModel": AdapterRow(
-        family="Ideogram 4", blocks=(Blocks(name="layers", pattern=3),), cfg="paired", transformers=2
+        family="Ideogram 4", blocks=(_blocks("layers", "x"),), transformers=2, cfg="paired"
+    ),
+    "SanaTransformer2DModel": AdapterRow(family="Sana", blocks=(_blocks("transformer_blocks", "hidden_states"),)),
+    "MOSSImageTransformer": AdapterRow(
+        family="MOSS-Image", blocks=(_blocks("layers", "x"),),
+        note="prompts of different length run as groups in one forward; each group decides for itself",
+    ),
+    "LLaDAImageTransformer2DModel": AdapterRow(
+        family="LLaDA-Image", blocks=(_blocks("layers", "hidden_states"),),
+        note="the refiners before the joint trunk always run",
+    ),
+    "LLaDAImageQueryFormerModel": AdapterRow(family="LLaDA-Image", refused=_NO_DIT),
+    "LLaDAImageTextProjectionModel": AdapterRow(family="LLaDA-Image", refused=_NO_DIT),
+    "LLaDAImageSigVQModel": AdapterRow(family="LLaDA-Image", refused=_NO_DIT),
+    "HunyuanImage3ForCausalMM": AdapterRow(
+        family="HunyuanImage 3",
+        refused="its autoregressive stage runs the denoising loop itself and mounts a cache of its own",
+    ),
+    "JoyTransformer3DModel": AdapterRow(family="JoyImage", blocks=(_blocks("double_blocks", "img", "txt"),)),
+    "JoyImageEditTransformer3DModel": AdapterRow(
+        family="JoyImage Edit", blocks=(_blocks("double_blocks", "img", "txt"),)
+    ),
+    "StableDiffusionUNet2DConditionModel": AdapterRow(
+        family="Stable Diffusion 2 UNet",
+        no_blocks="a UNet: every block of the way up takes a skip connection from one of the way down",
+    ),
+    # video
+    "WanTransformer3DModel": AdapterRow(
+        family="Wan 2.1, Wan 2.2", blocks=(_blocks("blocks", "hidden_states"),), transformers=2
+    ),
+    "WanAnimate2Transformer3DModel": AdapterRow(
+        family="Wan-Animate 2", blocks=(_blocks("blocks", "hidden_states"),),
+        note="each clip starts anew; block 9 is left out of the unconditional branch by the model itself",
+    ),
+    "HunyuanVideoTransformer3DModel": AdapterRow(
+        family="HunyuanVideo",
+        blocks=(_blocks("double_blocks", "img", "txt"), _blocks("single_blocks", "x")),
+        cfg="none", note="two decisions a step",
+    ),
+    "LTX2VideoTransformer3DModel": AdapterRow(
+        family="LTX-2", blocks=(_blocks("transformer_blocks", "hidden_states", "audio_hidden_states"),),
+        note="video and audio are forecast together, the decision is video's",
+    ),
+    "Cosmos3OmniTransformer": AdapterRow(
+        family="Cosmos 3", blocks=(_blocks("gen_layers", "hidden_states", "residual"),),
+        note="the text pathway runs once a request",
+    ),
+    "Cosmos3MultiviewTransformer": AdapterRow(
+        family="Cosmos 3 multiview", blocks=(_blocks("gen_layers", "hidden_states", "residual"),)
+    ),
+    "Kandinsky6Transformer3DModel": AdapterRow(
+        family="Kandinsky 6",
+        blocks=(
+            _blocks("visual_transformer_blocks", "vis", "aud"),
+            _blocks("visual_transformer_blocks", "visual_embed"),
+        ),
+        note="with audio both streams are forecast together; the text blocks always run",
+    ),
+    "Kandinsky6SRTransformer3DModel": AdapterRow(
+        family="Kandinsky 6 SR", blocks=(_blocks("visual_transformer_blocks", "visual_embed"),), cfg="none"
+    ),
+    "MiniMaxH3DiTModel": AdapterRow(family="MiniMax-H3", blocks=(_blocks("blocks", "x", overwrites=True),)),
+    "LingBotVideoTransformer3DModel": AdapterRow(family="LingBot-Video", blocks=(_blocks("blocks", "x"),)),
+    "LingBotWorldTransformer3DModel": AdapterRow(
+        family="LingBot-World", blocks=(_blocks("blocks", "hidden_states"),), transformers=2
+    ),
+    "SanaVideoTransformer3DModel": AdapterRow(
+        family="Sana-Video", blocks=(_blocks("transformer_blocks", "hidden_states"),)
+    ),
+    "SanaVideo2Transformer3DModel": AdapterRow(
+        family="Sana-Video 2",
+        no_blocks="every block attends to the outputs of all blocks before it, so the middle cannot be left out",
+    ),
+    "SanaWMTransformer3DModel": AdapterRow(
+        family="Sana-WM", blocks=(_blocks("blocks", "x"),), note="the streaming variant is not cached"
+    ),
+    "SanaWMLTX2VideoRefiner": AdapterRow(
+        family="Sana-WM refiner", blocks=(_blocks("transformer_blocks", "hidden_states"),), cfg="none"
+    ),
+    "HeliosTransformer3DModel": AdapterRow(family="Helios", blocks=(_blocks("blocks", "hidden_states"),)),
+    "Flux3Transformer": AdapterRow(
+        family="FLUX.3 action", refused="its stage calls the parts of the model one by one, not its forward"
+    ),
+    "WanModel": AdapterRow(
+        family="MOVA video", refused="its stage walks the blocks of the video and the audio tower itself"
+    ),
+    "WanAudioModel": AdapterRow(
+        family="MOVA audio", refused="its stage walks the blocks of the video and the audio tower itself"
+    ),
+    "CausalWanTransformer3DModel": AdapterRow(family="Causal Wan (Self-Forcing)", refused=_CHUNKED),
+    "LongLive2Transformer3DModel": AdapterRow(family="LongLive 2", refused=_CHUNKED),
+    "CausalLingBotWorldTransformer3DModel": AdapterRow(family="LingBot-World causal", refused=_CHUNKED),
+    "NomasTransformer3DModel": AdapterRow(family="Nomas", refused=_CHUNKED),
+    "CosmosDreamsTransformer": AdapterRow(family="Cosmos-Dreams", refused=_CHUNKED),
+    "Cosmos3SimAutoTransformer": AdapterRow(family="Cosmos 3 Sim", refused=_CHUNKED),
+    # 3D
+    "Hunyuan3D2DiT": AdapterRow(
+        family="Hunyuan3D 2 shape",
+        blocks=(_blocks("double_blocks", "img", "txt"), _blocks("single_blocks", "x")),
+        cfg="batched", note="two decisions a step",
+    ),
+    "Hunyuan3DPaintUNet": AdapterRow(
+        family="Hunyuan3D 2 paint",
+        refused="a UNet that fills its attention's memory during the first steps",
     ),
 }

@@ -26,12 +26,21 @@ class Blocks:
             block is replaced by one that may leave it out: for loops that do more than call the blocks, pass
             other arguments to each, or have more than two streams.
         measured: which of ``streams`` the decision looks at; the first by default.
+        joins: the list carries the streams of the one before: one decision holds for both.
+        overwrites: the blocks write into their inputs.
+        settle: function of the class's own module that makes a tensor of a stream that a block handed on
+            unfinished.
+
+    A list may be described more than once, for variants of a class: the first that fits its blocks is taken.
     """
 
     name: str
     pattern: int | None = None
     streams: tuple[str, ...] = ()
     measured: str = ""
+    joins: bool = False
+    overwrites: bool = False
+    settle: str = ""
 
     def __post_init__(self) -> None:
         if (self.pattern is None) == (not self.streams):

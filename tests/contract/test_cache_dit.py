@@ -78,7 +78,7 @@ def test_the_contexts_fields():
         "executed_steps", "transformer_executed_steps", "accumulated_residual_diff",
     }
     added = {field.name for field in dataclasses.fields(BranchContext)} - fields
-    assert added == {"blocks", "last_step", "last_diff", "streak", "cached_count", "has_reference"}
+    assert added == {"blocks", "last_step", "last_diff", "streak", "cached_count", "has_reference", "absent"}
     assert list(parameters(CachedContext.get_calibrators)) == ["self"]
 
 

@@ -15,11 +15,12 @@ from diffusers import (
 )
 
 from sglang_cachedit_plugin.errors import MountError
-from sglang_cachedit_plugin.mount import CachedTransformer, find_blocks, preset_mask
+from sglang_cachedit_plugin.mount import CachedTransformer, preset_mask
 from sglang_cachedit_plugin.runtime import Identity, TransformerSpec
 from sglang_cachedit_plugin.schedule import build_plan
 from sglang_cachedit_plugin.settings import CacheSettings
 from sglang_cachedit_plugin.stats import TransformerStats
+from sglang_cachedit_plugin.swaps import find_blocks
 
 STEPS = 4
 
