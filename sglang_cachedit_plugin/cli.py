@@ -12,6 +12,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_demo_model(commands)
     _add_doctor(commands)
+    _add_client(commands)
     args = parser.parse_args(argv)
     return int(args.run(args) or 0)
 
@@ -40,3 +41,11 @@ def _doctor(args: argparse.Namespace) -> int:
     found = doctor.examine(args.config)
     print(json.dumps(found, indent=2) if args.json else "\n".join(doctor.lines(found)))
     return 0 if found["ok"] else 1
+
+
+def _add_client(commands: argparse._SubParsersAction) -> None:
+    from . import client
+
+    parser = commands.add_parser("client", help="requests to a running server, with time and cache statistics")
+    client.add_arguments(parser)
+    parser.set_defaults(run=client.run)

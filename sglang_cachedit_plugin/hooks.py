@@ -134,6 +134,13 @@ SEAMS: tuple[Seam, ...] = (
         why="the report in the metrics of the offline engine's results",
     ),
     Seam(
+        target=f"{_RUNTIME}.entrypoints.diffusion_generator.DiffGenerator._send_to_scheduler_and_wait_for_response",
+        parameters=("self", "batch"),
+        kind="after",
+        handler="offline:print_table",
+        why="`sglang generate` and the offline engine show a table of steps and residual differences",
+    ),
+    Seam(
         target=f"{_RUNTIME}.launch_server.launch_server",
         parameters=("server_args", "launch_http_server"),
         kind="before",
@@ -146,7 +153,7 @@ SEAMS: tuple[Seam, ...] = (
         parameters=("server_args", "worker_pids", "disagg_server"),
         kind="around",
         handler="serving.app:create",
-        why="the field cache_dit in the host's response models, and GET /v1/cache_dit",
+        why="the field cache_dit in the host's response models; /v1/cache_dit, /generate and the page /cache_dit",
     ),
     Seam(
         target=f"{_RUNTIME}.entrypoints.openai.utils.build_sampling_params",

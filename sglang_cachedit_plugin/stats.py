@@ -132,6 +132,12 @@ class RequestStats:
         return lines
 
 
+def reports_of(result: Any) -> list[dict[str, Any]]:
+    """The reports that a worker attached to its result, one for each output that ran by itself."""
+    metrics = getattr(result, "metrics_list", None) or [getattr(result, "metrics", None)]
+    return [report for each in metrics if (report := getattr(each, "cache_dit", None)) is not None]
+
+
 def percentile(ordered: Iterable[float], rank: float) -> float:
     """Nearest-rank percentile of an ascending list; ``rank`` from 0 to 100."""
     values = list(ordered)

@@ -6,7 +6,9 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
+from ..stats import reports_of
 from . import control
+from .history import history
 
 FIELD = "cache_dit"
 _ANNOTATION = dict[str, Any] | None
@@ -31,13 +33,13 @@ def add_report(answer: dict[str, Any], response: dict[str, Any], request_id: str
     if report is None:
         return answer
     control.totals.add(report)
+    history.add(request_id, report)
     return answer | {FIELD: report}
 
 
 def report_of(result: Any) -> dict[str, Any] | None:
     """The report of a worker's result; outputs that ran one by one are listed under ``outputs``."""
-    metrics = getattr(result, "metrics_list", None) or [getattr(result, "metrics", None)]
-    reports = [report for each in metrics if (report := getattr(each, FIELD, None)) is not None]
+    reports = reports_of(result)
     if not reports:
         return None
     return reports[0] if len(reports) == 1 else reports[0] | {"outputs": reports}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import startup
-from . import answers, control
+from . import answers, control, generate, page
 
 
 def create(
@@ -16,5 +16,6 @@ def create(
     startup.before_launch(server_args)
     answers.declare_field()
     app = original(server_args, worker_pids=worker_pids, disagg_server=disagg_server)
-    app.include_router(control.router)
+    for router in (control.router, page.router, generate.router):
+        app.include_router(router)
     return app

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
+SCRIPT = "<script>window.taken = 1</script><img src=x onerror='window.taken = 1'>"
 PORTS = iter(range(43100, 43900))
 
 
@@ -90,7 +91,7 @@ def serving(model: Path, folder: Path, *flags: str, **environment: str):
         )
     try:
         url = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 150
+        deadline = time.monotonic() + 400
         while True:
             try:
                 if httpx.get(url + "/health").status_code == 200:
@@ -135,7 +136,10 @@ def server(models, tmp_path_factory):
     file = folder / "cache.yaml"
     file.write_text(json.dumps({
         "cache_config": {"max_warmup_steps": 3},
-        "profiles": {"draft": {"scm_compute_bins": [3, 1, 1, 1], "scm_cache_bins": [2, 2, 2], "scm_policy": "static"}},
+        "profiles": {
+            "draft": {"scm_compute_bins": [3, 1, 1, 1], "scm_cache_bins": [2, 2, 2], "scm_policy": "static"},
+            SCRIPT: {"max_warmup_steps": 2},
+        },
     }))
     with serving(models["flux"], folder, "--cache-dit-config", str(file)) as url:
         yield url

@@ -143,7 +143,7 @@ def test_settings_and_totals_are_shown(server, answers):
     before = httpx.get(f"{server}/v1/cache_dit").json()
     assert before["enabled"] == {"value": True, "origin": "cache.yaml"}
     assert before["config"]["max_warmup_steps"]["origin"] == "cache.yaml cache_config.max_warmup_steps"
-    assert before["profiles"] == ["balanced", "draft", "fast", "quality"]
+    assert {"balanced", "draft", "fast", "quality"} <= set(before["profiles"])
     report = post(server, n=2, **GOOD["fast"]).json()["cache_dit"]
     after = httpx.get(f"{server}/v1/cache_dit").json()["totals"]
     assert after["cached_requests"] == before["totals"]["cached_requests"] + 1

@@ -1,0 +1,199 @@
+"""``POST /generate``: one request, its pictures or videos in the answer, on the host's own way to the workers."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import dataclasses
+import inspect
+import secrets
+import time
+from contextlib import AsyncExitStack
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, HTTPException, Request
+
+from ..errors import SettingError, nearest
+from . import answers
+from .generate_models import GenerateRequest, GenerateResponse
+from .refusals import RESPONSES, OneLineRoute
+
+router = APIRouter(tags=["cache_dit"], route_class=OneLineRoute)
+
+_HANDLED = {"prompt", "n", "seed", "output_format", "cache_dit_params", "profile", "warmup"}
+_PIPELINE_ARGUMENTS = ("negative_prompt", "guidance_scale", "guidance_scale_2", "true_cfg_scale", "num_frames")
+_SEED_RANGE = 2**32
+_EXTENSIONS = {"png": "png", "jpeg": "jpg", "webp": "webp"}
+
+
+@router.post("/generate", summary="Generate pictures or a video; the answer carries them", responses=RESPONSES)
+async def generate(body: GenerateRequest, raw_request: Request) -> GenerateResponse:
+    """Runs one request and answers with base64 pictures (or videos), the seed, the time and the cache's report.
+
+    A setting that cannot be used is answered with 400; arguments that the model does not take are left out with a
+    note. With ``warmup`` the request runs as any other, answers without pictures and is not counted.
+    """
+    from sglang.multimodal_gen.configs.sample.sampling_params import generate_request_id
+    from sglang.multimodal_gen.runtime.entrypoints.openai.utils import temp_dir_if_disabled
+    from sglang.multimodal_gen.runtime.server_args import get_global_server_args
+
+    started = time.perf_counter()
+    server_args = get_global_server_args()
+    video = _is_video(server_args)
+    seed = secrets.randbelow(_SEED_RANGE) if body.seed is None else body.seed
+    taken = await asyncio.to_thread(_pipeline_arguments, server_args.model_path)
+    arguments, notes = fit(body, video=video, taken=taken, extra=_declared(server_args, video))
+    async with AsyncExitStack() as resources:
+        folder = resources.enter_context(temp_dir_if_disabled(None))
+        request_id = generate_request_id()
+        batch = _prepare(request_id, body, arguments | {"seed": seed}, folder, video, raw_request)
+        outputs, result = await _run(batch, video, resources)
+    return GenerateResponse(
+        seed=seed, width=batch.width, height=batch.height, num_inference_steps=batch.num_inference_steps,
+        time_cost=round(time.perf_counter() - started, 4), notes=notes,
+        **({} if body.warmup else {"videos" if video else "images": outputs}),
+        **_common(request_id, result, counted=not body.warmup),
+    )
+
+
+def fit(
+    body: GenerateRequest, *, video: bool, taken: frozenset[str] | None, extra: frozenset[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """What of ``body`` goes on to the model, and a note for each argument that does not.
+
+    Args:
+        video: whether the server's model draws videos.
+        taken: arguments that the model's pipeline takes, None where unknown.
+        extra: further arguments that the model declares.
+    """
+    given = {name: getattr(body, name) for name in body.model_fields_set & set(GenerateRequest.model_fields)}
+    arguments = {name: value for name, value in given.items() if name not in _HANDLED and value is not None}
+    arguments["generator_device"] = body.generator_device
+    notes = []
+    for name in ("num_frames", "fps"):
+        if name in arguments and not video:
+            del arguments[name]
+            notes.append(f"{name} was left out: this model draws pictures")
+    for name in _PIPELINE_ARGUMENTS:
+        if name in arguments and taken is not None and name not in taken:
+            del arguments[name]
+            notes.append(f"{name} was left out: the model's pipeline does not take it")
+    for name, value in sorted((body.model_extra or {}).items()):
+        if name in extra:
+            arguments[name] = value
+        else:
+            near = nearest(name, [*GenerateRequest.model_fields, *extra])
+            notes.append(f"{name} was left out: this model has no such argument"
+                         + (f"; did you mean {near!r}?" if near else ""))
+    arguments["cache_dit_params"] = _cache_params(body)
+    return arguments, notes
+
+
+def _cache_params(body: GenerateRequest) -> dict[str, Any] | None:
+    if body.profile is None:
+        return body.cache_dit_params
+    params = dict(body.cache_dit_params or {})
+    if params.setdefault("profile", body.profile) != body.profile:
+        error = SettingError("profile", body.profile, "request", "cache_dit_params names another profile, give one")
+        raise HTTPException(status_code=400, detail=str(error))
+    return params
+
+
+def _is_video(server_args: Any) -> bool:
+    from sglang.multimodal_gen.configs.task_type import DataType
+
+    kind = server_args.pipeline_config.task_type.data_type()
+    if kind not in (DataType.IMAGE, DataType.VIDEO):
+        raise HTTPException(status_code=400, detail=f"this server makes {kind.name.lower()}, not pictures or videos")
+    return kind == DataType.VIDEO
+
+
+def _declared(server_args: Any, video: bool) -> frozenset[str]:
+    """Arguments that the model declares beyond the common ones; paths of files are never taken over HTTP."""
+    from sglang.multimodal_gen.runtime.entrypoints.openai import utils
+
+    params = utils.resolve_sampling_params_cls(server_args)
+    names = utils.get_sampling_request_extra_fields(params, "video" if video else "image")
+    common = {"max_sequence_length", "flow_shift", "cfg_gate_step", "quality"}
+    common &= {field.name for field in dataclasses.fields(params) if field.init}
+    return frozenset(name for name in names | common if "path" not in name)
+
+
+@cache
+def _pipeline_arguments(model_path: str) -> frozenset[str] | None:
+    """Arguments of the diffusers pipeline that the model names, None where there is none to ask."""
+    import diffusers
+    from sglang.multimodal_gen.runtime.utils.hf_diffusers_utils import maybe_download_model_index
+
+    try:
+        pipeline = getattr(diffusers, maybe_download_model_index(model_path)["_class_name"])
+        parameters = inspect.signature(pipeline.__call__).parameters.values()
+    except Exception:
+        # No index, no such class, or one whose own imports fail: nothing is known, nothing is left out.
+        return None
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return frozenset(parameter.name for parameter in parameters)
+
+
+def _prepare(
+    request_id: str, body: GenerateRequest, arguments: dict[str, Any], folder: str, video: bool, raw_request: Request
+) -> Any:
+    from sglang.multimodal_gen.configs.task_type import DataType
+    from sglang.multimodal_gen.runtime.entrypoints.openai import protocol, utils
+    from sglang.multimodal_gen.runtime.entrypoints.utils import prepare_request
+    from sglang.multimodal_gen.runtime.server_args import get_global_server_args
+    from sglang.srt.observability.trace import extract_trace_headers
+
+    server_args = get_global_server_args()
+    name = f"{request_id}.mp4" if video else f"{request_id}.{_EXTENSIONS[body.output_format]}"
+    arguments = arguments | {
+        "prompt": body.prompt, "num_outputs_per_prompt": body.n, "output_path": folder, "output_file_name": name,
+        "request_data_type": DataType.VIDEO if video else DataType.IMAGE, "output_quality": "default",
+    }
+    try:
+        if video:
+            model = utils.resolve_sampling_params_cls(server_args)
+            request = protocol.VideoGenerationsRequest(prompt=body.prompt, **(body.model_extra or {}))
+            arguments = model.lower_video_request_kwargs(request, arguments)
+        else:
+            arguments |= {"num_frames": 1, "save_output": False, "return_image_bytes": True}
+        sampling = utils.build_sampling_params(request_id, **arguments)
+        return prepare_request(
+            server_args=server_args, sampling_params=sampling,
+            external_trace_header=extract_trace_headers(raw_request.headers),
+        )
+    except (TypeError, ValueError) as error:
+        raise HTTPException(status_code=400, detail=" ".join(str(error).split())) from None
+
+
+async def _run(batch: Any, video: bool, resources: AsyncExitStack) -> tuple[list[str], Any]:
+    """Base64 outputs, and the worker's result."""
+    from sglang.multimodal_gen.runtime.entrypoints.openai.utils import process_generation_batch
+    from sglang.multimodal_gen.runtime.scheduler_client import async_scheduler_client
+
+    group = None
+    if video:
+        sampling = batch.sampling_params
+        resources.push_async_callback(asyncio.to_thread, sampling.cleanup_video_request, batch)
+        await asyncio.to_thread(sampling.prepare_video_request_for_queue, batch)
+        group = sampling.expand_video_request_outputs_for_queue(batch)
+    try:
+        paths, result = await process_generation_batch(async_scheduler_client, batch, scheduler_batches=group)
+    except (RuntimeError, TimeoutError) as error:
+        raise HTTPException(status_code=500, detail=" ".join(str(error).split())) from None
+    contents = [Path(path).read_bytes() for path in paths] if video else result.output_image_bytes
+    return [base64.b64encode(content).decode("ascii") for content in contents], result
+
+
+def _common(request_id: str, result: Any, *, counted: bool) -> dict[str, Any]:
+    """Times, memory and the report, as the host's own answers give them."""
+    from sglang.multimodal_gen.runtime.entrypoints.openai.utils import add_common_data_to_response
+
+    if not counted:
+        return {"id": request_id, "cache_stats": answers.report_of(result)}
+    common = add_common_data_to_response({}, request_id=request_id, result=result)
+    found = {name: common.get(name) for name in ("id", "inference_time_s", "peak_memory_mb")}
+    return found | {"cache_stats": common.get(answers.FIELD)}

@@ -1,0 +1,52 @@
+"""Bodies that do not fit their model are answered with 400 and one line, as bad cache settings are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, Field
+
+from ..errors import SettingError
+
+
+class Refusal(BaseModel):
+    """Why a request was refused."""
+
+    detail: str = Field(description="One line: field, value, where it came from, what is allowed, a near name.")
+
+
+RESPONSES: dict[int | str, dict[str, Any]] = {"4XX": {"model": Refusal, "description": "The request was refused."}}
+
+
+class OneLineRoute(APIRoute):
+    """A route whose validation errors become 400 with one line; FastAPI's own are 422 with a list."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def one_line(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except RequestValidationError as error:
+                raise HTTPException(status_code=400, detail=line(error)) from None
+
+        return one_line
+
+
+def line(error: RequestValidationError) -> str:
+    """The first thing that is wrong, as settings say it."""
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return "the body is not valid JSON"
+    origin, *path = first["loc"]
+    if not path:
+        return f"the {origin} is missing or not an object"
+    field = ".".join(map(str, path))
+    if first["type"] == "missing":
+        return f"{field} is missing"
+    allowed = first["msg"].replace("Input should be", "expected").removeprefix("Value error, ")
+    return str(SettingError(field, first["input"], "request" if origin == "body" else origin, allowed))
