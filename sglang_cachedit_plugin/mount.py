@@ -27,9 +27,6 @@ from .swaps import Swaps
 Identify = Callable[[str, Mapping[str, Any]], Identity | None]
 """(transformer name, keyword arguments of the forward) -> identity, None where the host names none."""
 
-OnForward = Callable[[str, Identity, Any, Any], None]
-"""Told of each computed forward: transformer name, identity, latents that went in, output."""
-
 
 def preset_mask(preset: str, num_steps: int) -> list[int]:
     """cache-dit's mask for a preset; 1 computed, 0 may be cached."""
@@ -100,13 +97,13 @@ class CachedTransformer:
         self._block_forwards = {module: patches[module] for module in transformer.modules() if module in patches}
         self._identify: Identify | None = None
         self._outputs: dict[str, OutputHistory] = {}
-        self.on_forward: OnForward | None = None
         setattr(transformer, self._slot, self._wrapper())
 
     def _find_swaps(self, pipe: Any) -> Swaps:
         """The replacements for the block lists; none where only the whole output can be forecast."""
         row = adapters.find_row(type(self.module))
         self._no_blocks = row.no_blocks if row is not None else ""
+        self._mirrored = row is not None and any(each.mirrored for each in row.blocks)
         return Swaps() if self._no_blocks else swaps.build(self.module, self.contexts, pipe)
 
     def _wrapper(self) -> Callable[..., Any]:
@@ -115,11 +112,9 @@ class CachedTransformer:
             identity = self._identify(self.name, kwargs) if self._identify is not None else None
             if identity is None:
                 return self._original(*args, **kwargs)
-            forecast = self.contexts.spec.settings.forecast == "output"
-            output = (self._forecast_forward if forecast else self._cached_forward)(identity, args, kwargs)
-            if self.on_forward is not None and self.contexts.computed_last(identity):
-                self.on_forward(self.name, identity, (kwargs.get("hidden_states"), args), output)
-            return output
+            if self.contexts.spec.settings.forecast == "output":
+                return self._forecast_forward(identity, args, kwargs)
+            return self._cached_forward(identity, args, kwargs)
 
         return forward
 
@@ -144,9 +139,7 @@ class CachedTransformer:
         spec = self.contexts.spec
         history = self._outputs.get(identity.branch)
         if history is None or identity.step < history.last_step:
-            settings, depth = spec.settings, max(map(len, spec.weights.values()), default=0)
-            history = OutputHistory(settings.forecast_order, settings.forecast_damping, depth)
-            self._outputs[identity.branch] = history
+            history = self._outputs[identity.branch] = OutputHistory(spec.settings.forecast_order)
         position = spec.position(identity.step)
         if identity.step == history.last_step:
             self.contexts.poison(identity.branch)
@@ -155,13 +148,13 @@ class CachedTransformer:
             if not spec.plan.static:
                 output = self._cached_forward(identity, args, kwargs)
             elif self._cached_by_plan(identity, history):
-                return history.predict(position, spec.weights.get(identity.step))
+                return history.predict(position)
             else:
                 output = self._original(*args, **kwargs)
                 self.contexts.record(identity, cached=False)
         except _SkipForward:
             self.contexts.end_forward()
-            return history.predict(position, spec.weights.get(identity.step))
+            return history.predict(position)
         history.update(position, output)
         return output
 
@@ -169,7 +162,7 @@ class CachedTransformer:
         if not history.ready or self.contexts.is_poisoned(identity.branch):
             return False
         spec = self.contexts.spec
-        if spec.plan_of(identity.branch).action(identity.step - spec.first_step) is not Action.CACHE:
+        if spec.plan.action(identity.step - spec.first_step) is not Action.CACHE:
             return False
         self.contexts.record(identity, cached=True)
         return True
@@ -188,7 +181,6 @@ class CachedTransformer:
         """
         self._check(spec)
         self._outputs.clear()
-        self.on_forward = None
         self.contexts.begin_request(spec, stats, groups or Groups())
         self.contexts.on_decision = self._skip if spec.settings.forecast == "output" else None
         self._identify = identify
@@ -209,6 +201,11 @@ class CachedTransformer:
             raise MountError(
                 f"Fn_compute_blocks {first} + Bn_compute_blocks {last} exceed the "
                 f"{min(self.num_blocks)} blocks of {self.name}"
+            )
+        if self._mirrored and last > first:
+            raise MountError(
+                f"{name}: its last blocks take what its first ones made: Bn_compute_blocks {last} must not exceed "
+                f"Fn_compute_blocks {first}"
             )
 
     @property
@@ -288,11 +285,6 @@ class ModelBackend:
                 transformer.pause()
             else:
                 transformer.bypass()
-
-    def watch(self, on_forward: OnForward) -> None:
-        """Tell ``on_forward`` of each computed forward until the request ends."""
-        for transformer in self.mounted.values():
-            transformer.on_forward = on_forward
 
     def buffer_bytes(self) -> int:
         """Bytes of all tensors held for cached steps."""

@@ -30,6 +30,7 @@ class Blocks:
         overwrites: the blocks write into their inputs.
         settle: function of the class's own module that makes a tensor of a stream that a block handed on
             unfinished.
+        mirrored: the last blocks take what the first ones made, so B may not exceed F.
 
     A list may be described more than once, for variants of a class: the first that fits its blocks is taken.
     """
@@ -41,6 +42,7 @@ class Blocks:
     joins: bool = False
     overwrites: bool = False
     settle: str = ""
+    mirrored: bool = False
 
     def __post_init__(self) -> None:
         if (self.pattern is None) == (not self.streams):

@@ -1,4 +1,4 @@
-"""Mounting diffusers' own transformers through cache-dit's register: FLUX (two lists as one) and Qwen-Image."""
+"""Mounting transformers of diffusers: FLUX (two lists with one decision), Chroma (two decisions), Qwen-Image, Wan."""
 
 from __future__ import annotations
 
@@ -201,11 +201,11 @@ def test_an_offload_hook_goes_on_working(build):
 def test_a_mount_that_fails_late_leaves_the_original_forward(monkeypatch):
     model = widened(flux)
 
-    def fails(adapter):
-        raise ValueError("two lists of different length")
+    def fails(chain, block):
+        raise MountError("a block of another kind")
 
-    monkeypatch.setattr("cache_dit.BlockAdapter.normalize", fails)
-    with pytest.raises(MountError, match="two lists of different length"):
+    monkeypatch.setattr("sglang_cachedit_plugin.gates.Chain.gate", fails)
+    with pytest.raises(MountError, match="a block of another kind"):
         CachedTransformer("transformer", model)
     assert "forward" not in model.__dict__
 
