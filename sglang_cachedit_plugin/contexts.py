@@ -215,6 +215,10 @@ class BranchContexts(CachedContextManager):
         self._verify(cached)
         self.branch_stats.record(identity.step, cached)
 
+    def computed_last(self, identity: Identity) -> bool:
+        """Whether the forward that has just ended was computed."""
+        return self.stats.branch(identity.branch).computed[-1:] == [identity.step]
+
     @property
     def identity(self) -> Identity:
         """The forward under way."""
@@ -292,7 +296,7 @@ class BranchContexts(CachedContextManager):
         reference = self.get_Fn_buffer(prefix) if context.has_reference else None
         if reference is None:
             return False
-        action = self.spec.plan.action(
+        action = self.spec.plan_of(identity.branch).action(
             identity.step - self.spec.first_step, context.cached_count, context.streak
         )
         may_cache = identity.branch not in self._poisoned and reference.shape == residual.shape

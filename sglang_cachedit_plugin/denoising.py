@@ -73,6 +73,7 @@ class CacheDitDenoisingMixin:
             mounted.backend,
             _steps(self, num_inference_steps),
             _positions(batch),
+            size=host.size_of(batch),
             one_config=self._cache_dit_secondary_uses_primary_config(),
         )
         # The host holds torch.compile back until caching is in place; from here on it is.
@@ -128,7 +129,11 @@ def run_stage(original: Callable[..., Any], stage: Any, batch: Any, server_args:
     before = len(_open)
     _running.append(stage)
     try:
-        return original(stage, batch, server_args)
+        result = original(stage, batch, server_args)
+        for _, session in _open[before:]:
+            if session.recording is not None:
+                session.recording.latents(getattr(result, "latents", None))
+        return result
     finally:
         _running.pop()
         while len(_open) > before:

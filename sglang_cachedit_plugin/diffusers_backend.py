@@ -72,16 +72,27 @@ class PipelineCache:
         return COND
 
     @contextmanager
-    def request(self, session: Session, num_steps: int) -> Iterator[None]:
+    def request(self, session: Session, num_steps: int, size: tuple[int, ...] | None = None) -> Iterator[None]:
         """Run one pipeline call under ``session``."""
         self.session, self._step, self._embeddings = session, 0, []
         self.backend.groups = Groups(forward=next(map(mesh_group, self.modules.values()), None))
         with self._named_contexts(), self._counted_steps():
             try:
-                session.open(self.runtime, self.backend, self._split(num_steps), _Timesteps(self.pipe.scheduler))
+                places = _Timesteps(self.pipe.scheduler)
+                session.open(self.runtime, self.backend, self._split(num_steps), places, size=size)
                 yield
             finally:
                 self.session, self._embeddings = None, []
+
+    @contextmanager
+    def uncached(self, session: Session) -> Iterator[None]:
+        """Run one pipeline call without the cache, only to write down its latents."""
+        self.session = session
+        with self._counted_steps():
+            try:
+                yield
+            finally:
+                self.session = None
 
     @contextmanager
     def _named_contexts(self) -> Iterator[None]:
@@ -120,6 +131,8 @@ class PipelineCache:
             result = own.step(this, *args, **kwargs)
             if this is scheduler:
                 self._step += 1
+                if self.session is not None and self.session.recording is not None:
+                    self.session.recording.latents(result[0] if isinstance(result, tuple) else result.prev_sample)
             return result
 
         scheduler.__class__ = type(own.__name__, (own,), {"step": step, "__module__": own.__module__})
@@ -191,12 +204,15 @@ def execute(original: Callable[..., Any], stage: Any, batch: Any, server_args: A
     session = Session("diffusers", decision)
     cache = _pipes.get(stage.diffusers_pipe)
     try:
+        if cache is not None and not decision.enabled and session.recording is not None:
+            with cache.uncached(session):
+                return original(stage, batch, server_args)
         if cache is None or not decision.enabled:
             return original(stage, batch, server_args)
         if not cache.modules:
             session.disable(f"{type(cache.pipe).__name__} has no transformer")
             return original(stage, batch, server_args)
-        with cache.request(session, batch.num_inference_steps):
+        with cache.request(session, batch.num_inference_steps, host.size_of(batch)):
             return original(stage, batch, server_args)
     finally:
         publish(batch, session.close(_device(cache)), host.logger().info)

@@ -26,16 +26,38 @@ def lagrange_weights(positions: Sequence[float], at: float) -> list[float]:
     return weights
 
 
+def damped_weights(positions: Sequence[float], at: float, damping: float = 1.0) -> list[float]:
+    """The same with the polynomial's term of order i counting ``damping ** i``; the last position is the nearest.
+
+    1 is the whole polynomial, 0 the last value. The terms are those of Newton's form, built from the nearest
+    position backwards, so that damping never changes what a constant gives.
+    """
+    if damping == 1.0 or len(positions) < 2:
+        return lagrange_weights(positions, at)
+    weights = [0.0] * len(positions)
+    lower = [0.0] * len(positions)
+    for order in range(len(positions)):
+        first = len(positions) - 1 - order
+        through = [0.0] * first + lagrange_weights(positions[first:], at)
+        weights = [w + damping**order * (new - old) for w, new, old in zip(weights, through, lower, strict=True)]
+        lower = through
+    return weights
+
+
 class Extrapolator:
     """Remembers the last computed values of one tensor and forecasts the next.
 
     Args:
         order: degree of the polynomial once enough values are known; 0 repeats the last value.
+        damping: see ``damped_weights``.
+        depth: values remembered for weights given from outside, if more than the polynomial's.
     """
 
-    def __init__(self, order: int):
+    def __init__(self, order: int, damping: float = 1.0, depth: int = 0):
         self.order = order
-        self._known: deque[tuple[float, torch.Tensor]] = deque(maxlen=order + 1)
+        self.damping = damping
+        self._depth = max(order + 1, depth)
+        self._known: deque[tuple[float, torch.Tensor]] = deque(maxlen=self._depth)
 
     def __len__(self) -> int:
         return len(self._known)
@@ -50,17 +72,23 @@ class Extrapolator:
         if self._known and self.shape != value.shape:
             self._known.clear()
         others = [known for known in self._known if known[0] != position]
-        self._known = deque([*others, (position, value)], maxlen=self.order + 1)
+        self._known = deque([*others, (position, value)], maxlen=self._depth)
 
-    def predict(self, position: float) -> torch.Tensor:
-        """The forecast at ``position``, accumulated in float32, in the dtype of the values."""
-        positions = [known for known, _ in self._known]
-        weights = lagrange_weights(positions, position)
+    def predict(self, position: float, weights: Sequence[float] | None = None) -> torch.Tensor:
+        """The forecast at ``position``, accumulated in float32, in the dtype of the values.
+
+        Args:
+            weights: what the last values count, oldest first, instead of the polynomial's; of more weights
+                than values known nothing is used.
+        """
+        if weights is None or len(weights) > len(self._known):
+            known = list(self._known)[-(self.order + 1) :]
+            weights = damped_weights([place for place, _ in known], position, self.damping)
         latest = self._known[-1][1]
-        if len(weights) == 1:
+        if list(weights) == [1.0]:
             return latest
         total = latest.float() * weights[-1]
-        for weight, (_, value) in zip(weights[:-1], list(self._known)[:-1], strict=True):
+        for weight, (_, value) in zip(weights[:-1], list(self._known)[-len(weights) : -1], strict=True):
             total = total.add_(value.float(), alpha=weight)
         return total.to(latest.dtype)
 

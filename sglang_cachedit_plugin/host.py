@@ -200,6 +200,14 @@ def connected(sets: list[list[int]]) -> list[list[int]]:
     return sorted(sorted(component) for component in components)
 
 
+def size_of(batch: Any) -> tuple[int, ...] | None:
+    """Width and height of a request's pictures, and frames of a video; None where it does not say."""
+    width, height, frames = (getattr(batch, name, None) for name in ("width", "height", "num_frames"))
+    if not all(isinstance(each, int) and each > 0 for each in (width, height)):
+        return None
+    return (width, height, frames) if isinstance(frames, int) and frames > 1 else (width, height)
+
+
 def is_first_rank() -> bool:
     """Whether this process speaks for all ranks in the log."""
     import torch.distributed as dist

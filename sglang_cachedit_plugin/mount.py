@@ -27,6 +27,9 @@ from .swaps import Swaps
 Identify = Callable[[str, Mapping[str, Any]], Identity | None]
 """(transformer name, keyword arguments of the forward) -> identity, None where the host names none."""
 
+OnForward = Callable[[str, Identity, Any, Any], None]
+"""Told of each computed forward: transformer name, identity, latents that went in, output."""
+
 
 def preset_mask(preset: str, num_steps: int) -> list[int]:
     """cache-dit's mask for a preset; 1 computed, 0 may be cached."""
@@ -97,6 +100,7 @@ class CachedTransformer:
         self._block_forwards = {module: patches[module] for module in transformer.modules() if module in patches}
         self._identify: Identify | None = None
         self._outputs: dict[str, OutputHistory] = {}
+        self.on_forward: OnForward | None = None
         setattr(transformer, self._slot, self._wrapper())
 
     def _find_swaps(self, pipe: Any) -> Swaps:
@@ -112,9 +116,11 @@ class CachedTransformer:
             identity = self._identify(self.name, kwargs) if self._identify is not None else None
             if identity is None:
                 return self._original(*args, **kwargs)
-            if self.contexts.spec.settings.forecast == "output":
-                return self._forecast_forward(identity, args, kwargs)
-            return self._cached_forward(identity, args, kwargs)
+            forecast = self.contexts.spec.settings.forecast == "output"
+            output = (self._forecast_forward if forecast else self._cached_forward)(identity, args, kwargs)
+            if self.on_forward is not None and self.contexts.computed_last(identity):
+                self.on_forward(self.name, identity, (kwargs.get("hidden_states"), args), output)
+            return output
 
         return forward
 
@@ -139,7 +145,9 @@ class CachedTransformer:
         spec = self.contexts.spec
         history = self._outputs.get(identity.branch)
         if history is None or identity.step < history.last_step:
-            history = self._outputs[identity.branch] = OutputHistory(spec.settings.forecast_order)
+            settings, depth = spec.settings, max(map(len, spec.weights.values()), default=0)
+            history = OutputHistory(settings.forecast_order, settings.forecast_damping, depth)
+            self._outputs[identity.branch] = history
         position = spec.position(identity.step)
         if identity.step == history.last_step:
             self.contexts.poison(identity.branch)
@@ -148,13 +156,13 @@ class CachedTransformer:
             if not spec.plan.static:
                 output = self._cached_forward(identity, args, kwargs)
             elif self._cached_by_plan(identity, history):
-                return history.predict(position)
+                return history.predict(position, spec.weights.get(identity.step))
             else:
                 output = self._original(*args, **kwargs)
                 self.contexts.record(identity, cached=False)
         except _SkipForward:
             self.contexts.end_forward()
-            return history.predict(position)
+            return history.predict(position, spec.weights.get(identity.step))
         history.update(position, output)
         return output
 
@@ -162,7 +170,7 @@ class CachedTransformer:
         if not history.ready or self.contexts.is_poisoned(identity.branch):
             return False
         spec = self.contexts.spec
-        if spec.plan.action(identity.step - spec.first_step) is not Action.CACHE:
+        if spec.plan_of(identity.branch).action(identity.step - spec.first_step) is not Action.CACHE:
             return False
         self.contexts.record(identity, cached=True)
         return True
@@ -181,6 +189,7 @@ class CachedTransformer:
         """
         self._check(spec)
         self._outputs.clear()
+        self.on_forward = None
         self.contexts.begin_request(spec, stats, groups or Groups())
         self.contexts.on_decision = self._skip if spec.settings.forecast == "output" else None
         self._identify = identify
@@ -285,6 +294,11 @@ class ModelBackend:
                 transformer.pause()
             else:
                 transformer.bypass()
+
+    def watch(self, on_forward: OnForward) -> None:
+        """Tell ``on_forward`` of each computed forward until the request ends."""
+        for transformer in self.mounted.values():
+            transformer.on_forward = on_forward
 
     def buffer_bytes(self) -> int:
         """Bytes of all tensors held for cached steps."""

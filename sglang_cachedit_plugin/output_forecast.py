@@ -5,6 +5,8 @@ The output of every tensor leaf is extrapolated through the last computed output
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,10 +20,12 @@ class OutputHistory:
 
     Args:
         order: degree of the extrapolation.
+        damping: what its terms count, see ``forecast.damped_weights``.
+        depth: outputs remembered for fitted weights, if more than the extrapolation's.
     """
 
-    def __init__(self, order: int):
-        self._order = order
+    def __init__(self, order: int, damping: float = 1.0, depth: int = 0):
+        self._new = functools.partial(Extrapolator, order, damping, depth)
         self._leaves: list[Extrapolator] = []
         self._structure: Any = None
         self._constants: list[Any] = []
@@ -39,7 +43,7 @@ class OutputHistory:
         leaves, structure = pytree.tree_flatten(output)
         if structure != self._structure:
             self._structure = structure
-            self._leaves = [Extrapolator(self._order) for _ in leaves]
+            self._leaves = [self._new() for _ in leaves]
         self._constants = leaves
         for known, leaf in zip(self._leaves, leaves, strict=True):
             if isinstance(leaf, torch.Tensor):
@@ -47,12 +51,12 @@ class OutputHistory:
                 known.update(position, leaf.detach().clone())
         self.streak = 0
 
-    def predict(self, position: float) -> Any:
-        """The forecast, in the structure of the last output."""
+    def predict(self, position: float, weights: Sequence[float] | None = None) -> Any:
+        """The forecast, in the structure of the last output; ``weights`` of the last outputs, oldest first."""
         self.streak += 1
         self.cached_count += 1
         leaves = [
-            known.predict(position).clone() if len(known) else constant
+            known.predict(position, weights).clone() if len(known) else constant
             for known, constant in zip(self._leaves, self._constants, strict=True)
         ]
         return pytree.tree_unflatten(leaves, self._structure)

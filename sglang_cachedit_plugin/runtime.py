@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
 
@@ -48,6 +48,9 @@ class TransformerSpec:
         first_step: the host's number of its first step (the low-noise expert starts late).
         positions: place of each of the host's steps on the denoising path (timestep or sigma); None:
             their numbers.
+        uncond_plan: the plan of the unconditional branch, where it has its own.
+        weights: for each of the host's steps that is cached, what the last computed outputs count, oldest first;
+            empty: those of the extrapolation.
     """
 
     name: str
@@ -55,6 +58,12 @@ class TransformerSpec:
     plan: StepPlan
     first_step: int = 0
     positions: Sequence[float] | None = None
+    uncond_plan: StepPlan | None = None
+    weights: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+
+    def plan_of(self, branch: str) -> StepPlan:
+        """The plan of a CFG branch."""
+        return self.uncond_plan if branch == "uncond" and self.uncond_plan is not None else self.plan
 
     def position(self, step: int) -> float:
         """Place of the host's step ``step``."""

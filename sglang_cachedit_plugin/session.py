@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from . import host
+from . import host, recording, resampling
 from .defaults import Decision
 from .errors import MountError
 from .mount import ModelBackend, preset_mask
+from .recording import Recording
+from .rows import Row
 from .runtime import RequestSpec, Runtime, TransformerSpec
-from .schedule import build_plan
+from .schedule import StepPlan, build_plan
+from .settings import CacheSettings
 from .stats import RequestStats
 
 
@@ -35,6 +39,8 @@ class Session:
             config=decision.resolved.config() if decision.enabled else {},
         )
         self._runtime: Runtime | None = None
+        self._positions: Sequence[float] | None = None
+        self.recording = Recording() if recording.folder() is not None else None
         self._started = time.perf_counter()
 
     def open(
@@ -44,11 +50,13 @@ class Session:
         steps: dict[str, tuple[int, int]],
         positions: Sequence[float] | None,
         *,
+        size: tuple[int, ...] | None = None,
         one_config: bool = False,
     ) -> None:
         """Bring the model to what the request wants.
 
         Args:
+            size: width and height of the picture, and frames of a video.
             one_config: both transformers take the settings of the first.
             steps: for each transformer the host's number of its first step, and how many it takes.
             positions: place of each of the host's steps on the denoising path.
@@ -58,16 +66,20 @@ class Session:
         """
         self._runtime = runtime
         self._started = time.perf_counter()
+        self._positions = positions
         if not self.decision.enabled:
             runtime.prepare(None)
             return
         backend.stats = self.stats
         try:
-            runtime.prepare(self._spec(steps, positions, one_config))
+            runtime.prepare(self._spec(steps, positions, size, one_config))
         except MountError as error:
             if self.decision.resolved.primary.strict:
                 raise
             self.disable(str(error))
+        else:
+            if self.recording is not None:
+                backend.watch(self.recording.forward)
 
     def disable(self, reason: str) -> None:
         """Report that the request runs uncached."""
@@ -75,7 +87,11 @@ class Session:
         self.stats.reason = reason
 
     def _spec(
-        self, steps: dict[str, tuple[int, int]], positions: Sequence[float] | None, one_config: bool
+        self,
+        steps: dict[str, tuple[int, int]],
+        positions: Sequence[float] | None,
+        size: tuple[int, ...] | None,
+        one_config: bool,
     ) -> RequestSpec:
         resolved = self.decision.resolved
         specs = []
@@ -83,6 +99,7 @@ class Session:
         for name, (first, count) in steps.items():
             second = name == "transformer_2" and not one_config
             settings = resolved.secondary if second else resolved.primary
+            settings, row = self._tuned(settings, total, size, positions)
             plan, notes = build_plan(
                 settings, count, preset_mask, first_step=first, total_steps=total
             )
@@ -91,9 +108,29 @@ class Session:
             if not (plan.may_cache and (plan.static or settings.residual_diff_threshold > 0.0)):
                 self.stats.note(f"{name}: none of its {count} steps can be cached with these settings")
             specs.append(
-                TransformerSpec(name=name, settings=settings, plan=plan, first_step=first, positions=positions)
+                TransformerSpec(
+                    name=name, settings=settings, plan=plan, first_step=first, positions=positions,
+                    uncond_plan=_uncond_plan(plan, row, first), weights=_weights(row),
+                )
             )
         return RequestSpec(transformers=tuple(specs))
+
+    def _tuned(
+        self, settings: CacheSettings, steps: int, size: tuple[int, ...] | None, positions: Sequence[float] | None
+    ) -> tuple[CacheSettings, Row | None]:
+        """``settings`` with the tuned schedule that serves the request, where there is one."""
+        if settings.schedules is None or steps == 0:
+            return settings, None
+        known = positions if isinstance(positions, tuple) else None
+        row, note = resampling.choose(settings.schedules, steps, size, known)
+        if note is not None:
+            self.stats.note(note)
+        return replace(
+            settings,
+            steps_computation_mask=row.mask,
+            forecast_order=settings.forecast_order if row.order is None else row.order,
+            forecast_damping=settings.forecast_damping if row.damping is None else row.damping,
+        ), row
 
     def close(self, device: torch.device | None = None) -> RequestStats:
         """End the request: free its buffers and finish its report."""
@@ -102,7 +139,23 @@ class Session:
         self.stats.denoising_s = time.perf_counter() - self._started
         if self._runtime is not None:
             self._runtime.prepare(None)
+        if self.recording is not None and host.is_first_rank():
+            self.recording.path(self._positions)
+            self.recording.save(recording.folder())
         return self.stats
+
+
+def _uncond_plan(plan: StepPlan, row: Row | None, first: int) -> StepPlan | None:
+    if row is None or row.uncond_mask is None:
+        return None
+    return replace(plan, mask=row.uncond_mask[first : first + plan.num_steps])
+
+
+def _weights(row: Row | None) -> dict[int, tuple[float, ...]]:
+    if row is None or row.weights is None:
+        return {}
+    cached = [step for step, computed in enumerate(row.mask) if not computed]
+    return dict(zip(cached, row.weights, strict=True))
 
 
 def publish(batch: Any, stats: RequestStats, log: Callable[[str], None]) -> None:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .errors import SettingError, nearest
+from .rows import ALLOWED as ROWS_ALLOWED
+from .rows import Row, read_rows
 
 MAX_LENGTH = 10_000
 """Most entries of a list, and most steps of a bin."""
@@ -26,8 +28,8 @@ _FALSE = {"false", "0", "no", "off"}
 class Knob:
     """How one setting is read and checked.
 
-    ``kind`` is one of ``bool``, ``int``, ``float``, ``choice``, ``bins`` (step counts) and
-    ``mask`` (a preset name or a list of 0 and 1).
+    ``kind`` is one of ``bool``, ``int``, ``float``, ``choice``, ``bins`` (step counts), ``mask`` (a preset
+    name or a list of 0 and 1) and ``rows`` (tuned schedules).
     """
 
     kind: str
@@ -48,6 +50,8 @@ class Knob:
             text = "expected one of " + ", ".join(self.choices)
         elif self.kind == "bins":
             text = 'expected positive step counts such as "8,3,3,2,2"'
+        elif self.kind == "rows":
+            text = ROWS_ALLOWED
         elif self.kind == "mask":
             text = "expected one of " + ", ".join(PRESETS) + " or a list of 0 and 1"
         else:
@@ -63,6 +67,8 @@ class Knob:
         """``value`` in its final type, or SettingError."""
         if value is None and self.optional:
             return None
+        if self.kind == "rows":
+            return read_rows(name, value, origin)
         try:
             return getattr(self, f"_check_{self.kind}")(value)
         except (TypeError, ValueError, OverflowError):
@@ -227,6 +233,10 @@ class CacheSettings:
         None, "bins", "Schedule as bins: lengths of the cached runs between them.",
         unit="steps", optional=True, env="SCM_CACHE_BINS", per_transformer=True,
     )
+    schedules: tuple[Row, ...] | None = _knob(
+        None, "rows", "Tuned schedules for numbers of steps and sizes; others are resampled from the nearest.",
+        optional=True, per_transformer=True,
+    )
     steps_computation_policy: str = _knob(
         "dynamic", "choice",
         "Steps that a schedule marks 0: dynamic asks the threshold, static always caches.",
@@ -251,6 +261,10 @@ class CacheSettings:
         1, "int", "Order of the extrapolation of the model output.",
         low=1, high=3, env="FORECAST_ORDER", per_transformer=True,
     )
+    forecast_damping: float = _knob(
+        1.0, "float", "What each order of that extrapolation counts, in powers: 1 the whole polynomial, 0 the last "
+        "output.", low=0.0, high=1.0, env="FORECAST_DAMPING", per_transformer=True,
+    )
     keep_buffers: bool = _knob(
         False, "bool", "Keep the cache's tensors allocated between requests.", env="KEEP_BUFFERS"
     )
@@ -274,7 +288,7 @@ ALIASES: Mapping[str, str] = {
 }
 """Other spellings of a setting, as requests and variables write it."""
 
-SCHEDULE_KNOBS = frozenset({"steps_computation_mask", "scm_compute_bins", "scm_cache_bins"})
+SCHEDULE_KNOBS = frozenset({"steps_computation_mask", "scm_compute_bins", "scm_cache_bins", "schedules"})
 CALIBRATOR_KNOBS = frozenset({"enable_taylorseer", "enable_dmd"})
 
 INERT_KNOBS: Mapping[str, str] = {
@@ -288,6 +302,10 @@ def check_consistent(values: Mapping[str, Any], origin: str) -> None:
     """Refuse settings of one source that contradict each other."""
     if values.get("enable_taylorseer") and values.get("enable_dmd"):
         raise SettingError("enable_dmd", True, origin, "TaylorSeer and DMD exclude each other, enable one")
+    if values.get("schedules") is not None:
+        for other in ("steps_computation_mask", "scm_compute_bins"):
+            if values.get(other) is not None:
+                raise SettingError(other, values[other], origin, "it excludes schedules, give one of them")
     compute, cache = values.get("scm_compute_bins"), values.get("scm_cache_bins")
     if (compute is None) != (cache is None):
         missing = "scm_cache_bins" if cache is None else "scm_compute_bins"

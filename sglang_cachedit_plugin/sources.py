@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from .errors import SettingError, nearest, shown
+from .rows import Row
 from .settings import (
     ALIASES,
     CALIBRATOR_KNOBS,
@@ -83,13 +84,20 @@ class Resolved:
     def config(self) -> dict[str, dict[str, Any]]:
         """The ``config`` part of the report; secondary values appear where they differ."""
         report = {
-            name: {"value": getattr(self.primary, name), "origin": self.origins[name]} for name in KNOBS
+            name: {"value": _plain(getattr(self.primary, name)), "origin": self.origins[name]} for name in KNOBS
         }
         for name in KNOBS:
             value = getattr(self.secondary, name)
             if value != getattr(self.primary, name):
-                report[f"secondary.{name}"] = {"value": value, "origin": self.secondary_origins[name]}
+                report[f"secondary.{name}"] = {"value": _plain(value), "origin": self.secondary_origins[name]}
         return report
+
+
+def _plain(value: Any) -> Any:
+    """A setting as the report shows it: of tuned schedules, what they are for."""
+    if isinstance(value, tuple) and value and isinstance(value[0], Row):
+        return [row.label() for row in value]
+    return value
 
 
 def _variables(prefix: str, per_transformer_only: bool) -> dict[str, str]:

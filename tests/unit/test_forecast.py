@@ -97,3 +97,33 @@ def test_the_dtype_stays_and_values_are_left_alone(dtype):
         assert result.dtype == dtype
         assert torch.equal(result, torch.full((3,), 2.0, dtype=dtype))
     assert torch.equal(second, torch.full((3,), 1.5, dtype=dtype))
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), order=st.integers(1, 3), damping=st.floats(0, 1), coefficients=COEFFICIENTS)
+def test_damping_scales_each_term_of_the_polynomial(data, order, damping, coefficients):
+    """Newton's form by divided differences, written out independently, with the i-th term times damping^i."""
+    *known, at = data.draw(places(order + 2))
+    values = [polynomial(coefficients, position) for position in known]
+    forecast = Extrapolator(order, damping)
+    for position, value in zip(known, values, strict=True):
+        forecast.update(position, value.float())
+    places_back, table = known[::-1], values[::-1]
+    expected, product = torch.zeros(2, dtype=torch.float64), 1.0
+    for term in range(order + 1):
+        expected = expected + damping**term * table[0] * product
+        product *= at - places_back[term]
+        table = [
+            (table[i + 1] - table[i]) / (places_back[i + term + 1] - places_back[i]) for i in range(len(table) - 1)
+        ]
+    size = sum(abs(w) for w in lagrange_weights(known, at)) * 80
+    torch.testing.assert_close(forecast.predict(at).double(), expected, rtol=0, atol=3e-7 * size)
+
+
+def test_given_weights_count_from_the_oldest_to_the_last():
+    forecast = Extrapolator(1, depth=3)
+    for position in range(4):
+        forecast.update(float(position), torch.tensor([10.0**position]))
+    assert forecast.predict(9.0, [1.0, 2.0, 3.0]).item() == pytest.approx(3210.0)
+    assert forecast.predict(9.0, [2.0]).item() == pytest.approx(2000.0)
+    assert forecast.predict(4.0).item() == pytest.approx(1900.0)  # the line through the last two
+    assert forecast.predict(4.0, [1.0] * 4).item() == pytest.approx(1900.0)  # more weights than values

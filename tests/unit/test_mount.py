@@ -1,4 +1,4 @@
-"""Mounting transformers of diffusers: FLUX (two lists with one decision), Chroma (two decisions), Qwen-Image, Wan."""
+"""Mounting diffusers' own transformers through cache-dit's register: FLUX (two lists as one) and Qwen-Image."""
 
 from __future__ import annotations
 

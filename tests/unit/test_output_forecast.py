@@ -11,7 +11,7 @@ from sglang_cachedit_plugin.contexts import Identity
 from sglang_cachedit_plugin.mount import CachedTransformer, preset_mask
 from sglang_cachedit_plugin.output_forecast import OutputHistory
 from sglang_cachedit_plugin.runtime import TransformerSpec
-from sglang_cachedit_plugin.schedule import build_plan
+from sglang_cachedit_plugin.schedule import StepPlan, build_plan
 from sglang_cachedit_plugin.settings import CacheSettings
 from sglang_cachedit_plugin.stats import TransformerStats
 
@@ -41,13 +41,13 @@ def inputs(seed: int) -> dict:
     }
 
 
-def run(transformer, settings: CacheSettings, forwards=None):
+def run(transformer, settings: CacheSettings, forwards=None, **spec):
     """Outputs by step, statistics, and block calls of each step."""
     mounted = CachedTransformer("transformer", transformer)
     now = {}
     stats = TransformerStats(steps=len(MASK))
     plan, _ = build_plan(settings, len(MASK), preset_mask)
-    spec = TransformerSpec(name="transformer", settings=settings, plan=plan, positions=POSITIONS)
+    spec = TransformerSpec(name="transformer", settings=settings, plan=plan, positions=POSITIONS, **spec)
     mounted.refresh(spec, stats, lambda name, kwargs: now["identity"])
     calls = []
     handles = [
@@ -99,6 +99,24 @@ def test_branches_have_histories_of_their_own(transformer):
     mixed, _, _ = run(transformer, settings, [("cond", step) for step in range(8) for _ in range(2)])
     assert all(torch.equal(a, b) for a, b in zip(together[::2], alone, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(mixed[::2], alone, strict=True))
+
+
+def test_fitted_weights_stand_in_for_the_polynomial(transformer):
+    settings = CacheSettings(**STATIC)
+    plain, _, _ = run(transformer, settings)
+    fitted, _, _ = run(transformer, settings, weights={3: (0.25, 0.0, 1.0), 5: (2.0,)})
+    torch.testing.assert_close(fitted[3], 0.25 * plain[0] + plain[2])
+    torch.testing.assert_close(fitted[5], 2.0 * plain[4])
+    assert torch.equal(fitted[6], plain[6])
+
+
+def test_the_unconditional_branch_may_have_a_plan_of_its_own(transformer):
+    settings = CacheSettings(**STATIC)
+    other = StepPlan(num_steps=8, mask=(1, 0, 0, 1, 1, 1, 1, 0), static=True)
+    both = [(branch, step) for step in range(8) for branch in ("cond", "uncond")]
+    _, stats, _ = run(transformer, settings, both, uncond_plan=other)
+    assert stats.branches["cond"].cached == [3, 5, 6]
+    assert stats.branches["uncond"].cached == [1, 2, 7]
 
 
 def test_a_result_changed_in_place_does_not_change_the_next(transformer):

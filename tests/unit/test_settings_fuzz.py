@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sglang_cachedit_plugin.errors import SettingError
+from sglang_cachedit_plugin.rows import FIELDS
 from sglang_cachedit_plugin.settings import ALIASES, INERT_KNOBS, KNOBS, MAX_LENGTH, PRESETS, CacheSettings
 from sglang_cachedit_plugin.sources import VARIABLES, read_environment, read_file, read_request, resolve
 
@@ -50,7 +51,11 @@ KEYS = NAMES | st.text() | st.none() | st.integers() | st.sampled_from(["profile
 TEXTS = st.sampled_from(
     ["", "none", "1e400", "0x10", "9" * 5000, "\udcff", "true", "1_0", "٣", "2,3", "2,3,", "fast", "high"]
 )
-VALUES = JSON | NUMBERS | LISTS | st.sampled_from(["low", "dynamic", "output", "slow", "2,3"])
+ROWS = st.lists(
+    st.dictionaries(st.sampled_from([*FIELDS, "step"]), JSON | st.integers(1, 3) | st.sampled_from(["101", "1x1"])),
+    max_size=2,
+)
+VALUES = JSON | ROWS | NUMBERS | LISTS | st.sampled_from(["low", "dynamic", "output", "slow", "2,3"])
 
 
 def in_range(name: str, value: object) -> bool:
@@ -69,6 +74,8 @@ def in_range(name: str, value: object) -> bool:
         return value in knob.choices
     if knob.kind == "bins":
         return isinstance(value, tuple) and all(type(run) is int and 0 < run <= MAX_LENGTH for run in value)
+    if knob.kind == "rows":
+        return isinstance(value, tuple) and all(len(row.mask) == row.steps and row.mask[0] == 1 for row in value)
     return value in PRESETS[1:] or (isinstance(value, tuple) and 1 in value and set(value) <= {0, 1})
 
 
