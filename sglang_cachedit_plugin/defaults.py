@@ -1,12 +1,15 @@
-"""The server's settings: environment and file, and what a request makes of them."""
+"""The server's settings: environment, file and live changes, and what a request makes of them."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from .overrides import Overrides
 from .profiles import BUILT_IN
 from .sources import FileConfig, Resolved, Source, Value, read_request, resolve
 
@@ -22,36 +25,59 @@ class Decision:
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """Settings in force before a request speaks."""
+    """Settings in force before a request speaks.
+
+    Args:
+        overrides: the live change in force.
+        retired: profiles of the change before; a request that was checked then may still arrive.
+    """
 
     environment: Source = field(default_factory=Source)
     file: FileConfig = field(default_factory=FileConfig)
+    overrides: Overrides = field(default_factory=Overrides)
+    retired: Mapping[str, Source] = field(default_factory=dict)
 
     @property
     def enabled(self) -> bool:
-        """Whether requests that say nothing are cached; the file outranks the environment."""
+        """Whether requests that say nothing are cached."""
         return self.switch.value
 
     @property
     def switch(self) -> Value:
-        """The same with its origin."""
-        for source in (self.file.source, self.environment):
+        """The same with its origin: live changes outrank the file, the file outranks the environment."""
+        for source in (self.overrides.source, self.file.source, self.environment):
             if source.enabled is not None:
                 return source.enabled
         return Value(False, "default")
 
     @property
     def profiles(self) -> Mapping[str, Source]:
-        """Profiles by name; the file's replace built-in ones of the same name."""
+        """Profiles by name; live ones replace those of the start-up with the same name."""
+        return {**self.start_up_profiles, **self.overrides.profiles}
+
+    @property
+    def start_up_profiles(self) -> Mapping[str, Source]:
+        """Profiles without the live change's; the file's replace built-in ones of the same name."""
         return {**BUILT_IN, **self.file.profiles}
 
     def describe(self) -> dict[str, Any]:
         """The settings that a request without parameters meets, with their origins."""
         return {
             "enabled": {"value": self.switch.value, "origin": self.switch.origin},
+            "profile": self.overrides.source.profile,
             "config": self.decide(None, None).resolved.config(),
             "profiles": sorted(self.profiles),
         }
+
+    def fingerprint(self) -> str:
+        """Short name of everything that a request can meet; equal settings have equal names."""
+        profiles = {name: [source.primary, source.secondary] for name, source in self.profiles.items()}
+        described = json.dumps([self.describe(), profiles], sort_keys=True, default=str)
+        return hashlib.sha256(described.encode()).hexdigest()[:12]
+
+    def with_overrides(self, overrides: Overrides) -> Defaults:
+        """These settings under another live change; profiles of the present one stay usable once more."""
+        return replace(self, overrides=overrides, retired=self.overrides.profiles)
 
     def decide(self, enable: bool | None, params: Mapping[str, Any] | None) -> Decision:
         """Settings of a request with ``enable_cache_dit`` and ``cache_dit_params``.
@@ -59,9 +85,14 @@ class Defaults:
         Raises:
             SettingError: a parameter that cannot be used.
         """
-        request = read_request(params, profiles=self.profiles)
-        profile = self.profiles[request.profile] if request.profile else Source()
-        resolved = resolve(request, profile, self.file.source, self.environment)
+        known = {**self.retired, **self.profiles}
+        request = read_request(params, profiles=known)
+        live = self.overrides.source
+        # A request that names a profile takes it in place of the server's, not on top of it.
+        name = request.profile or live.profile
+        profiles = [known[name]] if name else []
+        order = [request, *profiles, live] if request.profile else [request, live, *profiles]
+        resolved = resolve(*order, self.file.source, self.environment)
         enabled = self.enabled if enable is None else enable
         return Decision(enabled=enabled, reason=self._why_off(enable, enabled), resolved=resolved)
 

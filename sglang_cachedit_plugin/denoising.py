@@ -126,17 +126,18 @@ def _positions(batch: Any) -> tuple[float, ...] | None:
 
 def run_stage(original: Callable[..., Any], stage: Any, batch: Any, server_args: Any) -> Any:
     """Around every stage: whatever happened in it, a request opened in it ends with it."""
-    before = len(_open)
+    before, failed = len(_open), True
     _running.append(stage)
     try:
         result = original(stage, batch, server_args)
         for _, session in _open[before:]:
             if session.recording is not None:
                 session.recording.latents(getattr(result, "latents", None))
+        failed = False
         return result
     finally:
         _running.pop()
         while len(_open) > before:
             owner, session = _open.pop()
             device = next((p.device for p in owner.transformer.parameters()), None)
-            publish(batch, session.close(device), host.logger().info)
+            publish(batch, session.close(device), host.logger().info, failed=failed)

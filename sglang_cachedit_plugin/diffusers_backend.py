@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -203,19 +203,25 @@ def execute(original: Callable[..., Any], stage: Any, batch: Any, server_args: A
     decision = defaults.current().decide(params.enable_cache_dit, params.cache_dit_params)
     session = Session("diffusers", decision)
     cache = _pipes.get(stage.diffusers_pipe)
+    failed = True
     try:
-        if cache is not None and not decision.enabled and session.recording is not None:
-            with cache.uncached(session):
-                return original(stage, batch, server_args)
-        if cache is None or not decision.enabled:
-            return original(stage, batch, server_args)
-        if not cache.modules:
-            session.disable(f"{type(cache.pipe).__name__} has no transformer")
-            return original(stage, batch, server_args)
-        with cache.request(session, batch.num_inference_steps, host.size_of(batch)):
-            return original(stage, batch, server_args)
+        with _request(cache, session, batch):
+            result = original(stage, batch, server_args)
+        failed = False
+        return result
     finally:
-        publish(batch, session.close(_device(cache)), host.logger().info)
+        publish(batch, session.close(_device(cache)), host.logger().info, failed=failed)
+
+
+def _request(cache: PipelineCache | None, session: Session, batch: Any) -> AbstractContextManager[None]:
+    if cache is None:
+        return nullcontext()
+    if not session.decision.enabled:
+        return nullcontext() if session.recording is None else cache.uncached(session)
+    if not cache.modules:
+        session.disable(f"{type(cache.pipe).__name__} has no transformer")
+        return nullcontext()
+    return cache.request(session, batch.num_inference_steps, host.size_of(batch))
 
 
 def _device(cache: PipelineCache | None) -> torch.device | None:

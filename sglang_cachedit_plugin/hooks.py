@@ -156,6 +156,14 @@ SEAMS: tuple[Seam, ...] = (
         why="the field cache_dit in the host's response models; /v1/cache_dit, /generate and the page /cache_dit",
     ),
     Seam(
+        target=f"{_RUNTIME}.managers.scheduler.Scheduler._dispatch_single_request",
+        parameters=("self", "req_or_group"),
+        kind="around",
+        handler="serving.channel:dispatch",
+        why="changes of a running server reach every rank and replica in the queue of its requests, as the "
+        "host's own LoRA messages do",
+    ),
+    Seam(
         target=f"{_RUNTIME}.entrypoints.openai.utils.build_sampling_params",
         parameters=(),
         kind="before",
@@ -169,6 +177,28 @@ SEAMS: tuple[Seam, ...] = (
         kind="after",
         handler="serving.answers:add_report",
         why="the report in image, edit and video answers",
+    ),
+    Seam(
+        target=f"{_RUNTIME}.disaggregation.orchestrator.DiffusionServer._handle_transfer_done",
+        parameters=("self", "msg", "role"),
+        kind="before",
+        handler="serving.answers:remember",
+        why="the report of a denoiser that runs apart: the decoder's result, which is answered, has no metrics",
+    ),
+    Seam(
+        target=f"{_RUNTIME}.disaggregation.orchestrator._deserialize_request_metrics",
+        parameters=("data",),
+        kind="after",
+        handler="serving.answers:restore",
+        why="the report of a GLM-Image denoiser that runs apart",
+    ),
+    Seam(
+        target=f"{_RUNTIME}.entrypoints.diffusion_generator.DiffGenerator.generate",
+        parameters=("self", "sampling_params_kwargs", "external_trace_header"),
+        kind="before",
+        handler="serving.requests:check_offline",
+        why="a bad cache setting raises in the offline engine's own process; the host would log the worker's error "
+        "and return None",
     ),
 )
 

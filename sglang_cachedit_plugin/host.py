@@ -6,6 +6,7 @@ import the runtime early.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -231,3 +232,50 @@ def branch_comes(branch: Any, batch: Any) -> None:
 def groups_ready(result: Any, *args: Any, **kwargs: Any) -> None:
     """After ``initialize_model_parallel``."""
     build_slices()
+
+
+async def tell_replicas(message: Any) -> list[Any]:
+    """Answers of every data-parallel replica to a control message, in order; exceptions stand in their place.
+
+    The host's own fan-out keeps the first replica's answer only, and knows its own message types only.
+    """
+    from sglang.multimodal_gen.runtime.scheduler_client import async_scheduler_client as client
+
+    if client.context is None:
+        raise ConnectionError("the server is not ready")
+    endpoints = client.server_args.scheduler_endpoints
+    sent = (client._forward_one(endpoint, message, None) for endpoint in endpoints)
+    return await asyncio.gather(*sent, return_exceptions=True)
+
+
+def answer(output: Any, error: str | None = None) -> Any:
+    """A scheduler's answer to a control message."""
+    from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch
+
+    return OutputBatch(output=output, error=error)
+
+
+def gather_replica(value: Any) -> list[Any]:
+    """``value`` of every rank of this data-parallel replica, in order of ranks; all of them must call this."""
+    import torch.distributed as dist
+    from sglang.multimodal_gen.runtime.distributed import parallel_state as state
+
+    if not dist.is_initialized() or (group := state.get_replica_group()).world_size == 1:
+        return [value]
+    everyone: list[Any] = [None] * group.world_size
+    dist.all_gather_object(everyone, value, group=group.cpu_group)
+    return everyone
+
+
+def rank() -> int:
+    """This process's rank, 0 without ranks."""
+    import torch.distributed as dist
+
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def publishes_metrics() -> bool:
+    """Whether this process speaks for its replica on ``/metrics``."""
+    from sglang.multimodal_gen.runtime.observability.metrics import get_metrics
+
+    return get_metrics() is not None

@@ -8,6 +8,7 @@ the register of block lists, the cached blocks, the contexts and the calibrators
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -236,6 +237,11 @@ class CachedTransformer:
         """Bytes of the tensors held for cached steps."""
         return self.contexts.held_bytes() + sum(history.held_bytes() for history in self._outputs.values())
 
+    def describe(self) -> dict[str, Any]:
+        """Class of the transformer, and its cached block lists with their lengths."""
+        blocks = {each.name: len(each.parent._modules[each.name]) for each in self._swaps.lists}
+        return {"class": type(self.module).__name__, "blocks": blocks}
+
     def unmount(self) -> None:
         """Give the transformer its own forward back."""
         self.bypass()
@@ -266,6 +272,7 @@ class ModelBackend:
         self.groups = Groups()
         self.mounted: dict[str, CachedTransformer] = {}
         self.stats: RequestStats | None = None
+        _models.add(self)
 
     def mount(self) -> None:
         """Prepare every transformer, or none."""
@@ -303,6 +310,23 @@ class ModelBackend:
     def buffer_bytes(self) -> int:
         """Bytes of all tensors held for cached steps."""
         return sum(transformer.buffer_bytes() for transformer in self.mounted.values())
+
+
+    def describe(self) -> dict[str, Any]:
+        """What is mounted: transformers with class and cached block lists, and bytes held between requests."""
+        return {
+            "backend": "native" if self._pipe is None else "diffusers",
+            "transformers": {name: each.describe() for name, each in self.mounted.items()},
+            "buffer_bytes": self.buffer_bytes(),
+        }
+
+
+_models: weakref.WeakSet[ModelBackend] = weakref.WeakSet()
+
+
+def describe_models() -> list[dict[str, Any]]:
+    """Every model of this process whose transformers are mounted."""
+    return [model.describe() for model in list(_models) if model.mounted]
 
 
 def _transformer_stats(plan: StepPlan) -> TransformerStats:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import host, recording, resampling
+from . import host, metrics, recording, resampling
 from .defaults import Decision
 from .errors import MountError
 from .mount import ModelBackend, preset_mask
@@ -19,6 +19,8 @@ from .runtime import RequestSpec, Runtime, TransformerSpec
 from .schedule import StepPlan, build_plan
 from .settings import CacheSettings
 from .stats import RequestStats
+
+REPORT = "cache_dit"
 
 
 class Session:
@@ -158,16 +160,24 @@ def _weights(row: Row | None) -> dict[int, tuple[float, ...]]:
     return dict(zip(cached, row.weights, strict=True))
 
 
-def publish(batch: Any, stats: RequestStats, log: Callable[[str], None]) -> None:
-    """Attach the report to the request, and write its log lines."""
-    if (metrics := getattr(batch, "metrics", None)) is not None:
-        metrics.cache_dit = stats.as_dict()
-    if not batch.is_warmup and host.is_first_rank():
+def publish(batch: Any, stats: RequestStats, log: Callable[[str], None], *, failed: bool = False) -> None:
+    """Attach the report to the request, count it, and write its log lines."""
+    report = stats.as_dict()
+    if (own := getattr(batch, "metrics", None)) is not None:
+        own.cache_dit = report
+    extra = getattr(batch, "extra", {})
+    # Roles that run apart hand plain extras on, and drop the metrics.
+    extra[REPORT] = report
+    if batch.is_warmup:
+        return
+    if host.publishes_metrics():
+        metrics.observe(report, requests=len(extra.get("dynamic_batch_seeds") or [0]), failed=failed)
+    if host.is_first_rank():
         for line in stats.lines():
             log(line)
 
 
-def add_report(result: dict[str, Any], metrics: Any) -> dict[str, Any]:
+def add_report(result: dict[str, Any], request_metrics: Any) -> dict[str, Any]:
     """After ``RequestMetrics.to_dict``: the request's report, where there is one."""
-    report = getattr(metrics, "cache_dit", None)
-    return result if report is None else result | {"cache_dit": report}
+    report = getattr(request_metrics, REPORT, None)
+    return result if report is None else result | {REPORT: report}

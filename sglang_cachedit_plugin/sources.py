@@ -29,13 +29,15 @@ from .settings import (
 
 PREFIX = "SGLANG_CACHE_DIT_"
 ENABLED_VARIABLE = PREFIX + "ENABLED"
+CONTROL_KEY_VARIABLE = PREFIX + "CONTROL_KEY"
+"""Key that changes of a running server need; it is no setting of the cache and is shown nowhere."""
 MAX_FILE_BYTES = 1 << 20
 FILE_SECTIONS = (
     "cache_config", "secondary", "profiles", "parallelism_config", "quantize_config", "attention_backend",
 )
 PASSED_ON_SECTIONS = ("parallelism_config", "quantize_config", "attention_backend")
 _MISSPELT = {"enable_sperate_cfg": "enable_separate_cfg"}
-_BOOL = Knob(kind="bool", doc="")
+BOOL = Knob(kind="bool", doc="")
 
 
 @dataclass(frozen=True)
@@ -125,8 +127,10 @@ def read_environment(
     enabled, warnings = None, []
     for variable in sorted(name for name in environ if name.startswith(PREFIX)):
         text = environ[variable]
+        if variable == CONTROL_KEY_VARIABLE:
+            continue
         if variable == ENABLED_VARIABLE:
-            enabled = Value(_BOOL.parse(variable, text, "environment"), variable)
+            enabled = Value(BOOL.parse(variable, text, "environment"), variable)
         elif variable in VARIABLES or variable in SECONDARY_VARIABLES:
             secondary = variable in SECONDARY_VARIABLES
             name = (SECONDARY_VARIABLES if secondary else VARIABLES)[variable]
@@ -134,7 +138,7 @@ def read_environment(
         elif variable in host_variables():
             warnings.append(f"{variable} is known to the host but not to this plugin and has no effect")
         else:
-            known = [ENABLED_VARIABLE, *VARIABLES, *SECONDARY_VARIABLES]
+            known = [ENABLED_VARIABLE, CONTROL_KEY_VARIABLE, *VARIABLES, *SECONDARY_VARIABLES]
             raise SettingError(
                 variable, text, "environment", "unknown variable", nearest(variable, known)
             )
@@ -159,7 +163,7 @@ def read_layer(
             key = _MISSPELT[key]
         if key in INERT_KNOBS:
             if value is not None:
-                _BOOL.check(key, value, origin)
+                BOOL.check(key, value, origin)
             continue
         if not isinstance(key, str) or key not in known:
             near = nearest(_name(key), [*known, *extra])
@@ -200,7 +204,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object, refused when it repeats a key."""
     mapping = dict(pairs)
     if len(mapping) < len(pairs):
@@ -211,7 +215,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse(text: str, is_json: bool) -> Any:
-    return json.loads(text, object_pairs_hook=_unique) if is_json else yaml.load(text, _UniqueKeyLoader)
+    return json.loads(text, object_pairs_hook=unique_keys) if is_json else yaml.load(text, _UniqueKeyLoader)
 
 
 def load_file(path: str) -> Any:

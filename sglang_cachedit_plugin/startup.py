@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 from . import defaults, host
-from .defaults import Defaults
 from .errors import SettingError
 from .sources import read_environment, read_file
 
@@ -31,7 +31,7 @@ def read_settings() -> None:
         fail(error)
     for warning in warnings:
         print(f"cache-dit: warning: {warning}", file=sys.stderr, flush=True)
-    defaults.install(Defaults(environment=environment, file=defaults.current().file))
+    defaults.install(replace(defaults.current(), environment=environment))
 
 
 def before_launch(server_args: Any, *args: Any, **kwargs: Any) -> None:
@@ -56,7 +56,7 @@ def ensure_file(server_args: Any) -> tuple[str, ...]:
         return ()
     file = read_file(given)
     _refuse_foreign_sections(file.passed_on, server_args)
-    defaults.install(Defaults(environment=defaults.current().environment, file=file))
+    defaults.install(replace(defaults.current(), file=file))
     return file.warnings
 
 

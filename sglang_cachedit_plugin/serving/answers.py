@@ -29,12 +29,37 @@ def declare_field() -> None:
 
 def add_report(answer: dict[str, Any], response: dict[str, Any], request_id: str, result: Any) -> dict[str, Any]:
     """After ``add_common_data_to_response``: the request's report, where a worker wrote one."""
-    report = report_of(result)
+    report = report_of(result) or _apart.pop(request_id, None)
     if report is None:
         return answer
     control.totals.add(report)
     history.add(request_id, report)
     return answer | {FIELD: report}
+
+
+_apart: dict[str, dict[str, Any]] = {}
+_MOST_APART = 1000
+
+
+def remember(server: Any, msg: dict[str, Any], role: Any) -> None:
+    """Before ``DiffusionServer._handle_transfer_done``: the report of a denoiser that runs apart, by request.
+
+    The denoiser hands it on as an extra of the request; the decoder's result, which is answered, has none.
+    """
+    report = (msg.get("scalar_fields") or {}).get(f"_extra_{FIELD}")
+    if report is None:
+        return
+    while len(_apart) >= _MOST_APART:
+        # Requests that nobody waits for any more.
+        _apart.pop(next(iter(_apart)), None)
+    _apart[msg["request_id"]] = report
+
+
+def restore(result: Any, data: dict[str, Any] | None) -> Any:
+    """After ``_deserialize_request_metrics``: metrics that came as a dictionary keep the report."""
+    if result is not None and data is not None and data.get(FIELD) is not None:
+        result.cache_dit = data[FIELD]
+    return result
 
 
 def report_of(result: Any) -> dict[str, Any] | None:

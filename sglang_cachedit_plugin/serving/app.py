@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import startup
-from . import answers, control, generate, page
+from . import answers, control, generate, page, requests
 
 
 def create(
@@ -14,6 +14,7 @@ def create(
 ) -> Any:
     """Around ``create_app``; this process may be one of its own and reads the config file itself."""
     startup.before_launch(server_args)
+    requests.counting = bool(server_args.enable_metrics)
     answers.declare_field()
     app = original(server_args, worker_pids=worker_pids, disagg_server=disagg_server)
     for router in (control.router, page.router, generate.router):

@@ -1,15 +1,24 @@
-"""``GET /v1/cache_dit``: settings in force with their origins, and totals since this server started."""
+"""``/v1/cache_dit``: what is in force, and changes of a running server that hold for all ranks or for none."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import asyncio
+import time
+from collections.abc import Awaitable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, HTTPException, Request
 
-from .. import defaults
+from .. import defaults, host
+from ..errors import SettingError
+from ..overrides import MAX_BYTES, Overrides, parse, read_overrides
+from . import channel, guard, models
 
 router = APIRouter(prefix="/v1/cache_dit", tags=["cache_dit"])
+
+PATIENCE_S = 1.0
+"""How long GET waits for the workers; they answer between two requests, which may take minutes."""
 
 
 @dataclass
@@ -32,10 +41,141 @@ class Totals:
             self.cached_steps += output["cached_steps"]
 
 
+class Workers:
+    """The last word of the workers, and one question under way at most."""
+
+    def __init__(self) -> None:
+        self._replicas: list[dict[str, Any]] | None = None
+        self._asked = 0
+        self._last = 0
+        self._heard = 0.0
+        self._question: asyncio.Task[Any] | None = None
+
+    async def tell(self, do: str, settings: Any = None) -> None:
+        """Send a message and remember what came back, unless a later message was answered before."""
+        self._asked += 1
+        number = self._asked
+        replicas = await channel.tell(do, settings)
+        if number > self._last:
+            self._replicas, self._last, self._heard = replicas, number, time.monotonic()
+
+    async def ask(self) -> None:
+        """Ask, and wait a moment; an answer that takes longer is there for the next call."""
+        if self._question is None or self._question.done():
+            self._question = asyncio.create_task(self._ask())
+        await asyncio.wait({self._question}, timeout=PATIENCE_S)
+
+    async def _ask(self) -> None:
+        try:
+            await self.tell("show")
+        except (channel.ChannelError, ConnectionError) as error:
+            host.logger().warning("cache-dit: the workers did not answer: %s", error)
+
+    def describe(self) -> dict[str, Any] | None:
+        """The ``workers`` part of an answer."""
+        if self._replicas is None:
+            return None
+        names = {rank["settings"] for replica in self._replicas for rank in replica["ranks"]}
+        consistent = names == {defaults.current().fingerprint()}
+        age = round(time.monotonic() - self._heard, 3)
+        return {"replicas": self._replicas, "age_s": age, "consistent": consistent}
+
+
 totals = Totals()
+workers = Workers()
+_turn = asyncio.Lock()
 
 
-@router.get("", summary="Settings of requests that say nothing, with origins; profiles; totals")
-async def show() -> dict[str, Any]:
-    """The server's defaults as a request without ``cache_dit_params`` meets them."""
-    return defaults.current().describe() | {"totals": asdict(totals)}
+def _state() -> dict[str, Any]:
+    current = defaults.current()
+    return current.describe() | {
+        "control": current.overrides.given, "workers": workers.describe(), "totals": asdict(totals),
+    }
+
+
+@router.get("", summary="Settings in force with origins, what is mounted, totals", response_model=models.State)
+async def show(request: Request) -> dict[str, Any]:
+    """The defaults as a request without ``cache_dit_params`` meets them; the workers' part may be a request old."""
+    if request.app.state.disagg_server is None:
+        await workers.ask()
+    return _state()
+
+
+_REFUSALS: dict[int | str, dict[str, Any]] = {
+    400: {"model": models.Refusal, "description": "A setting that cannot be used; nothing was changed."},
+    401: {"model": models.Refusal, "description": "The control key is missing or wrong."},
+    403: {"model": models.Refusal, "description": "The server has no control key, and the client is elsewhere."},
+    413: {"model": models.Refusal, "description": f"The body is larger than {MAX_BYTES} bytes."},
+    501: {"model": models.Refusal, "description": "Roles run apart; their settings cannot be changed."},
+    503: {"model": models.Refusal, "description": "A worker did not take the change; the old settings were put back."},
+}
+
+
+@router.put(
+    "",
+    summary="Change the defaults of all ranks and replicas, between two requests",
+    response_model=models.State,
+    responses=_REFUSALS,
+    openapi_extra={"requestBody": {
+        "required": True, "content": {"application/json": {"schema": models.schema(models.Change)}},
+    }},
+)
+async def change(request: Request) -> dict[str, Any]:
+    """Replace the change before by this one. What it does not name is as at start-up."""
+    _check(request)
+    body = await _body(request)
+    try:
+        overrides = read_overrides(parse(body), profiles=defaults.current().start_up_profiles)
+    except SettingError as error:
+        raise HTTPException(400, str(error)) from None
+    return await _finish(_install(overrides))
+
+
+@router.delete(
+    "", summary="Return to the start-up settings", response_model=models.State,
+    responses={status: answer for status, answer in _REFUSALS.items() if status not in (400, 413)},
+)
+async def reset(request: Request) -> dict[str, Any]:
+    """Take the change in force back."""
+    _check(request)
+    return await _finish(_install(Overrides()))
+
+
+def _check(request: Request) -> None:
+    guard.check(request)
+    if request.app.state.disagg_server is not None:
+        raise HTTPException(501, "roles that run apart take their settings from their own environment and file")
+
+
+async def _body(request: Request) -> bytes:
+    body = b""
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_BYTES:
+            raise HTTPException(413, f"the body is larger than {MAX_BYTES} bytes")
+    return body
+
+
+async def _finish(change: Awaitable[None]) -> dict[str, Any]:
+    # A client that goes away must not leave a change half made.
+    await asyncio.shield(asyncio.ensure_future(change))
+    return _state()
+
+
+async def _install(overrides: Overrides) -> None:
+    """All replicas, then this process; where one fails, all go back."""
+    async with _turn:
+        before = defaults.current().overrides
+        try:
+            await workers.tell("set", overrides.given)
+        except (channel.ChannelError, ConnectionError) as error:
+            await _put_back(before)
+            raise HTTPException(503, f"the change was not made: {error}") from None
+        defaults.install(replace(defaults.current(), overrides=overrides))
+
+
+async def _put_back(before: Overrides) -> None:
+    try:
+        await workers.tell("set", before.given)
+    except (channel.ChannelError, ConnectionError) as error:
+        host.logger().error("cache-dit: the old settings could not be put back: %s", error)

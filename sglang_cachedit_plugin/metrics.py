@@ -1,0 +1,69 @@
+"""Counters on the host's ``/metrics``; where they are published is the caller's business.
+
+Values come from the reports, so that they are the sum of them. prometheus_client is imported late: it chooses its
+storage on import, after the host has named the folder that its processes share.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+STEPS = "sglang_cache_dit_steps_total"
+REQUESTS = "sglang_cache_dit_requests_total"
+DIFFS = "sglang_cache_dit_residual_diff"
+NANS = "sglang_cache_dit_nan_diffs_total"
+BUCKETS = (0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.12, 0.16, 0.2, 0.24, 0.3, 0.4, 0.5, 0.75, 1.0)
+OUTCOMES = ("cached", "computed", "off", "failed", "refused")
+"""Some steps cached; enabled, all steps computed; caching off; an exception; 400 for a bad setting."""
+
+
+class _Instruments(NamedTuple):
+    steps: Any
+    requests: Any
+    diffs: Any
+    nans: Any
+
+
+@functools.cache
+def instruments() -> _Instruments:
+    """The counters of this process, made on first use."""
+    from prometheus_client import Counter, Histogram
+
+    where = ("transformer", "branch")
+    return _Instruments(
+        Counter(STEPS, "Denoising steps; kind: computed or cached.", (*where, "kind")),
+        Counter(REQUESTS, f"Requests; outcome: {', '.join(OUTCOMES)}.", ("outcome",)),
+        Histogram(DIFFS, "Residual differences measured.", where, buckets=BUCKETS),
+        Counter(NANS, "Residual differences that were NaN or infinite.", where),
+    )
+
+
+def outcome(report: Mapping[str, Any], failed: bool = False) -> str:
+    """One of ``OUTCOMES`` for a request that reached a worker."""
+    if failed:
+        return "failed"
+    if not report["enabled"]:
+        return "off"
+    branches = (b for t in report["transformers"].values() for b in t["branches"].values())
+    return "cached" if any(branch["cached"] for branch in branches) else "computed"
+
+
+def observe(report: Mapping[str, Any], *, requests: int = 1, failed: bool = False) -> None:
+    """Count one report, shared by ``requests`` requests that the host merged into one."""
+    made = instruments()
+    made.requests.labels(outcome(report, failed)).inc(requests)
+    for transformer, each in report["transformers"].items():
+        for branch, steps in each["branches"].items():
+            for kind in ("computed", "cached"):
+                made.steps.labels(transformer, branch, kind).inc(len(steps[kind]))
+            diffs, nans = made.diffs.labels(transformer, branch), made.nans.labels(transformer, branch)
+            for diff in steps["residual_diffs"].values():
+                diffs.observe(diff)
+            nans.inc(steps["nan_diffs"])
+
+
+def refused() -> None:
+    """Count one request that was answered with 400."""
+    instruments().requests.labels("refused").inc()

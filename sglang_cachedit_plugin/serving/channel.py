@@ -1,0 +1,84 @@
+"""Control messages over the host's own scheduler channel, and what a rank does with one.
+
+A message reaches the scheduler of every data-parallel replica in the queue of its requests, and every rank of the
+replica in the host's broadcast: it is handled between two requests. The HTTP process and the workers exchange plain
+JSON text inside one object of the host's pickled protocol.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .. import defaults, host, startup
+from ..errors import CacheDitError
+from ..mount import describe_models
+from ..overrides import Overrides, read_overrides
+
+
+@dataclass
+class CacheDitControl:
+    """One message: JSON text of ``{"do": "show"}`` or ``{"do": "set", "settings": mapping or null}``."""
+
+    text: str
+
+
+class ChannelError(CacheDitError):
+    """A replica did not do what it was told."""
+
+
+async def tell(do: str, settings: Any = None) -> list[dict[str, Any]]:
+    """What every replica answers to ``do``: its number, and for each of its ranks settings and mounted models.
+
+    Raises:
+        ChannelError: a replica failed; the others may have done it.
+    """
+    message = CacheDitControl(json.dumps({"do": do, "settings": settings}))
+    replicas = []
+    for number, answer in enumerate(await host.tell_replicas(message)):
+        error = str(answer) or type(answer).__name__ if isinstance(answer, BaseException) else _error_of(answer)
+        if error is not None:
+            raise ChannelError(f"replica {number}: {error}")
+        replicas.append({"replica": number, "ranks": json.loads(answer.output)})
+    return replicas
+
+
+def _error_of(answer: Any) -> str | None:
+    if not isinstance(getattr(answer, "output", None), str):
+        return getattr(answer, "error", None) or "it does not know this message"
+    return answer.error
+
+
+def dispatch(original: Callable[..., Any], scheduler: Any, req_or_group: Any) -> Any:
+    """Around ``Scheduler._dispatch_single_request``: control messages are handled here, on every rank."""
+    if type(req_or_group) is not CacheDitControl:
+        return original(scheduler, req_or_group)
+    return handle(scheduler.server_args, req_or_group.text)
+
+
+def handle(server_args: Any, text: str) -> Any:
+    """Check on every rank of the replica, then do it on all of them or on none."""
+    overrides, error = _read(server_args, text)
+    errors = [each for each in host.gather_replica(error) if each is not None]
+    if errors:
+        return host.answer(None, errors[0])
+    if overrides is not None:
+        defaults.install(defaults.current().with_overrides(overrides))
+    state = {"rank": host.rank(), "settings": defaults.current().fingerprint(), "mounted": describe_models()}
+    return host.answer(json.dumps(host.gather_replica(state)))
+
+
+def _read(server_args: Any, text: str) -> tuple[Overrides | None, str | None]:
+    """The checked change (None: there is none), or what is wrong with it."""
+    try:
+        startup.ensure_file(server_args)
+        message = json.loads(text)
+        if message["do"] != "set":
+            return None, None
+        if message["settings"] is None:
+            return Overrides(), None
+        return read_overrides(message["settings"], profiles=defaults.current().start_up_profiles), None
+    except (CacheDitError, ValueError, KeyError, TypeError) as error:
+        return None, str(error) or type(error).__name__

@@ -1,0 +1,259 @@
+"""``/v1/cache_dit`` without a server: all replicas or none, who may change what, and what OpenAPI says."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from types import SimpleNamespace
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from sglang_cachedit_plugin import defaults, host
+from sglang_cachedit_plugin.defaults import Defaults
+from sglang_cachedit_plugin.overrides import MAX_BYTES
+from sglang_cachedit_plugin.serving import channel, control
+from sglang_cachedit_plugin.settings import KNOBS
+from sglang_cachedit_plugin.sources import CONTROL_KEY_VARIABLE, read_file
+
+ADDRESS = "/v1/cache_dit"
+SERVER_ARGS = SimpleNamespace(cache_dit_config=None, backend="sglang")
+
+
+class Replicas:
+    """Workers of the test: each holds settings of its own; ``broken`` ones do not answer."""
+
+    def __init__(self, count: int):
+        self.own = [Defaults(file=defaults.current().file) for _ in range(count)]
+        self.broken: set[int] = set()
+        self.messages: list[dict] = []
+        self.wait: asyncio.Event | None = None
+
+    async def tell(self, message):
+        self.messages.append(json.loads(message.text))
+        if self.wait is not None:
+            await self.wait.wait()
+        return [self._answer(number, message.text) for number in range(len(self.own))]
+
+    def _answer(self, number: int, text: str):
+        if number in self.broken:
+            return TimeoutError("Scheduler did not respond in time.")
+        http = defaults.current()
+        defaults.install(self.own[number])
+        try:
+            return channel.handle(SERVER_ARGS, text)
+        finally:
+            self.own[number] = defaults.current()
+            defaults.install(http)
+
+
+@pytest.fixture(autouse=True)
+def start_up(monkeypatch):
+    monkeypatch.delenv(CONTROL_KEY_VARIABLE, raising=False)
+    monkeypatch.setattr(defaults, "_current", Defaults(file=read_file({"cache_config": {"max_warmup_steps": 3}})))
+    monkeypatch.setattr(host, "answer", lambda output, error=None: SimpleNamespace(output=output, error=error))
+    monkeypatch.setattr(host, "gather_replica", lambda value: [value])
+    monkeypatch.setattr(control, "workers", control.Workers())
+    monkeypatch.setattr(control, "totals", control.Totals())
+    monkeypatch.setattr(control, "PATIENCE_S", 0.2)
+
+
+@pytest.fixture
+def replicas(monkeypatch):
+    made = Replicas(2)
+    monkeypatch.setattr(host, "tell_replicas", made.tell)
+    return made
+
+
+def client(address: str = "127.0.0.1", disagg: object = None, **server_args) -> TestClient:
+    app = FastAPI()
+    app.state.server_args, app.state.disagg_server = SimpleNamespace(**server_args), disagg
+    app.include_router(control.router)
+    return TestClient(app, client=(address, 5000))
+
+
+def test_a_change_reaches_every_replica_and_delete_takes_it_back(replicas):
+    start = client().get(ADDRESS).json()
+    answer = client().put(ADDRESS, json={"enabled": False, "max_warmup_steps": 6})
+    state = answer.json()
+    assert answer.status_code == 200
+    assert state["enabled"] == {"value": False, "origin": "control"}
+    assert state["config"]["max_warmup_steps"] == {"value": 6, "origin": "control.max_warmup_steps"}
+    assert state["control"] == {"enabled": False, "max_warmup_steps": 6}
+    assert state["workers"]["consistent"] and len(state["workers"]["replicas"]) == 2
+    assert [own.decide(None, None).enabled for own in replicas.own] == [False, False]
+    again = client().delete(ADDRESS).json()
+    assert {k: v for k, v in again.items() if k != "workers"} == {k: v for k, v in start.items() if k != "workers"}
+    assert {own.fingerprint() for own in replicas.own} == {defaults.current().fingerprint()}
+
+
+def test_a_change_replaces_the_one_before(replicas):
+    client().put(ADDRESS, json={"max_warmup_steps": 6, "enabled": False})
+    state = client().put(ADDRESS, json={"Fn_compute_blocks": 2}).json()
+    assert state["config"]["max_warmup_steps"]["value"] == 3
+    assert state["enabled"]["value"] is True
+
+
+def test_where_a_replica_fails_all_keep_the_old_settings(replicas):
+    client().put(ADDRESS, json={"max_warmup_steps": 6})
+    before = defaults.current().fingerprint()
+    replicas.broken = {1}
+    answer = client().put(ADDRESS, json={"max_warmup_steps": 9})
+    assert answer.status_code == 503
+    assert "replica 1" in answer.json()["detail"]
+    assert {own.fingerprint() for own in replicas.own} == {before} == {defaults.current().fingerprint()}
+    assert [message["settings"] for message in replicas.messages[-2:]] == [
+        {"max_warmup_steps": 9}, {"max_warmup_steps": 6},
+    ]
+
+
+def test_a_worker_that_refuses_is_all_workers_refusing(replicas):
+    # The worker's file knows no profile of that name: its file was changed after the start.
+    monkey = Defaults(file=read_file({"profiles": {"draft": {}}}))
+    defaults.install(monkey)
+    answer = client().put(ADDRESS, json={"profile": "draft"})
+    assert answer.status_code == 503
+    assert "profile = 'draft'" in answer.json()["detail"]
+    assert defaults.current().overrides.given is None
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "part"),
+    [
+        (b'{"max_warmup_stepz": 1}', 400, "did you mean 'max_warmup_steps'"),
+        (b'{"enabled": true, "residual_diff_threshold": 7}', 400, "from 0 to 1"),
+        (b"", 400, "not valid JSON"),
+        (b'{"enabled": true, "enabled": false}', 400, "given twice"),
+        (b"{" + b" " * MAX_BYTES + b"}", 413, "larger than 65536 bytes"),
+    ],
+)
+def test_a_bad_change_is_refused_whole_and_no_worker_hears_of_it(replicas, body, status, part):
+    before = defaults.current()
+    answer = client().put(ADDRESS, content=body)
+    assert answer.status_code == status
+    assert part in answer.json()["detail"]
+    assert len(answer.json()["detail"].splitlines()) == 1
+    assert replicas.messages == [] and defaults.current() is before
+
+
+def test_the_largest_body_is_taken(replicas):
+    body = b'{"max_warmup_steps": 6' + b" " * (MAX_BYTES - 23) + b"}"
+    assert len(body) == MAX_BYTES
+    assert client().put(ADDRESS, content=body).status_code == 200
+
+
+def test_get_does_not_wait_for_a_busy_worker(replicas):
+    client().put(ADDRESS, json={"max_warmup_steps": 6})
+    replicas.wait = asyncio.Event()
+    state = client().get(ADDRESS).json()
+    assert state["workers"]["age_s"] > 0.1
+    assert state["config"]["max_warmup_steps"]["value"] == 6
+
+
+def test_workers_that_never_answered_are_null(replicas):
+    replicas.broken = {0}
+    assert client().get(ADDRESS).json()["workers"] is None
+
+
+def test_a_worker_with_other_settings_is_seen(replicas):
+    client().put(ADDRESS, json={"max_warmup_steps": 6})
+    replicas.own[1] = Defaults()
+    assert client().get(ADDRESS).json()["workers"]["consistent"] is False
+
+
+def test_roles_that_run_apart_are_not_changed(replicas):
+    apart = client(disagg=object())
+    assert apart.put(ADDRESS, json={}).status_code == apart.delete(ADDRESS).status_code == 501
+    assert apart.get(ADDRESS).json()["workers"] is None
+    assert replicas.messages == []
+
+
+CHANGES = [("PUT", {"content": b"{}"}), ("DELETE", {})]
+
+
+@pytest.mark.parametrize(("method", "body"), CHANGES)
+@pytest.mark.parametrize("key_of", ["host", "variable"])
+def test_a_key_is_needed_where_there_is_one(replicas, monkeypatch, method, body, key_of):
+    if key_of == "host":
+        guarded = client("10.0.0.9", api_key="secret")
+        monkeypatch.setenv(CONTROL_KEY_VARIABLE, "another")
+    else:
+        guarded = client("10.0.0.9")
+        monkeypatch.setenv(CONTROL_KEY_VARIABLE, "secret")
+    for given in ("", "Bearer", "Bearer secre", "Basic secret", "secret"):
+        refused = guarded.request(method, ADDRESS, headers={"Authorization": given}, **body)
+        assert (refused.status_code, refused.headers["www-authenticate"]) == (401, "Bearer")
+        assert "secret" not in refused.text
+    assert replicas.messages == []
+    good = {"Authorization": "Bearer secret"}
+    assert guarded.request(method, ADDRESS, headers=good, **body).status_code == 200
+
+
+@pytest.mark.parametrize(("method", "body"), CHANGES)
+@pytest.mark.parametrize(
+    ("address", "headers", "status"),
+    [
+        ("127.0.0.1", {}, 200),
+        ("::1", {}, 200),
+        ("::ffff:127.0.0.1", {}, 200),
+        ("127.0.0.1", {"Origin": "http://localhost:30000"}, 200),
+        ("127.0.0.1", {"Origin": "http://pictures.example"}, 403),
+        ("127.0.0.1", {"Origin": "null"}, 403),
+        ("127.0.0.1", {"X-Forwarded-For": "127.0.0.1"}, 403),
+        ("127.0.0.1", {"Forwarded": "for=10.0.0.9"}, 403),
+        ("10.0.0.9", {}, 403),
+        ("testclient", {}, 403),
+    ],
+)
+def test_without_a_key_only_this_machine_may_change_anything(replicas, method, body, address, headers, status):
+    assert client(address).request(method, ADDRESS, headers=headers, **body).status_code == status
+    assert client(address).get(ADDRESS).status_code == 200
+
+
+def test_openapi_describes_all_of_it():
+    document = client().get("/openapi.json").json()
+    methods = document["paths"][ADDRESS]
+    assert set(methods) == {"get", "put", "delete"}
+    body = methods["put"]["requestBody"]["content"]["application/json"]["schema"]
+    assert set(KNOBS) | {"enabled", "profile", "cache_config", "secondary", "profiles"} <= set(body["properties"])
+    assert "$defs" not in json.dumps(body)
+    assert {"200", "400", "401", "403", "413", "503"} <= set(methods["put"]["responses"])
+    assert set(document["components"]["schemas"]["State"]["properties"]) >= {"config", "workers", "totals", "control"}
+
+
+def test_the_schema_takes_what_the_checks_take():
+    import jsonschema
+
+    schema = client().get("/openapi.json").json()["paths"][ADDRESS]["put"]["requestBody"]["content"][
+        "application/json"
+    ]["schema"]
+    good = {
+        "enabled": True, "profile": "fast", "cache_config": {"scm_preset": "fast", "dmd_rank": 3},
+        "secondary": {"max_warmup_steps": 2}, "profiles": {"mine": {"scm_compute_bins": [3, 1], "scm_cache_bins": "2"}},
+    }
+    jsonschema.validate(good, schema)
+    for bad in ({"enabled": "yes"}, {"max_warmup_steps": -1}, {"scm_preset": "fsat"}, {"x": 1}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(bad, schema)
+
+
+def test_a_message_of_another_kind_goes_its_own_way():
+    handled = channel.dispatch(lambda scheduler, request: ("host", request), object(), "a request")
+    assert handled == ("host", "a request")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"do": "set"}', '{"do": "set", "settings": 3}'])
+def test_a_message_that_makes_no_sense_changes_nothing(text):
+    before = defaults.current()
+    answer = channel.handle(SERVER_ARGS, text)
+    assert answer.output is None and answer.error
+    assert defaults.current() is before
+
+
+def test_one_rank_that_refuses_stops_all_of_its_replica(monkeypatch):
+    monkeypatch.setattr(host, "gather_replica", lambda value: [value, "rank 1: no"])
+    before = defaults.current()
+    answer = channel.handle(SERVER_ARGS, '{"do": "set", "settings": {"max_warmup_steps": 6}}')
+    assert answer.error == "rank 1: no"
+    assert defaults.current() is before
