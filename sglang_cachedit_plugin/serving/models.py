@@ -84,11 +84,12 @@ class Refusal(BaseModel):
 
 _TYPES: dict[str, Any] = {
     "bool": bool, "int": int, "float": float, "bins": str | list[int], "mask": Literal[PRESETS] | list[Literal[0, 1]],
+    "rows": list[dict[str, Any]],
 }
 
 
 def _field(knob: Knob) -> tuple[Any, Any]:
-    kind = Literal[knob.choices] if knob.kind == "choice" else _TYPES[knob.kind]
+    kind = Literal[knob.choices] if knob.kind == "choice" else _TYPES.get(knob.kind, Any)
     unit = f" Unit: {knob.unit}." if knob.unit else ""
     return kind | None, Field(default=None, ge=knob.low, le=knob.high, description=knob.doc + unit)
 
