@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from pathlib import Path
 
 from sglang_cachedit_plugin.hooks import SEAMS
+from sglang_cachedit_plugin.schema import config_schema
+from sglang_cachedit_plugin.section_knobs import PARALLELISM, QUANT_SPELLINGS, QUANTIZE, SPELLINGS
 from sglang_cachedit_plugin.settings import ALIASES, INERT_KNOBS, KNOBS, CacheSettings, Knob
 from sglang_cachedit_plugin.sources import PREFIX
 
@@ -43,7 +46,33 @@ def settings() -> str:
     lines += ["", "Other spellings: " + ", ".join(f"`{a}` for `{n}`" for a, n in ALIASES.items()) + "."]
     lines += ["", "Read and without effect here:", ""]
     lines += [f"- `{name}`: {why}." for name, why in INERT_KNOBS.items()]
+    lines += _sections()
     return "\n".join(lines) + "\n"
+
+
+def _sections() -> list[str]:
+    lines = [
+        "",
+        "## Sections of the file for the diffusers backend",
+        "",
+        "`attention_backend` (one of the names below) may also stand at the top level. On SGLang's native pipelines "
+        "these sections are refused, with the host's flags to use instead. [recipes.md](recipes.md): complete files.",
+    ]
+    for title, knobs in (("parallelism_config", PARALLELISM), ("quantize_config", QUANTIZE)):
+        lines += ["", f"### `{title}`", "", "| key | accepted | unit | what it does |", "|---|---|---|---|"]
+        lines += [f"| `{name}` | {_range(knob)} | {knob.unit} | {knob.doc} |" for name, knob in knobs.items()]
+    old = {**SPELLINGS["parallelism_config"], **QUANT_SPELLINGS}
+    lines += ["", "Other spellings: " + ", ".join(f"`{a}` for `{n}`" for a, n in old.items()) + "."]
+    lines += ["", "## In an editor", "", _EDITOR]
+    return lines
+
+
+_EDITOR = (
+    "[cache-dit-config.schema.json](cache-dit-config.schema.json), also in the package and printed by "
+    "`sglang-cachedit schema`, describes the whole file. Editors with the YAML language server take it from the first "
+    "line: `# yaml-language-server: $schema=PATH_OR_URL`. What a schema cannot say (sizes against `--num-gpus`, "
+    "lengths of masks, libraries, devices) `sglang-cachedit doctor --config FILE --num-gpus N` checks."
+)
 
 
 def patches() -> str:
@@ -64,7 +93,17 @@ def patches() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"settings.md": settings, "patches.md": patches}
+def schema() -> str:
+    """The JSON Schema of config files."""
+    return json.dumps(config_schema(), indent=1) + "\n"
+
+
+PAGES = {
+    "settings.md": settings,
+    "patches.md": patches,
+    "cache-dit-config.schema.json": schema,
+    "../sglang_cachedit_plugin/cache-dit-config.schema.json": schema,
+}
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ def main(argv: list[str] | None = None) -> int:
     _add_demo_model(commands)
     _add_doctor(commands)
     _add_client(commands)
+    _add_schema(commands)
     args = parser.parse_args(argv)
     return int(args.run(args) or 0)
 
@@ -31,6 +32,7 @@ def _demo_model(args: argparse.Namespace) -> None:
 def _add_doctor(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("doctor", help="versions, seams and settings in force; status 1 if something is wrong")
     parser.add_argument("--config", metavar="FILE", help="a file as --cache-dit-config takes it")
+    parser.add_argument("--num-gpus", type=int, metavar="N", help="check the file's sizes and libraries for N ranks")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_doctor)
 
@@ -38,7 +40,7 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:
 def _doctor(args: argparse.Namespace) -> int:
     from . import doctor
 
-    found = doctor.examine(args.config)
+    found = doctor.examine(args.config, args.num_gpus)
     print(json.dumps(found, indent=2) if args.json else "\n".join(doctor.lines(found)))
     return 0 if found["ok"] else 1
 
@@ -49,3 +51,14 @@ def _add_client(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("client", help="requests to a running server, with time and cache statistics")
     client.add_arguments(parser)
     parser.set_defaults(run=client.run)
+
+
+def _add_schema(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("schema", help="print the JSON Schema of config files, for editors")
+    parser.set_defaults(run=_schema)
+
+
+def _schema(args: argparse.Namespace) -> None:
+    from .schema import config_schema
+
+    print(json.dumps(config_schema(), indent=1))

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import defaults, host, startup
+from . import defaults, engine, host, startup
 from .errors import MountError
-from .mount import ModelBackend, apply_sections
+from .mount import ModelBackend
 from .parallel import mesh_group
 from .runtime import Groups, Identity, Runtime
 from .session import Session, publish
+from .sources import file_label
 from .stats import COND
 
 _NAMES = {"pred_cond": COND, "pred_uncond": "uncond", "conditional": COND, "unconditional": "uncond"}
@@ -181,12 +182,10 @@ def load(original: Callable[..., Any], pipeline: Any, pipe: Any, server_args: An
     """In place of ``DiffusersPipeline._apply_cache_dit``: mount before torch.compile, do not enable yet."""
     startup.ensure_file(server_args)
     current = defaults.current()
-    if sections := current.file.passed_on:
-        pipe = apply_sections(pipe, sections)
+    sections = current.file.passed_on
     cache = _pipes[pipe] = PipelineCache(pipe)
-    for module in cache.modules.values():
-        host.ensure_one_replica(mesh_group(module))
-    if current.enabled or server_args.enable_torch_compile:
+    # Mounted first: cache-dit's patches of single models are not for a transformer that is split already.
+    if current.enabled or server_args.enable_torch_compile or sections:
         try:
             cache.mount()
             pipeline._cache_dit_enabled = True
@@ -194,6 +193,13 @@ def load(original: Callable[..., Any], pipeline: Any, pipe: Any, server_args: An
             if current.decide(None, None).resolved.primary.strict:
                 raise
             host.logger().warning("cache-dit: off: %s", error)
+    if sections:
+        classes = {type(module).__name__ for module in cache.modules.values()}
+        startup.check_classes(sections, classes, file_label(server_args.cache_dit_config))
+        engine.apply(pipe, sections)
+        cache.backend.identify_outside()
+    for module in cache.modules.values():
+        host.ensure_one_replica(mesh_group(module))
     return pipe
 
 

@@ -6,26 +6,28 @@ import os
 from importlib import metadata
 from typing import Any
 
-from . import defaults, hooks, host
+from . import defaults, hooks, host, preflight
 from .defaults import Defaults
 from .errors import CacheDitError, HostContractError
-from .sources import read_environment, read_file
+from .preflight import Machine
+from .sources import file_label, read_environment, read_file
 
 _GROUP, _NAME = "sglang.multimodal_gen.plugins", "cachedit"
 _PACKAGES = ("sglang", "cache-dit", "torch", "sglang-cachedit-plugin")
 
 
-def examine(config: str | None = None) -> dict[str, Any]:
+def examine(config: str | None = None, num_gpus: int | None = None) -> dict[str, Any]:
     """Everything that the doctor says.
 
     Args:
         config: path of a ``--cache-dit-config`` file.
+        num_gpus: ranks that the sizes of the file must make; None leaves them unchecked.
     """
     found: dict[str, Any] = {"ok": True, "problems": [], "warnings": []}
     found["versions"] = _versions(found)
     found["seams"] = _seams(found)
     _entry_point(found)
-    found["settings"] = _settings(config, found)
+    found["settings"] = _settings(config, num_gpus, found)
     found["ok"] = not found["problems"]
     return found
 
@@ -62,11 +64,18 @@ def _entry_point(found: dict[str, Any]) -> None:
         found["problems"].append(f"SGLANG_PLUGINS = {','.join(allowed)!r} leaves out {_NAME}: the plugin is not loaded")
 
 
-def _settings(config: str | None, found: dict[str, Any]) -> dict[str, Any] | None:
+def _settings(config: str | None, num_gpus: int | None, found: dict[str, Any]) -> dict[str, Any] | None:
     try:
         environment, warnings = read_environment(host_variables=host.known_variables)
         file = defaults.current().file if config is None else read_file(config)
         settings = Defaults(environment=environment, file=file).describe()
+        sections = file.passed_on
+        if num_gpus is not None:
+            # Devices are left alone: the doctor may well run on a machine without any.
+            sections = preflight.fit(
+                sections, num_gpus, Machine(cache_dit=host.version("cache-dit") or ""), file_label(config)
+            )
+        settings["sections"] = dict(sections)
     except CacheDitError as error:
         found["problems"].append(str(error))
         return None
@@ -88,6 +97,9 @@ def lines(found: dict[str, Any]) -> list[str]:
         for name, entry in settings["config"].items():
             out.append(f"  {name:<40} {entry['value']} ({entry['origin']})")
         out.append(f"  {'profiles':<40} {', '.join(settings['profiles'])}")
+        for section, value in settings["sections"].items():
+            keys = value.items() if isinstance(value, dict) else [("", value)]
+            out += [f"  {section + ('.' if key else '') + key:<40} {each}" for key, each in keys]
     out += [f"warning: {text}" for text in found["warnings"]]
     out += [f"error: {text}" for text in found["problems"]]
     out.append("nothing is wrong" if found["ok"] else f"{len(found['problems'])} wrong")

@@ -18,6 +18,7 @@ from torch import nn
 
 from .contexts import BranchContexts
 from .errors import MountError
+from .sharding import first_residual
 
 Streams = dict[str, Any]
 """Value of each stream by parameter name: a tensor (batch, tokens, dim), or None."""
@@ -70,6 +71,7 @@ class Chain:
         self.streams, self.measured = streams, measured
         self.size = 0
         self._copies, self._settle = copies, settle
+        self._first: nn.Module | None = None
         self._passes: list[_Pass] = []
 
     def reset(self) -> None:
@@ -83,6 +85,8 @@ class Chain:
 
     def gate(self, block: nn.Module) -> Gate:
         """The gate of the next block."""
+        if self._first is None:
+            self._first = block
         gate = Gate(self, block, self.size)
         self.size += 1
         return gate
@@ -132,8 +136,7 @@ class Chain:
         entry = {name: self._settled(gate.read(name, args, kwargs)) for name in self.streams}
         hidden = entry[self.measured]
         # Where the loop ran none of the first blocks there is no residual; the states themselves are compared.
-        comparable = current.position >= 0 and current.start.shape == hidden.shape
-        residual = hidden - current.start if comparable else hidden
+        residual = first_residual(self._first, current.start, hidden) if current.position >= 0 else hidden
         contexts = self.contexts
         contexts.set_context(current.key)
         contexts.mark_step_begin()

@@ -7,11 +7,14 @@ import the runtime early.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Collection, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import HostContractError, SettingError
+from .preflight import Machine
 from .runtime import Groups, Identity
 from .stats import COND
 
@@ -40,6 +43,51 @@ def known_variables() -> Collection[str]:
     from sglang.multimodal_gen import envs
 
     return envs.environment_variables.keys()
+
+
+def machine() -> Machine:
+    """Devices and libraries, without starting work on a device."""
+    from sglang.multimodal_gen.runtime.platforms import current_platform
+
+    capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
+    return Machine(
+        device=current_platform.device_type,
+        capability=None if capability is None else (capability.major, capability.minor),
+        cache_dit=version("cache-dit") or "",
+    )
+
+
+def transformer_classes(model_path: str) -> set[str]:
+    """Classes of the transformers of a model in diffusers format; empty where its index is not on this machine."""
+    index = Path(model_path) / "model_index.json"
+    if not index.is_file():
+        from huggingface_hub import try_to_load_from_cache
+
+        try:
+            cached = try_to_load_from_cache(model_path, "model_index.json")
+        except ValueError:
+            return set()
+        if not isinstance(cached, str):
+            return set()
+        index = Path(cached)
+    try:
+        components = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return set()
+    found = (components.get(name) for name in ("transformer", "transformer_2")) if isinstance(components, dict) else ()
+    return {each[1] for each in found if isinstance(each, list) and len(each) == 2 and isinstance(each[1], str)}
+
+
+def explicit_flags(server_args: Any) -> dict[str, Any]:
+    """Server arguments that were given, not worked out by the host."""
+    names = (
+        "ulysses_degree", "ring_degree", "sp_degree", "tp_size", "dp_size", "kv_gather_degree", "attention_backend",
+    )
+    return {
+        name: value
+        for name in names
+        if server_args.is_arg_explicitly_set(name) and (value := getattr(server_args, name)) is not None
+    }
 
 
 def forget_branch() -> None:

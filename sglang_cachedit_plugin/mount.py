@@ -1,7 +1,7 @@
 """Cached blocks in place of a transformer's own, and back.
 
-Only this file, swaps.py and contexts.py import cache_dit. cache-dit's ``enable_cache`` is not used: it keeps its
-state on classes, cannot be undone in 1.5.1, and binds contexts before branches are known. Its parts are:
+Only this file, swaps.py, contexts.py and engine.py import cache_dit. Its ``enable_cache`` is not used: it keeps
+its state on classes, cannot be undone in 1.5.1, and binds contexts before branches are known. Its parts are:
 the register of block lists, the cached blocks, the contexts and the calibrators.
 """
 
@@ -22,6 +22,7 @@ from .errors import MountError
 from .output_forecast import OutputHistory
 from .runtime import Groups, RequestSpec, TransformerSpec
 from .schedule import Action, StepPlan
+from .sharding import hooked_forward
 from .stats import RequestStats, TransformerStats
 from .swaps import Swaps
 
@@ -41,13 +42,19 @@ _ABSENT = object()
 
 
 def _set_forwards(forwards: Mapping[nn.Module, Any]) -> dict[nn.Module, Any]:
-    """Set the modules' own ``forward`` attributes; returns what they were."""
-    previous = {module: module.__dict__.get("forward", _ABSENT) for module in forwards}
+    """Set the modules' own ``forward`` attributes; returns what they were.
+
+    Where hooks split a module over ranks, the forward beneath them is set.
+    """
+    previous = {}
     for module, forward in forwards.items():
+        hooked = hooked_forward(module)
+        own = module.__dict__ if hooked is None else vars(hooked)
+        previous[module] = own.get("forward", _ABSENT)
         if forward is _ABSENT:
-            module.__dict__.pop("forward", None)
+            own.pop("forward", None)
         else:
-            module.__dict__["forward"] = forward
+            own["forward"] = forward
     return previous
 
 
@@ -100,6 +107,7 @@ class CachedTransformer:
         self._patched = patches.pop(transformer, self._original)
         self._block_forwards = {module: patches[module] for module in transformer.modules() if module in patches}
         self._identify: Identify | None = None
+        self._identity_outside: tuple[Identity | None] | None = None
         self._outputs: dict[str, OutputHistory] = {}
         self.on_forward: OnForward | None = None
         setattr(transformer, self._slot, self._wrapper())
@@ -114,7 +122,7 @@ class CachedTransformer:
     def _wrapper(self) -> Callable[..., Any]:
         @functools.wraps(self._original)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            identity = self._identify(self.name, kwargs) if self._identify is not None else None
+            identity = self._identity(kwargs)
             if identity is None:
                 return self._original(*args, **kwargs)
             forecast = self.contexts.spec.settings.forecast == "output"
@@ -124,6 +132,28 @@ class CachedTransformer:
             return output
 
         return forward
+
+    def _identity(self, kwargs: Mapping[str, Any]) -> Identity | None:
+        if self._identity_outside is not None:
+            return self._identity_outside[0]
+        return self._identify(self.name, kwargs) if self._identify is not None else None
+
+    def identify_outside(self) -> None:
+        """Tell forwards apart by what the whole model is given, not by what hooks leave of it for this rank.
+
+        Called once, after hooks were put around the mounted transformer.
+        """
+        hooked = getattr(self.module, self._slot)
+
+        @functools.wraps(hooked)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self._identity_outside = (self._identity(kwargs),)
+            try:
+                return hooked(*args, **kwargs)
+            finally:
+                self._identity_outside = None
+
+        setattr(self.module, self._slot, forward)
 
     def _cached_forward(self, identity: Identity, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.contexts.begin_forward(identity)
@@ -285,6 +315,11 @@ class ModelBackend:
             self.mounted.clear()
             raise
 
+    def identify_outside(self) -> None:
+        """Hooks now stand around the transformers; see ``CachedTransformer.identify_outside``."""
+        for transformer in self.mounted.values():
+            transformer.identify_outside()
+
     def refresh(self, spec: RequestSpec) -> None:
         """Start a request on the transformers that ``spec`` names; the others run as they are."""
         assert self.stats is not None
@@ -331,8 +366,3 @@ def describe_models() -> list[dict[str, Any]]:
 
 def _transformer_stats(plan: StepPlan) -> TransformerStats:
     return TransformerStats(steps=plan.num_steps)
-
-
-def apply_sections(pipe: Any, sections: Mapping[str, Any]) -> Any:
-    """Hand parallelism, quantisation and attention sections of a config file to cache-dit."""
-    return cache_dit.enable_cache(pipe, **cache_dit.load_configs(dict(sections)))

@@ -72,10 +72,13 @@ class Knob:
         try:
             return getattr(self, f"_check_{self.kind}")(value)
         except (TypeError, ValueError, OverflowError):
-            near = None
-            if isinstance(value, str) and (self.choices or self.kind == "mask"):
-                near = nearest(value, self.choices or PRESETS)
+            near = self.near(value) if isinstance(value, str) else None
             raise SettingError(name, value, origin, self.allowed(), near) from None
+
+    def near(self, value: str) -> str | None:
+        """A known value close to ``value``."""
+        known = PRESETS if self.kind == "mask" else self.choices
+        return nearest(value, known) if known else None
 
     def parse(self, name: str, text: str, origin: str) -> Any:
         """The value of an environment variable, or SettingError."""

@@ -16,6 +16,7 @@ import yaml
 
 from .errors import SettingError, nearest, shown
 from .rows import Row
+from .sections import read_sections
 from .settings import (
     ALIASES,
     CALIBRATOR_KNOBS,
@@ -35,7 +36,6 @@ MAX_FILE_BYTES = 1 << 20
 FILE_SECTIONS = (
     "cache_config", "secondary", "profiles", "parallelism_config", "quantize_config", "attention_backend",
 )
-PASSED_ON_SECTIONS = ("parallelism_config", "quantize_config", "attention_backend")
 _MISSPELT = {"enable_sperate_cfg": "enable_separate_cfg"}
 BOOL = Knob(kind="bool", doc="")
 
@@ -244,12 +244,15 @@ def load_file(path: str) -> Any:
     return parsed
 
 
+def file_label(path_or_mapping: str | Mapping[str, Any] | None) -> str:
+    """How origins name a config file."""
+    return os.path.basename(path_or_mapping) if isinstance(path_or_mapping, str) else "cache_dit_config"
+
+
 def read_file(path_or_mapping: str | Mapping[str, Any]) -> FileConfig:
     """Settings of a config file, or of the mapping that the offline engine takes in its place."""
-    if isinstance(path_or_mapping, Mapping):
-        raw, label = path_or_mapping, "cache_dit_config"
-    else:
-        raw, label = load_file(str(path_or_mapping)), os.path.basename(path_or_mapping)
+    raw = path_or_mapping if isinstance(path_or_mapping, Mapping) else load_file(str(path_or_mapping))
+    label = file_label(path_or_mapping)
     if not isinstance(raw, Mapping):
         raise SettingError("--cache-dit-config", raw, label, f"expected sections {', '.join(FILE_SECTIONS)}")
     sections = [*FILE_SECTIONS, "parallel_kwargs"]
@@ -265,29 +268,11 @@ def read_file(path_or_mapping: str | Mapping[str, Any]) -> FileConfig:
         secondary=read_layer(secondary, f"{label} secondary", warnings, secondary=True),
         enabled=enabled,
     )
-    passed_on = {key: raw[key] for key in PASSED_ON_SECTIONS if raw.get(key) is not None}
-    _unfold_parallel_kwargs(raw, passed_on, label, warnings)
+    passed_on = read_sections(raw, label, warnings)
     return FileConfig(
         source=source, profiles=profiles, passed_on=passed_on, warnings=tuple(warnings),
         given=path_or_mapping,
     )
-
-
-def _unfold_parallel_kwargs(
-    raw: Mapping[str, Any], passed_on: dict[str, Any], label: str, warnings: list[str]
-) -> None:
-    """Read the older spelling ``parallel_kwargs``, at top level or nested, as part of ``parallelism_config``."""
-    parallelism = passed_on.get("parallelism_config")
-    older = raw.get("parallel_kwargs")
-    if isinstance(parallelism, Mapping) and "parallel_kwargs" in parallelism:
-        older = parallelism["parallel_kwargs"]
-    if older is None:
-        return
-    if not isinstance(older, Mapping) or (parallelism is not None and not isinstance(parallelism, Mapping)):
-        raise SettingError("parallel_kwargs", older, label, "expected a mapping of settings")
-    warnings.append(f"parallel_kwargs ({label}) is read as part of parallelism_config")
-    kept = {key: value for key, value in (parallelism or {}).items() if key != "parallel_kwargs"}
-    passed_on["parallelism_config"] = {**older, **kept}
 
 
 def _read_profiles(raw: Any, label: str, warnings: list[str]) -> dict[str, Source]:

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from . import defaults, host
+from . import defaults, host, preflight
 from .errors import SettingError
-from .sources import read_environment, read_file
-
-_SECTION_FLAGS = {
-    "parallelism_config": "--ulysses-degree, --ring-degree or --tp-size",
-    "quantize_config": "a quantised checkpoint or --quantization",
-    "attention_backend": "--attention-backend",
-}
+from .sources import file_label, read_environment, read_file
 
 
 def fail(error: SettingError) -> None:
@@ -55,18 +50,35 @@ def ensure_file(server_args: Any) -> tuple[str, ...]:
     if not given or defaults.current().file.given == given:
         return ()
     file = read_file(given)
-    _refuse_foreign_sections(file.passed_on, server_args)
+    if file.passed_on:
+        file = replace(file, passed_on=_fitting(file.passed_on, server_args))
     defaults.install(replace(defaults.current(), file=file))
     return file.warnings
 
 
-def _refuse_foreign_sections(sections: Any, server_args: Any) -> None:
-    backend = str(getattr(server_args.backend, "value", server_args.backend))
-    if backend != "sglang":
-        return
-    for section, value in sections.items():
+def _fitting(sections: Mapping[str, Any], server_args: Any) -> Mapping[str, Any]:
+    """``sections`` with their sizes resolved; whatever can be refused before weights load is refused here."""
+    label = file_label(server_args.cache_dit_config)
+    if str(getattr(server_args.backend, "value", server_args.backend)) == "sglang":
+        section, value = next(iter(sections.items()))
+        use = preflight.native_flags(section, value)
         raise SettingError(
-            section, value, str(server_args.cache_dit_config),
-            f"only the diffusers backend takes this section, use {_SECTION_FLAGS[section]}",
+            section, value, label, "only the diffusers backend takes this section" + (f", use {use}" if use else "")
         )
+    sections = preflight.fit(
+        sections, server_args.num_gpus, host.machine(), label, host.explicit_flags(server_args)
+    )
+    if "parallelism_config" in sections:
+        check_classes(sections, host.transformer_classes(server_args.model_path), label)
+    return sections
 
+
+def check_classes(sections: Mapping[str, Any], classes: Collection[str], label: str) -> None:
+    """Refuse a way of splitting that cache-dit does not have for one of these transformer classes."""
+    if (parallelism := sections.get("parallelism_config")) is None:
+        return
+    # Imported here: cache-dit brings torch, and this module is loaded while plugins register.
+    from . import engine
+
+    for name in sorted(classes):
+        preflight.check_family(parallelism, name, engine.splits, f"{label} parallelism_config")

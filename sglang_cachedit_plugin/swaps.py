@@ -17,6 +17,7 @@ from . import adapters
 from .contexts import BranchContexts
 from .errors import MountError
 from .gates import Chain, fits
+from .sharding import measure_parts
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,7 @@ def _listed(transformer: nn.Module, adapter: BlockAdapter, index: int, contexts:
                 )
             except AssertionError as error:
                 raise MountError(f"{type(transformer).__name__}.{name}: {error}") from error
+            measure_parts(cached, blocks[0])
             swaps.lists.append(Swap(transformer, name, nn.ModuleList([cached])))
     for name in adapter.dummy_blocks_names[index] if adapter.dummy_blocks_names else ():
         swaps.lists.append(Swap(transformer, name, nn.ModuleList()))

@@ -219,7 +219,7 @@ def test_a_bad_json_file(tmp_path, text, words):
 GOOD = {
     "cache_config": {"max_warmup_steps": 8, "enable_taylorseer": True, "steps_computation_mask": [1, 0, 1]},
     "secondary": {"max_warmup_steps": 2},
-    "attention_backend": "sdpa",
+    "attention_backend": "native",
     "profiles": {"draft": {"residual_diff_threshold": 0.5, "secondary": {"Fn_compute_blocks": 2}}},
 }
 
@@ -232,7 +232,7 @@ def test_yaml_json_and_a_mapping_read_the_same(tmp_path):
     assert load_file(str(tmp_path / "c.yaml")) == GOOD
     for file, label in [(from_json, "c.json"), (from_yaml, "c.yaml"), (from_mapping, "cache_dit_config")]:
         assert file.source.enabled.value is True
-        assert file.passed_on == {"attention_backend": "sdpa"}
+        assert file.passed_on == {"attention_backend": "native"}
         assert not file.warnings
         resolved = resolve(file.profiles["draft"], file.source)
         assert resolved.primary == CacheSettings(
@@ -256,7 +256,7 @@ def test_the_published_misspelling_is_read_with_a_warning():
 
 
 def test_a_section_that_is_absent_or_null_says_nothing():
-    for raw in ({}, {"cache_config": None}, {"attention_backend": "sdpa"}):
+    for raw in ({}, {"cache_config": None}, {"attention_backend": "native"}):
         assert read_file(raw).source.enabled is None
     assert read_file({"cache_config": {}}).source.enabled.value is True
 
