@@ -14,6 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     _add_doctor(commands)
     _add_client(commands)
     _add_schema(commands)
+    _add_bench(commands)
     args = parser.parse_args(argv)
     return int(args.run(args) or 0)
 
@@ -62,3 +63,9 @@ def _schema(args: argparse.Namespace) -> None:
     from .schema import config_schema
 
     print(json.dumps(config_schema(), indent=1))
+
+
+def _add_bench(commands: argparse._SubParsersAction) -> None:
+    from .bench.options import add_parser
+
+    add_parser(commands)

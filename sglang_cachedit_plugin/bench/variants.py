@@ -1,0 +1,167 @@
+"""What is compared: uncached, the stock integration, and the plugin with given settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from ..errors import SettingError
+from ..settings import ALIASES, KNOBS
+from ..sources import ENABLED_VARIABLE, VARIABLES, read_request
+
+UNCACHED, STOCK, PLUGIN = "uncached", "stock", "plugin"
+STOCK_KNOBS = frozenset({
+    "Fn_compute_blocks", "Bn_compute_blocks", "max_warmup_steps", "residual_diff_threshold",
+    "max_continuous_cached_steps", "enable_taylorseer", "taylorseer_order", "enable_dmd", "dmd_history", "dmd_rank",
+    "dmd_ridge", "dmd_svd_precision", "steps_computation_mask", "scm_compute_bins", "scm_cache_bins",
+    "steps_computation_policy",
+})
+"""Settings for which SGLang has an environment variable of its own."""
+STOCK_DEFAULTS: Mapping[str, Any] = {
+    "Fn_compute_blocks": 1, "Bn_compute_blocks": 0, "max_warmup_steps": 4, "residual_diff_threshold": 0.24,
+    "max_continuous_cached_steps": 3,
+}
+"""SGLang's defaults of its variables, for the diffusers backend, which reads a file instead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One column of the comparison.
+
+    Args:
+        kind: ``uncached``, ``stock`` or ``plugin``.
+        settings: knobs by name as in ``cache_dit_params``, also ``profile`` and ``secondary``.
+        left_out: settings that were asked for and that this kind does not have.
+    """
+
+    name: str
+    kind: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+
+    def request(self) -> dict[str, Any]:
+        """What its requests say of caching."""
+        if self.kind != PLUGIN:
+            return {}
+        return {"enable_cache_dit": True, "cache_dit_params": dict(self.settings)}
+
+    def environment(self) -> dict[str, str]:
+        """The variables that switch the native stock integration on."""
+        if self.kind != STOCK:
+            return {}
+        names = {knob: variable for variable, knob in VARIABLES.items()}
+        return {ENABLED_VARIABLE: "true"} | {names[knob]: _text(value) for knob, value in self.settings.items()}
+
+    def stock_file(self) -> dict[str, Any]:
+        """The same as a file for the stock diffusers backend."""
+        return {"cache_config": {**STOCK_DEFAULTS, **self.settings}}
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def parse_settings(text: str, origin: str) -> dict[str, Any]:
+    """``k=v,k=v`` as a mapping; values as YAML, commas within brackets stay.
+
+    Raises:
+        SettingError: no such form.
+    """
+    settings: dict[str, Any] = {}
+    for part in _split(text):
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip():
+            raise SettingError(origin, part, "command line", "expected name=value")
+        try:
+            settings[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise SettingError(key.strip(), value, origin, "expected a YAML value") from None
+    return settings
+
+
+def _split(text: str) -> list[str]:
+    parts, depth, start = [], 0, 0
+    for index, letter in enumerate(text):
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and depth == 0:
+            parts.append(text[start:index])
+            start = index + 1
+    return [part for part in [*parts, text[start:]] if part.strip()]
+
+
+def parse_variant(text: str, kind: str) -> Variant:
+    """``name`` or ``name:k=v,k=v``."""
+    name, _, settings = text.partition(":")
+    origin = f"--{'stock' if kind == STOCK else 'variant'} {name}"
+    if not name.strip() or "/" in name:
+        raise SettingError(origin, text, "command line", "expected name:setting=value,...")
+    return Variant(name=name.strip(), kind=kind, settings=parse_settings(settings, origin))
+
+
+def check(variant: Variant, profiles: Sequence[str]) -> Variant:
+    """The variant with its settings checked; a stock variant's unknown settings are left out and named.
+
+    Raises:
+        SettingError: a setting that the plugin would refuse.
+    """
+    origin = f"variant {variant.name}"
+    if variant.kind == PLUGIN:
+        read_request(variant.settings, origin=origin, profiles=profiles)
+        return variant
+    canonical = {ALIASES.get(key, key): value for key, value in variant.settings.items()}
+    kept = {key: value for key, value in canonical.items() if _stock_takes(key, value)}
+    read_request(kept, origin=origin)
+    left_out = tuple(sorted(key for key in canonical if key not in kept))
+    return Variant(name=variant.name, kind=variant.kind, settings=kept, left_out=left_out)
+
+
+def _stock_takes(key: str, value: Any) -> bool:
+    if key == "steps_computation_mask":
+        return isinstance(value, str)
+    return key in STOCK_KNOBS
+
+
+def plan(
+    variants: Sequence[str] = (), stock: Sequence[str] = (), settings: Sequence[str] = (), *,
+    profile: str | None = None, profiles: Sequence[str] = (), with_stock: bool = True,
+) -> list[Variant]:
+    """All variants of a run: uncached, stock, plugin. Without any named, the plugin's and stock's defaults.
+
+    Args:
+        variants: texts of ``--variant``.
+        stock: texts of ``--stock``; without it stock gets what it has of ``settings``.
+        settings: texts of ``--set``.
+        profile: of ``--profile``.
+        profiles: names that exist.
+
+    Raises:
+        SettingError: a bad setting, or two variants of one name.
+    """
+    shared = {key: value for text in settings for key, value in parse_settings(text, "--set").items()}
+    own = shared | ({"profile": profile} if profile else {})
+    found = [Variant(name=UNCACHED, kind=UNCACHED)]
+    if with_stock:
+        found += [parse_variant(text, STOCK) for text in stock] or [Variant(name=STOCK, kind=STOCK, settings=own)]
+    if own or not variants:
+        found.append(Variant(name=profile or PLUGIN, kind=PLUGIN, settings=own))
+    found += [parse_variant(text, PLUGIN) for text in variants]
+    checked = [check(variant, profiles) for variant in found]
+    names = [variant.name for variant in checked]
+    for name in names:
+        if names.count(name) > 1:
+            raise SettingError("--variant", name, "command line", "two variants have this name")
+    return checked
+
+
+def changed(variant: Variant) -> dict[str, Any]:
+    """A request's settings that differ from the variant's in one knob without any effect on the picture.
+
+    ``dmd_ridge`` does nothing unless DMD is on; both integrations take it, and it makes stock remount.
+    """
+    ridge = float(variant.settings.get("dmd_ridge", KNOBS["dmd_ridge"].low or 0.0))
+    return {**variant.settings, "dmd_ridge": 2e-8 if ridge != 2e-8 else 3e-8}
