@@ -130,14 +130,16 @@ class HostProcess:
         Raises:
             HostError: the process ended or took too long.
         """
+        written = self.log.stat().st_size
         reply = self._ask({"request": dict(request), "picture": None if picture is None else str(picture)})
-        if reply["error"] and (cause := self._cause()):
+        if reply["error"] and (cause := self._cause(written)):
             reply["error"] = f"{reply['error'].strip().rstrip(':')}: {cause}"
         return reply
 
-    def _cause(self) -> str | None:
+    def _cause(self, since: int) -> str | None:
         """The last exception in the host's log: an assertion without a message leaves nothing in the reply."""
-        lines = [_ANSI.sub("", line) for line in self.log.read_text(errors="replace").splitlines()]
+        new = self.log.read_bytes()[since:].decode(errors="replace")
+        lines = [_ANSI.sub("", line) for line in new.splitlines()]
         found = [line for line in lines if _EXCEPTION.match(line) and not line.startswith("Exception:")]
         return found[-1][:300] if found else None
 
