@@ -89,7 +89,9 @@ def _row(
         "name": variant.name, "kind": variant.kind, "settings": dict(variant.settings),
         "left_out": list(variant.left_out),
         "requests": len(own), "failed": len(errors), "error": errors[0] if errors else None,
-        "reason": next((record["reason"] for record in of_phase(own, "timed") if record.get("reason")), None),
+        "reason": None if variant.kind == UNCACHED else next(
+            (record["reason"] for record in of_phase(own, "timed") if record.get("reason")), None
+        ),
         "seconds": later,
         "denoising_s": mean(denoising.values()) if denoising else None,
         "computed": mean(computed.values()) if computed else None,
