@@ -34,6 +34,8 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("doctor", help="versions, seams and settings in force; status 1 if something is wrong")
     parser.add_argument("--config", metavar="FILE", help="a file as --cache-dit-config takes it")
     parser.add_argument("--num-gpus", type=int, metavar="N", help="check the file's sizes and libraries for N ranks")
+    parser.add_argument("--model-path", metavar="P", help="also say what of this model would be cached")
+    parser.add_argument("--model-id", metavar="ID", help="as SGLang's --model-id, for folders of another name")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_doctor)
 
@@ -41,7 +43,7 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:
 def _doctor(args: argparse.Namespace) -> int:
     from . import doctor
 
-    found = doctor.examine(args.config, args.num_gpus)
+    found = doctor.examine(args.config, args.num_gpus, args.model_path, args.model_id)
     print(json.dumps(found, indent=2) if args.json else "\n".join(doctor.lines(found)))
     return 0 if found["ok"] else 1
 

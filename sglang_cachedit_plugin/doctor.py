@@ -1,4 +1,7 @@
-"""``sglang-cachedit doctor``: versions, seams and settings, without loading a model or the host's runtime."""
+"""``sglang-cachedit doctor``: versions, seams and settings, and what of a model would be cached.
+
+No weights are loaded; without a model the host's runtime is not even imported.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +19,26 @@ _GROUP, _NAME = "sglang.multimodal_gen.plugins", "cachedit"
 _PACKAGES = ("sglang", "cache-dit", "torch", "sglang-cachedit-plugin")
 
 
-def examine(config: str | None = None, num_gpus: int | None = None) -> dict[str, Any]:
+def examine(
+    config: str | None = None, num_gpus: int | None = None, model_path: str | None = None, model_id: str | None = None
+) -> dict[str, Any]:
     """Everything that the doctor says.
 
     Args:
         config: path of a ``--cache-dit-config`` file.
         num_gpus: ranks that the sizes of the file must make; None leaves them unchecked.
+        model_path: folder or repository of a model, as the host's ``--model-path``.
+        model_id: as the host's ``--model-id``.
     """
     found: dict[str, Any] = {"ok": True, "problems": [], "warnings": []}
     found["versions"] = _versions(found)
     found["seams"] = _seams(found)
     _entry_point(found)
-    found["settings"] = _settings(config, num_gpus, found)
+    settings, found["settings"] = _settings(config, num_gpus, found)
+    if model_path is not None and settings is not None and all(found["versions"].values()):
+        from . import model_check
+
+        found["model"] = model_check.examine(model_path, model_id, settings, found)
     found["ok"] = not found["problems"]
     return found
 
@@ -64,23 +75,26 @@ def _entry_point(found: dict[str, Any]) -> None:
         found["problems"].append(f"SGLANG_PLUGINS = {','.join(allowed)!r} leaves out {_NAME}: the plugin is not loaded")
 
 
-def _settings(config: str | None, num_gpus: int | None, found: dict[str, Any]) -> dict[str, Any] | None:
+def _settings(
+    config: str | None, num_gpus: int | None, found: dict[str, Any]
+) -> tuple[Defaults | None, dict[str, Any] | None]:
     try:
         environment, warnings = read_environment(host_variables=host.known_variables)
         file = defaults.current().file if config is None else read_file(config)
-        settings = Defaults(environment=environment, file=file).describe()
+        settings = Defaults(environment=environment, file=file)
+        described = settings.describe()
         sections = file.passed_on
         if num_gpus is not None:
             # Devices are left alone: the doctor may well run on a machine without any.
             sections = preflight.fit(
                 sections, num_gpus, Machine(cache_dit=host.version("cache-dit") or ""), file_label(config)
             )
-        settings["sections"] = dict(sections)
+        described["sections"] = dict(sections)
     except CacheDitError as error:
         found["problems"].append(str(error))
-        return None
+        return None, None
     found["warnings"] += [*warnings, *file.warnings]
-    return settings
+    return settings, described
 
 
 def lines(found: dict[str, Any]) -> list[str]:
@@ -100,6 +114,10 @@ def lines(found: dict[str, Any]) -> list[str]:
         for section, value in settings["sections"].items():
             keys = value.items() if isinstance(value, dict) else [("", value)]
             out += [f"  {section + ('.' if key else '') + key:<40} {each}" for key, each in keys]
+    if found.get("model"):
+        from . import model_check
+
+        out += model_check.lines(found["model"])
     out += [f"warning: {text}" for text in found["warnings"]]
     out += [f"error: {text}" for text in found["problems"]]
     out.append("nothing is wrong" if found["ok"] else f"{len(found['problems'])} wrong")

@@ -83,10 +83,11 @@ def distance(first: str, second: str) -> float:
 
 def test_several_outputs_count_their_seeds_up(server):
     first, second = generate(server, seed=5, n=2, enable_cache_dit=False)["images"]
-    single = generate(server, seed=6, output_format="jpeg", enable_cache_dit=False)["images"][0]
-    assert picture(single).format == "JPEG"
-    # A batch of two rounds otherwise than one picture alone, and JPEG is lossy.
-    assert distance(second, single) < distance(first, single) / 3
+    single = generate(server, seed=6, enable_cache_dit=False)["images"][0]
+    # A batch of two rounds otherwise than one picture alone.
+    assert distance(second, single) < 2 < distance(first, single)
+    jpeg = generate(server, seed=6, enable_cache_dit=False, output_format="jpeg")["images"][0]
+    assert picture(jpeg).format == "JPEG"
 
 
 def test_guidance_reaches_the_model(server):
