@@ -41,10 +41,20 @@ class PipelineCache:
         self._context_name: str | None = None
         self._embeddings: list[torch.Tensor] = []
 
+    @property
+    def refusal(self) -> str | None:
+        """Why nothing of the pipeline can be cached, None where something can."""
+        if self.modules:
+            return None
+        name = type(self.pipe).__name__
+        if getattr(self.pipe, "unet", None) is not None:
+            return f"{name} denoises with a UNet, only transformers are cached"
+        return f"{name} has no transformer"
+
     def mount(self) -> None:
         """Mount now; MountError is kept for the first request that wants caching."""
-        if not self.modules:
-            raise MountError(f"{type(self.pipe).__name__} has no transformer")
+        if self.refusal is not None:
+            raise MountError(self.refusal)
         self.runtime.mount()
 
     def identify(self, name: str, kwargs: Mapping[str, Any]) -> Identity | None:
@@ -136,7 +146,15 @@ class PipelineCache:
                     self.session.recording.latents(result[0] if isinstance(result, tuple) else result.prev_sample)
             return result
 
-        scheduler.__class__ = type(own.__name__, (own,), {"step": step, "__module__": own.__module__})
+        @functools.wraps(own.set_timesteps)
+        def set_timesteps(this: Any, *args: Any, **kwargs: Any) -> Any:
+            if this is scheduler:
+                # A new round of the loop: the next section of a long video, the next stage of a pyramid.
+                self._step, self._embeddings = 0, []
+            return own.set_timesteps(this, *args, **kwargs)
+
+        counted = {"step": step, "set_timesteps": set_timesteps, "__module__": own.__module__}
+        scheduler.__class__ = type(own.__name__, (own,), counted)
         try:
             yield
         finally:
@@ -156,15 +174,17 @@ class PipelineCache:
 
 
 class _Timesteps(Sequence[float]):
-    """The scheduler's timesteps, read once the pipeline has set them."""
+    """The scheduler's timesteps, read once each time the pipeline has set them."""
 
     def __init__(self, scheduler: Any):
         self._scheduler = scheduler
+        self._source: torch.Tensor | None = None
         self._read: list[float] = []
 
     def __len__(self) -> int:
-        if not self._read:
-            self._read = [float(t) for t in self._scheduler.timesteps.flatten().tolist()]
+        if self._source is not self._scheduler.timesteps:
+            self._source = self._scheduler.timesteps
+            self._read = [float(t) for t in self._source.flatten().tolist()]
         return len(self._read)
 
     def __getitem__(self, step: int) -> float:
@@ -224,8 +244,8 @@ def _request(cache: PipelineCache | None, session: Session, batch: Any) -> Abstr
         return nullcontext()
     if not session.decision.enabled:
         return nullcontext() if session.recording is None else cache.uncached(session)
-    if not cache.modules:
-        session.disable(f"{type(cache.pipe).__name__} has no transformer")
+    if cache.refusal is not None:
+        session.refuse(cache.refusal)
         return nullcontext()
     return cache.request(session, batch.num_inference_steps, host.size_of(batch))
 

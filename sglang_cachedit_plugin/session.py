@@ -76,12 +76,20 @@ class Session:
         try:
             runtime.prepare(self._spec(steps, positions, size, one_config))
         except MountError as error:
-            if self.decision.resolved.primary.strict:
-                raise
-            self.disable(str(error))
+            self.refuse(str(error))
         else:
             if self.recording is not None:
                 backend.watch(self.recording.forward)
+
+    def refuse(self, reason: str) -> None:
+        """The model or the settings cannot be served cached.
+
+        Raises:
+            MountError: with ``strict``; otherwise the reason goes to the report.
+        """
+        if self.decision.resolved.primary.strict:
+            raise MountError(reason)
+        self.disable(reason)
 
     def disable(self, reason: str) -> None:
         """Report that the request runs uncached."""

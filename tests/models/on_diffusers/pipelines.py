@@ -24,13 +24,27 @@ class PipeCase:
         build: makes it, untouched by the plugin.
         call: (side of the picture, 4 or 8 latent pixels) -> arguments.
         branches: what the report must call its branches.
-        cached: lists whose blocks a cached step leaves out, after the first of each.
+        experts: steps that each of two transformers takes, by their boundary.
     """
 
     build: Callable[[], Any]
     call: Callable[[int], dict[str, Any]]
     branches: tuple[str, ...]
-    transformers: tuple[str, ...] = ("transformer",)
+    experts: tuple[int, ...] = ()
+
+    def schedule(self, computed: list[int], cached: list[int]) -> dict[str, dict[str, tuple[list[int], list[int]]]]:
+        """What the report must say: (computed, cached) by transformer and branch."""
+        bounds, names = [0, *self.experts], ("transformer", "transformer_2")
+        if not self.experts:
+            return {"transformer": {branch: (computed, cached) for branch in self.branches}}
+        spans = [range(start, start + count) for start, count in zip(bounds, self.experts, strict=False)]
+        return {
+            name: {
+                branch: ([s for s in computed if s in span], [s for s in cached if s in span])
+                for branch in self.branches
+            }
+            for name, span in zip(names, spans, strict=True)
+        }
 
 
 def _noise(seed: int, *shape: int) -> torch.Tensor:
@@ -172,12 +186,11 @@ PIPELINES: dict[str, PipeCase] = {
         build=_pipe(
             "WanPipeline", "WanTransformer3DModel", vae=_wan_vae, boundary_ratio=0.875,
             scheduler=lambda: diffusers.UniPCMultistepScheduler(
-                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=6.0
             ),
             transformer_2=lambda: CASES["WanTransformer3DModel"].build("WanTransformer3DModel"),
         ),
-        call=lambda side: {**_pair(""), **_video(side)}, branches=("cond", "uncond"),
-        transformers=("transformer", "transformer_2"),
+        call=lambda side: {**_pair(""), **_video(side)}, branches=("cond", "uncond"), experts=(3, 3),
     ),
     "LTXPipeline": PipeCase(
         build=_pipe("LTXPipeline", "LTXVideoTransformer3DModel", scheduler=_euler),
@@ -240,3 +253,19 @@ PIPELINES: dict[str, PipeCase] = {
         call=lambda side: {**_pair(kind=torch.bool), **_square(side, 8), "num_frames": 7}, branches=("cond_uncond",),
     ),
 }
+
+
+def unet_pipeline() -> tuple[Any, dict[str, Any]]:
+    """Stable Diffusion, tiny, and what to call it with."""
+    torch.manual_seed(4)
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=(4, 8), layers_per_block=1, sample_size=8, in_channels=4, out_channels=4, norm_num_groups=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=WIDTH, attention_head_dim=4,
+    ).eval()
+    pipe = diffusers.StableDiffusionPipeline(
+        vae=_vae(4), text_encoder=None, tokenizer=None, unet=unet, scheduler=diffusers.DDIMScheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, {**_pair(""), "height": 8, "width": 8}
