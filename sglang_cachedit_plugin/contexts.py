@@ -15,9 +15,9 @@ import torch
 from cache_dit import DBCacheConfig, DMDCalibratorConfig, TaylorSeerCalibratorConfig
 from cache_dit.caching.cache_contexts.cache_context import CachedContext
 from cache_dit.caching.cache_contexts.cache_manager import CachedContextManager
-from cache_dit.caching.cache_contexts.calibrators import Calibrator
 
 from . import agreement
+from .dmd import DMDForecaster
 from .forecast import Extrapolator
 from .runtime import Groups, Identity, TransformerSpec
 from .schedule import Action
@@ -46,6 +46,10 @@ class _Forecaster:
         """The forecast at the current step."""
         return self._values[name].predict(self.position)
 
+    def make_room(self) -> None:
+        """Drop what the next computed value will push out."""
+        for values in self._values.values():
+            values.make_room()
 
     def held_bytes(self) -> int:
         """Bytes of the values kept."""
@@ -53,38 +57,39 @@ class _Forecaster:
 
 
 class _SteppedDMD:
-    """cache-dit's DMD calibrator, told the step instead of counting calls."""
+    """A calibrator slot of cache-dit that forecasts by the modes of the computed values."""
 
-    def __init__(self, config: DMDCalibratorConfig):
-        self._dmd = Calibrator(config)
-        self._step = 0
+    def __init__(self, settings: CacheSettings):
+        self._settings = settings
+        self._values: dict[str, DMDForecaster] = {}
+        self._at = (0, 0.0)
 
     def at(self, step: int, position: float) -> None:
         """Move to a step before it is computed or approximated."""
-        self._step = step
-
-    def _state(self, name: str) -> Any:
-        self._dmd.maybe_init_state(name)
-        state = self._dmd.states[name]
-        state.current_step = self._step
-        return state
+        self._at = (step, position)
 
     def update(self, value: torch.Tensor, name: str = "default") -> None:
         """Add a computed value."""
-        state = self._state(name)
-        if state.snapshots and state.snapshots[-1][1].shape != value.shape:
-            state.reset()
-            state.current_step = self._step
-        state.update(value)
+        if name not in self._values:
+            settings = self._settings
+            self._values[name] = DMDForecaster(
+                settings.dmd_history, settings.dmd_rank, settings.dmd_ridge,
+                single=settings.dmd_svd_precision == "low",
+            )
+        self._values[name].update(*self._at, value)
 
     def approximate(self, name: str = "default") -> torch.Tensor:
         """The forecast at the current step."""
-        return self._state(name).approximate()
+        return self._values[name].predict(*self._at)
+
+    def make_room(self) -> None:
+        """Drop what the next computed value will push out."""
+        for values in self._values.values():
+            values.make_room()
 
     def held_bytes(self) -> int:
-        """Bytes of the snapshots kept; the decomposition's own factors are not counted."""
-        snapshots = [value for state in self._dmd.states.values() for _, value in state.snapshots]
-        return sum(value.numel() * value.element_size() for value in snapshots)
+        """Bytes of the values kept."""
+        return sum(values.held_bytes() for values in self._values.values())
 
 
 def _calibrator_config(settings: CacheSettings) -> TaylorSeerCalibratorConfig | DMDCalibratorConfig | None:
@@ -104,7 +109,7 @@ def _new_calibrator(settings: CacheSettings) -> _Forecaster | _SteppedDMD | None
     if settings.calibrator == "taylorseer":
         return _Forecaster(settings.taylorseer_order)
     if settings.calibrator == "dmd":
-        return _SteppedDMD(_calibrator_config(settings))
+        return _SteppedDMD(settings)
     return None
 
 
@@ -119,6 +124,15 @@ class BranchContext(CachedContext):
     cached_count: int = 0
     has_reference: bool = False
     absent: set[str] = field(default_factory=set)
+    residual_shape: torch.Size | None = None
+
+    def make_room(self) -> None:
+        """Free what the computed step that begins now will replace, before its blocks run."""
+        for name in [name for name in self.buffers if "_Bn_" in name]:
+            del self.buffers[name]
+        for calibrator in self.get_calibrators():
+            if calibrator is not None:
+                calibrator.make_room()
 
     @classmethod
     def create(cls, name: str, blocks: str, spec: TransformerSpec) -> BranchContext:
@@ -186,6 +200,7 @@ class BranchContexts(CachedContextManager):
         """Bytes of the tensors in all contexts and their calibrators."""
         return sum(_tensor_bytes(context) for context in self._cached_context_manager.values())
 
+    @torch.compiler.disable
     def begin_forward(self, identity: Identity) -> None:
         """The next calls belong to ``identity``."""
         self._enter(identity)
@@ -195,20 +210,24 @@ class BranchContexts(CachedContextManager):
         self._forward_in_step = self._forward_in_step + 1 if identity.step == self._identity.step else 0
         self._identity = identity
 
+    @torch.compiler.disable
     def end_forward(self) -> None:
         """Record the finished forward: cached where every block list was."""
         self.branch_stats.record(self._identity.step, bool(self._outcomes) and all(self._outcomes))
 
+    @torch.compiler.disable
     def poison(self, branch: str, why: str = "forwards cannot be told apart") -> None:
         """Compute every further step of ``branch``, and say why."""
         if branch not in self._poisoned:
             self._poisoned.add(branch)
             self.stats.notes.append(f"{branch}: {why}, every step is computed")
 
+    @torch.compiler.disable
     def is_poisoned(self, branch: str) -> bool:
         """Whether every further step of ``branch`` is computed."""
         return branch in self._poisoned
 
+    @torch.compiler.disable
     def record(self, identity: Identity, *, cached: bool) -> None:
         """Note a forward that was decided without any block list."""
         self._enter(identity)
@@ -267,6 +286,8 @@ class BranchContexts(CachedContextManager):
         cached = self._decide(states_tensor, prefix)
         self._verify(cached)
         self._current_context.streak = self._current_context.streak + 1 if cached else 0
+        if not cached:
+            self._current_context.make_room()
         self._outcomes.append(cached)
         if self.on_decision is not None:
             self.on_decision(cached)
@@ -293,15 +314,15 @@ class BranchContexts(CachedContextManager):
 
     def _decide(self, residual: torch.Tensor, prefix: str) -> bool:
         context, identity = self._current_context, self._identity
-        reference = self.get_Fn_buffer(prefix) if context.has_reference else None
-        if reference is None:
+        if not context.has_reference:
             return False
         action = self.spec.plan_of(identity.branch).action(
             identity.step - self.spec.first_step, context.cached_count, context.streak
         )
-        may_cache = identity.branch not in self._poisoned and reference.shape == residual.shape
+        may_cache = identity.branch not in self._poisoned and context.residual_shape == residual.shape
         if action is not Action.MEASURE:
             return action is Action.CACHE and may_cache
+        reference = self.get_Fn_buffer(prefix)
         limit = self.spec.settings.max_accumulated_residual_diff_threshold
         may_cache = may_cache and not (limit and context.accumulated_residual_diff >= limit)
         return self._similar(reference, residual, self.spec.settings.residual_diff_threshold, may_cache)
@@ -386,6 +407,13 @@ class BranchContexts(CachedContextManager):
     def add_cached_step(self) -> None:
         """Count a cached step of the context."""
         self._current_context.cached_count += 1
+
+    @torch.compiler.disable
+    def set_Fn_buffer(self, buffer: torch.Tensor, prefix: str = "Fn") -> None:  # noqa: N802
+        """Store the residual of the first blocks, where a later step may be measured against it."""
+        self._current_context.residual_shape = buffer.shape
+        if not self.spec.plan.static:
+            super().set_Fn_buffer(buffer, prefix)
 
     @torch.compiler.disable
     def set_Bn_buffer(self, buffer: torch.Tensor, prefix: str = "Bn") -> None:  # noqa: N802

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from . import defaults, host, startup
+from .errors import MountError
 from .mount import ModelBackend
 from .parallel import tell_parallel
 from .runtime import Identity, Runtime
@@ -60,11 +61,9 @@ class CacheDitDenoisingMixin:
         if decision.enabled and self.server_args.enable_breakable_cuda_graph:
             session.disable("breakable CUDA graphs are on")
             return
-        if not decision.enabled and self not in _stages and not self.server_args.enable_torch_compile:
+        if not decision.enabled and self not in _stages:
             return
         mounted = _mounted(self)
-        if self.server_args.enable_torch_compile and self._cache_dit_requested():
-            _mount_early(mounted, session)
         mounted.backend.groups = host.groups(
             _running or [self], batch, joint=self._cache_dit_joint_cfg_decision()
         )
@@ -76,8 +75,8 @@ class CacheDitDenoisingMixin:
             size=host.size_of(batch),
             one_config=self._cache_dit_secondary_uses_primary_config(),
         )
-        # The host holds torch.compile back until caching is in place; from here on it is.
-        self._cache_dit_enabled = True
+        # Some stages keep what a cached forward needs only while this is set.
+        self._cache_dit_enabled = session.stats.enabled
 
     def _unmount_cache_dit(self) -> None:
         """The host wants the original forward."""
@@ -97,13 +96,30 @@ def _mounted(stage: Any) -> _Mounted:
     return mounted
 
 
-def _mount_early(mounted: _Mounted, session: Session) -> None:
-    from .errors import MountError
+def compile_mounted(original: Callable[..., Any], stage: Any, module: Any) -> None:
+    """Around ``DenoisingStage._maybe_torch_compile``: mount what will be compiled.
 
+    A forward that is replaced after it was compiled is compiled again. The host holds compilation back
+    until stock caching is mounted; here it is mounted already.
+    """
+    server_args = stage.server_args
+    if not server_args.enable_torch_compile or server_args.enable_breakable_cuda_graph:
+        return original(stage, module)
+    startup.ensure_file(server_args)
     try:
-        mounted.runtime.mount()
+        _mounted(stage).runtime.mount()
     except MountError as error:
-        session.disable(str(error))
+        if defaults.current().decide(None, None).resolved.primary.strict:
+            raise
+        host.logger().warning("cache-dit: off: %s", error)
+    in_use = defaults.current().enabled or server_args.cache_dit_config
+    if in_use and host.prefer_regional_compile(server_args, module):
+        server_args.regional_compile = True
+    enabled, stage._cache_dit_enabled = stage._cache_dit_enabled, True
+    try:
+        return original(stage, module)
+    finally:
+        stage._cache_dit_enabled = enabled
 
 
 def _identify(name: str, kwargs: Mapping[str, Any]) -> Identity | None:

@@ -87,10 +87,15 @@ class Extrapolator:
         latest = self._known[-1][1]
         if list(weights) == [1.0]:
             return latest
-        total = latest.float() * weights[-1]
-        for weight, (_, value) in zip(weights[:-1], list(self._known)[-len(weights) : -1], strict=True):
-            total = total.add_(value.float(), alpha=weight)
+        total = torch.zeros_like(latest, dtype=torch.float32)
+        for weight, (_, value) in zip(weights, list(self._known)[-len(weights) :], strict=True):
+            total.add_(value, alpha=weight)
         return total.to(latest.dtype)
+
+    def make_room(self) -> None:
+        """Drop the value that the next one will push out."""
+        if len(self._known) == self._depth:
+            self._known.popleft()
 
     def clear(self) -> None:
         """Forget everything."""

@@ -77,6 +77,14 @@ SEAMS: tuple[Seam, ...] = (
         "method remounts when a knob changes, which cache-dit 1.5.1 does not survive",
     ),
     Seam(
+        target=f"{_DENOISING}._maybe_torch_compile",
+        parameters=("self", "module"),
+        kind="around",
+        handler="denoising:compile_mounted",
+        why="mount before the host compiles, whether caching is on for all requests or only for some; compile the "
+        "repeated blocks unless the deployer chose, which costs seconds where the whole model costs minutes",
+    ),
+    Seam(
         target=f"{_DENOISING}._unmount_cache_dit",
         parameters=("self",),
         kind="replace",

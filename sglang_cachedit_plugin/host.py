@@ -257,6 +257,17 @@ def size_of(batch: Any) -> tuple[int, ...] | None:
     return (width, height, frames) if isinstance(frames, int) and frames > 1 else (width, height)
 
 
+def prefer_regional_compile(server_args: Any, module: Any) -> bool:
+    """Whether to compile the repeated blocks of ``module`` only, because nobody chose otherwise.
+
+    ``--regional-compile`` on the command line, with either value, is the deployer's choice.
+    """
+    if server_args.is_arg_explicitly_set("regional_compile"):
+        return False
+    conditions = getattr(module, "_compile_conditions", ())
+    return any(name and any(holds(name, each) for holds in conditions) for name, each in module.named_modules())
+
+
 def is_first_rank() -> bool:
     """Whether this process speaks for all ranks in the log."""
     import torch.distributed as dist

@@ -14,9 +14,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import cache_dit
+import torch
 from torch import nn
 
 from . import adapters, swaps
+from .compiling import step_aside, with_own_code
 from .contexts import BranchContexts, Identity
 from .errors import MountError
 from .output_forecast import OutputHistory
@@ -104,7 +106,7 @@ class CachedTransformer:
             # cache-dit's functors rewrite forwards of some models for good; here they hold for cached
             # forwards only, so that the original stays the original.
             self._swaps = self._find_swaps(pipe)
-        self._patched = patches.pop(transformer, self._original)
+        self._patched = with_own_code(patches.pop(transformer, self._original))
         self._block_forwards = {module: patches[module] for module in transformer.modules() if module in patches}
         self._identify: Identify | None = None
         self._identity_outside: tuple[Identity | None] | None = None
@@ -120,6 +122,7 @@ class CachedTransformer:
         return Swaps() if self._no_blocks else swaps.build(self.module, self.contexts, pipe)
 
     def _wrapper(self) -> Callable[..., Any]:
+        @step_aside
         @functools.wraps(self._original)
         def forward(*args: Any, **kwargs: Any) -> Any:
             identity = self._identity(kwargs)
@@ -145,6 +148,7 @@ class CachedTransformer:
         """
         hooked = getattr(self.module, self._slot)
 
+        @step_aside
         @functools.wraps(hooked)
         def forward(*args: Any, **kwargs: Any) -> Any:
             self._identity_outside = (self._identity(kwargs),)
@@ -155,6 +159,7 @@ class CachedTransformer:
 
         setattr(self.module, self._slot, forward)
 
+    @step_aside
     def _cached_forward(self, identity: Identity, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.contexts.begin_forward(identity)
         with self._swaps.in_place():
@@ -171,6 +176,7 @@ class CachedTransformer:
         self.contexts.end_forward()
         return output
 
+    @step_aside
     def _forecast_forward(self, identity: Identity, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward whose output is extrapolated on cached steps, and nothing else runs."""
         spec = self.contexts.spec
@@ -197,6 +203,7 @@ class CachedTransformer:
         history.update(position, output)
         return output
 
+    @torch.compiler.disable
     def _cached_by_plan(self, identity: Identity, history: OutputHistory) -> bool:
         if not history.ready or self.contexts.is_poisoned(identity.branch):
             return False

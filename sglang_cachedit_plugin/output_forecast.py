@@ -38,6 +38,7 @@ class OutputHistory:
         """Whether anything was computed yet."""
         return self._structure is not None
 
+    @torch.compiler.disable
     def update(self, position: float, output: Any) -> None:
         """Add a computed output: a tensor, or a tuple, list, mapping or model output of tensors."""
         leaves, structure = pytree.tree_flatten(output)
@@ -51,6 +52,7 @@ class OutputHistory:
                 known.update(position, leaf.detach().clone())
         self.streak = 0
 
+    @torch.compiler.disable
     def predict(self, position: float, weights: Sequence[float] | None = None) -> Any:
         """The forecast, in the structure of the last output; ``weights`` of the last outputs, oldest first."""
         self.streak += 1

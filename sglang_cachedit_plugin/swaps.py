@@ -14,6 +14,7 @@ from cache_dit.caching.cache_blocks import UnifiedBlocks
 from torch import nn
 
 from . import adapters
+from .compiling import untraced
 from .contexts import BranchContexts
 from .errors import MountError
 from .gates import Chain, fits
@@ -194,7 +195,7 @@ def _listed(transformer: nn.Module, adapter: BlockAdapter, index: int, contexts:
             except AssertionError as error:
                 raise MountError(f"{type(transformer).__name__}.{name}: {error}") from error
             measure_parts(cached, blocks[0])
-            swaps.lists.append(Swap(transformer, name, nn.ModuleList([cached])))
+            swaps.lists.append(Swap(transformer, name, nn.ModuleList([untraced(cached)])))
     for name in adapter.dummy_blocks_names[index] if adapter.dummy_blocks_names else ():
         swaps.lists.append(Swap(transformer, name, nn.ModuleList()))
     return swaps

@@ -34,7 +34,9 @@ def test_the_version_is_one_the_plugin_declares():
     assert Version("1.5.1") <= Version(version("cache-dit")) < Version("1.6")
 
 
-OVERRIDDEN = ("set_context", "mark_step_begin", "can_cache", "similarity", "add_cached_step", "set_Bn_buffer")
+OVERRIDDEN = (
+    "set_context", "mark_step_begin", "can_cache", "similarity", "add_cached_step", "set_Fn_buffer", "set_Bn_buffer",
+)
 
 
 def test_every_method_that_replaces_one_of_the_managers_is_there_to_replace():
@@ -78,7 +80,9 @@ def test_the_contexts_fields():
         "executed_steps", "transformer_executed_steps", "accumulated_residual_diff",
     }
     added = {field.name for field in dataclasses.fields(BranchContext)} - fields
-    assert added == {"blocks", "last_step", "last_diff", "streak", "cached_count", "has_reference", "absent"}
+    assert added == {
+        "blocks", "last_step", "last_diff", "streak", "cached_count", "has_reference", "absent", "residual_shape",
+    }
     assert list(parameters(CachedContext.get_calibrators)) == ["self"]
 
 

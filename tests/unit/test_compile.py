@@ -1,0 +1,143 @@
+"""Mounted before torch.compile: no request compiles anything anew, and off is the graphs of before."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from torch._dynamo.utils import counters
+
+from sglang_cachedit_plugin.mount import ModelBackend, preset_mask
+from sglang_cachedit_plugin.runtime import Identity, RequestSpec, Runtime, TransformerSpec
+from sglang_cachedit_plugin.schedule import build_plan
+from sglang_cachedit_plugin.settings import CacheSettings
+from sglang_cachedit_plugin.stats import RequestStats
+
+STEPS = 8
+REQUESTS = [
+    {},
+    {"residual_diff_threshold": 0.5, "max_warmup_steps": 2},
+    {"enable_taylorseer": True, "max_warmup_steps": 2, "residual_diff_threshold": 0.9},
+    {"enable_taylorseer": True, "taylorseer_order": 2, "residual_diff_threshold": 0.9, "max_warmup_steps": 3},
+    {"enable_dmd": True, "residual_diff_threshold": 0.9, "max_warmup_steps": 5},
+    {"steps_computation_mask": (1, 1, 0, 0, 1, 0, 0, 1), "steps_computation_policy": "static"},
+    {"steps_computation_mask": (1, 0, 1, 0, 1, 0, 0, 0), "steps_computation_policy": "static", "Fn_compute_blocks": 2},
+    {"Bn_compute_blocks": 1, "residual_diff_threshold": 0.9, "max_warmup_steps": 2},
+    {"forecast": "output", "steps_computation_mask": (1, 1, 0, 1, 0, 1, 0, 0), "steps_computation_policy": "static"},
+    {"forecast": "output", "residual_diff_threshold": 0.9, "max_warmup_steps": 2},
+]
+
+
+class Model:
+    """A tiny FLUX transformer driven through ``STEPS`` steps."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.module = FluxTransformer2DModel(
+            patch_size=1, in_channels=16, num_layers=3, num_single_layers=3, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=(4, 6, 6),
+        ).eval()
+        self.step = 0
+        self.backend = ModelBackend({"transformer": self.module}, lambda name, kwargs: Identity("cond", self.step))
+        self.runtime = Runtime(self.backend)
+
+    def request(self, knobs: dict | None, tokens: int = 16) -> tuple[torch.Tensor, RequestStats]:
+        stats = self.backend.stats = RequestStats(backend="native", enabled=knobs is not None)
+        spec = None
+        if knobs is not None:
+            settings = CacheSettings(**{"max_warmup_steps": 4, **knobs})
+            plan, _ = build_plan(settings, STEPS, preset_mask)
+            spec = RequestSpec(transformers=(TransformerSpec(name="transformer", settings=settings, plan=plan),))
+        self.runtime.prepare(spec)
+        output = self.loop(tokens)
+        self.runtime.prepare(None)
+        return output, stats
+
+    @torch.no_grad()
+    def loop(self, tokens: int = 16) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(1)
+        latents = torch.randn(1, tokens, 16, generator=generator)
+        text, pooled = (torch.randn(*shape, generator=generator) for shape in ((1, 4, 16), (1, 16)))
+        image_ids, text_ids = torch.zeros(tokens, 3), torch.zeros(4, 3)
+        for self.step in range(STEPS):
+            time = torch.tensor([1.0 - self.step / STEPS])
+            velocity = self.module(
+                hidden_states=latents, encoder_hidden_states=text, pooled_projections=pooled, timestep=time,
+                img_ids=image_ids, txt_ids=text_ids, return_dict=False,
+            )[0]
+            latents = latents - velocity / STEPS
+        return latents
+
+
+def compile_whole(module: torch.nn.Module) -> None:
+    module.compile(backend="eager")
+
+
+def compile_blocks(module: torch.nn.Module) -> None:
+    module.compile_repeated_blocks(backend="eager")
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("compile_it", [compile_whole, compile_blocks])
+def test_off_after_being_mounted_runs_the_graphs_of_never_mounted(compile_it):
+    plain = Model()
+    compile_it(plain.module)
+    expected, unmounted = plain.loop(), graphs()
+    assert unmounted > 0
+    torch._dynamo.reset()
+    counters.clear()
+    model = Model()
+    model.runtime.mount()
+    compile_it(model.module)
+    first, _ = model.request(None)
+    assert graphs() == unmounted
+    assert not counters["graph_break"] or compile_it is compile_whole
+    model.request(REQUESTS[1])
+    before = graphs()
+    again, _ = model.request(None)
+    assert graphs() == before
+    assert torch.equal(first, expected) and torch.equal(again, expected)
+
+
+@pytest.mark.parametrize("compile_it", [compile_whole, compile_blocks])
+def test_twenty_requests_compile_nothing_after_the_first_two(compile_it):
+    model = Model()
+    model.runtime.mount()
+    compile_it(model.module)
+    model.request(None)
+    _, stats = model.request(REQUESTS[1])
+    assert stats.count("cached") > 0
+    warm = graphs()
+    for knobs in [*REQUESTS, None, *REQUESTS[::-1]]:
+        _, stats = model.request(knobs)
+        assert knobs is None or knobs == {} or stats.count("cached") > 0, knobs
+    assert graphs() == warm
+
+
+def test_a_compiled_cached_step_equals_the_eager_one():
+    eager, compiled = Model(), Model()
+    compiled.runtime.mount()
+    compile_blocks(compiled.module)
+    for knobs in REQUESTS:
+        expected, _ = eager.request(knobs)
+        got, _ = compiled.request(knobs)
+        assert torch.equal(got, expected), knobs
+
+
+def test_blocks_compile_without_a_break():
+    model = Model()
+    model.runtime.mount()
+    compile_blocks(model.module)
+    model.request(REQUESTS[1])
+    assert not counters["graph_break"]

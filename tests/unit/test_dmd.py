@@ -1,0 +1,107 @@
+"""The small DMD against cache-dit's, which keeps factors as large as the values."""
+
+import pytest
+import torch
+from cache_dit.caching.cache_contexts.calibrators.dmd import DMDState
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sglang_cachedit_plugin.dmd import DMDForecaster, gram
+
+ROOTS = {
+    "damped": [0.9, 0.7],
+    "oscillating": [complex(0.9075, 0.2807), 0.8],
+    "three": [0.99, 0.5, 0.3],
+}
+
+
+def series(roots, count, size=500, batch=2):
+    generator = torch.Generator().manual_seed(1)
+    modes = [torch.randn(batch, size, dtype=torch.complex128, generator=generator) for _ in roots]
+    return [sum(mode * root**k for mode, root in zip(modes, roots, strict=True)).real.float() for k in range(count)]
+
+
+def fill(values, spacing, **options):
+    ours, theirs = DMDForecaster(6, **options), DMDState(history=6, **options)
+    for index, value in enumerate(values):
+        theirs.current_step = index * spacing
+        theirs.update(value)
+        ours.update(index * spacing, -float(index * spacing), value)
+    return ours, theirs
+
+
+@pytest.mark.parametrize("name", ROOTS)
+@pytest.mark.parametrize("ahead", [1, 2, 5])
+def test_equals_cache_dit(name, ahead):
+    ours, theirs = fill(series(ROOTS[name], 6), spacing=2)
+    theirs.current_step = 10 + ahead
+    torch.testing.assert_close(ours.predict(10 + ahead, 0.0), theirs.approximate(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ROOTS)
+def test_exact_on_sums_of_exponentials(name):
+    values = series(ROOTS[name], 9)
+    ours, _ = fill(values[:6], spacing=1)
+    for ahead in (1, 2, 3):
+        torch.testing.assert_close(ours.predict(5 + ahead, 0.0), values[5 + ahead], rtol=1e-4, atol=1e-5)
+
+
+def test_batch_items_do_not_mix():
+    values = series(ROOTS["damped"], 6)
+    alone, _ = fill([value[:1] for value in values], spacing=1)
+    together, _ = fill(values, spacing=1)
+    torch.testing.assert_close(together.predict(7, 0.0)[:1], alone.predict(7, 0.0))
+
+
+def test_rank_keeps_the_strongest_modes():
+    values = series(ROOTS["three"], 6)
+    ours, theirs = fill(values, spacing=1, rank=1)
+    theirs.current_step = 7
+    torch.testing.assert_close(ours.predict(7, 0.0), theirs.approximate(), rtol=1e-3, atol=1e-4)
+
+
+def test_few_values_are_a_line_on_the_real_spacing():
+    ours = DMDForecaster(6)
+    slope, start = torch.tensor([[1.0, -2.0]]), torch.tensor([[3.0, 4.0]])
+    for step, position in ((0, 1000.0), (1, 900.0)):
+        ours.update(step, position, start + slope * position)
+    torch.testing.assert_close(ours.predict(3, 650.0), start + slope * 650.0)
+
+
+def test_a_change_of_spacing_starts_the_window_anew():
+    values = series(ROOTS["damped"], 6)
+    ours = DMDForecaster(6)
+    for step, value in zip([0, 1, 2, 3, 4, 7], values, strict=True):
+        ours.update(step, -float(step), value)
+    line = values[5] + (values[5] - values[4]) / 3
+    torch.testing.assert_close(ours.predict(8, -8.0), line, rtol=1e-4, atol=1e-5)
+
+
+def test_not_finite_values_repeat_the_newest():
+    values = series(ROOTS["damped"], 5)
+    values[1][0, 0] = float("nan")
+    ours, _ = fill(values, spacing=1)
+    forecast = ours.predict(5, 0.0)
+    torch.testing.assert_close(forecast[0], values[4][0])
+    assert forecast[1].isfinite().all()
+
+
+def test_holds_the_values_and_nothing_else():
+    values = series(ROOTS["damped"], 8)
+    ours, _ = fill(values, spacing=1)
+    ours.predict(9, 0.0)
+    assert ours.held_bytes() == 6 * values[0].numel() * 4
+    ours.make_room()
+    assert ours.held_bytes() == 5 * values[0].numel() * 4
+
+
+@settings(max_examples=30, deadline=None)
+@given(count=st.integers(2, 6), size=st.integers(1, 3000), batch=st.integers(1, 3), seed=st.integers(0, 99))
+def test_gram_is_every_inner_product(count, size, batch, seed):
+    generator = torch.Generator().manual_seed(seed)
+    values = [torch.randn(batch, size, generator=generator).bfloat16() for _ in range(count)]
+    products = gram(values)
+    for item in range(batch):
+        for i, left in enumerate(values):
+            expected = [float(left[item].double() @ right[item].double()) for right in values]
+            assert products[item, i].tolist() == pytest.approx(expected, rel=1e-9, abs=1e-9)
