@@ -176,8 +176,18 @@ class _Layout:
                     group = dist.new_group(ranks)
                     if dist.get_rank() in members:
                         self._groups[members] = group
+                        _connect(group)
                 if dist.get_rank() in members:
                     setattr(self, kind, members)
+
+
+def _connect(group: Any) -> None:
+    """Open a group's connections now: with NCCL the first collective takes a third of a second to do so."""
+    import torch
+    import torch.distributed as dist
+
+    if dist.get_backend(group) == "nccl":
+        dist.all_reduce(torch.zeros(1, device=torch.cuda.current_device()), group=group)
 
 
 _layout = _Layout()

@@ -41,6 +41,10 @@ class HostLayout:
         except Exception as error:
             self.error = f"{type(error).__name__}: {error}"
             print(f"[rank {dist.get_rank()}] host groups: {self.error}", file=sys.stderr, flush=True)
+        # A communicator is made at its first use; none of the variants shall pay for it.
+        for group in (self.sp, self.tp, self.groups.forward):
+            if group is not None:
+                dist.all_reduce(torch.zeros(1, device=device()), group=group)
 
     def _build(self, ulysses: int, ring: int, tp: int) -> None:
         from sglang.multimodal_gen.runtime.distributed import parallel_state as state
