@@ -33,7 +33,7 @@ async def generate(body: GenerateRequest, raw_request: Request) -> GenerateRespo
     """Runs one request and answers with base64 pictures (or videos), the seed, the time and the cache's report.
 
     A setting that cannot be used is answered with 400; arguments that the model does not take are left out with a
-    note. With ``warmup`` the request runs as any other, answers without pictures and is not counted.
+    note. With ``warmup`` the request runs as any other, answers without pictures and is not in the totals.
     """
     from sglang.multimodal_gen.configs.sample.sampling_params import generate_request_id
     from sglang.multimodal_gen.runtime.entrypoints.openai.utils import temp_dir_if_disabled
@@ -184,8 +184,13 @@ async def _run(batch: Any, video: bool, resources: AsyncExitStack) -> tuple[list
         paths, result = await process_generation_batch(async_scheduler_client, batch, scheduler_batches=group)
     except (RuntimeError, TimeoutError) as error:
         raise HTTPException(status_code=500, detail=" ".join(str(error).split())) from None
-    contents = [Path(path).read_bytes() for path in paths] if video else result.output_image_bytes
-    return [base64.b64encode(content).decode("ascii") for content in contents], result
+    return await asyncio.to_thread(_encoded, paths if video else result.output_image_bytes), result
+
+
+def _encoded(outputs: list[Any]) -> list[str]:
+    """Base64 of contents, or of the files that paths name."""
+    contents = [output if isinstance(output, bytes) else Path(output).read_bytes() for output in outputs]
+    return [base64.b64encode(content).decode("ascii") for content in contents]
 
 
 def _common(request_id: str, result: Any, *, counted: bool) -> dict[str, Any]:

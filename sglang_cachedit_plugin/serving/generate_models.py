@@ -45,7 +45,7 @@ class GenerateRequest(BaseModel):
     enable_cache_dit: bool | None = Field(None, description="Whether to cache; the server decides where left out.")
     cache_dit_params: dict[str, Any] | None = Field(None, description="Any cache setting, `secondary`, `profile`.")
     profile: str | None = Field(None, description="Shorthand for `cache_dit_params.profile`.")
-    warmup: bool = Field(False, description="Run the request for its shape only: no pictures, not counted.")
+    warmup: bool = Field(False, description="Run the request for its shape only: no pictures, not in the totals.")
 
 
 class GenerateResponse(BaseModel):

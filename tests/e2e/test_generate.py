@@ -122,6 +122,14 @@ def test_what_cannot_be_used_is_400_in_one_line(server, fields, words):
     assert words in answer.json()["detail"] and len(answer.json()["detail"].splitlines()) == 1
 
 
+def test_a_request_that_fails_in_the_worker_is_one_line_and_the_server_goes_on(server):
+    params = {"Fn_compute_blocks": 99, "strict": True}
+    failed = post(server, enable_cache_dit=True, cache_dit_params=params)
+    assert failed.status_code == 500
+    assert "Fn_compute_blocks 99" in failed.json()["detail"] and len(failed.json()["detail"].splitlines()) == 1
+    assert generate(server, seed=1, enable_cache_dit=True)["cache_stats"]["enabled"] is True
+
+
 def test_nothing_is_left_on_the_disk(server, tmp_path_factory):
     output = tmp_path_factory.getbasetemp() / "image-servercurrent" / "out"
     before = sorted(output.iterdir()) if output.exists() else []
