@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -71,8 +70,8 @@ class Defaults:
 
     def fingerprint(self) -> str:
         """Short name of everything that a request can meet; equal settings have equal names."""
-        profiles = {name: [source.primary, source.secondary] for name, source in self.profiles.items()}
-        described = json.dumps([self.describe(), profiles], sort_keys=True, default=str)
+        profiles = [self.profiles[name] for name in sorted(self.profiles)]
+        described = repr([self.environment, self.file.source, self.overrides.source, sorted(self.profiles), profiles])
         return hashlib.sha256(described.encode()).hexdigest()[:12]
 
     def with_overrides(self, overrides: Overrides) -> Defaults:

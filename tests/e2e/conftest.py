@@ -132,7 +132,12 @@ def video_server(models, tmp_path_factory):
 @pytest.fixture(scope="session")
 def server(models, tmp_path_factory):
     """The image server that all tests of HTTP share."""
-    folder = tmp_path_factory.mktemp("image-server")
+    with image_server(models, tmp_path_factory.mktemp("image-server"), "--enable-metrics") as url:
+        yield url
+
+
+def image_server(models: dict[str, Path], folder: Path, *flags: str):
+    """A server of tiny FLUX with a config file."""
     file = folder / "cache.yaml"
     file.write_text(json.dumps({
         "cache_config": {"max_warmup_steps": 3},
@@ -141,5 +146,4 @@ def server(models, tmp_path_factory):
             SCRIPT: {"max_warmup_steps": 2},
         },
     }))
-    with serving(models["flux"], folder, "--cache-dit-config", str(file)) as url:
-        yield url
+    return serving(models["flux"], folder, "--cache-dit-config", str(file), *flags)

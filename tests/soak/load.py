@@ -120,7 +120,7 @@ class Load:
             if shown.status_code != 200:
                 self._problem(f"GET answered {shown.status_code}")
         sent = time.monotonic()
-        status, answer = _ask_openai(client, wish) if client else _ask_plain(plain, self.url, wish)
+        status, answer = ask_openai(client, wish) if client else ask_plain(plain, self.url, wish)
         self._judge(wish, status, answer, self.changes.possible(sent, time.monotonic()))
 
     def _change(self, plain: httpx.Client) -> Change:
@@ -168,7 +168,7 @@ class Load:
             self.outcome.problems.append(text)
 
 
-def _ask_openai(client: openai.OpenAI, wish: Wish) -> tuple[int, dict[str, Any]]:
+def ask_openai(client: openai.OpenAI, wish: Wish) -> tuple[int, dict[str, Any]]:
     own = {"prompt", "size", "response_format", "n"}
     named = {key: value for key, value in wish.fields.items() if key in own}
     extra = {key: value for key, value in wish.fields.items() if key not in own}
@@ -179,7 +179,7 @@ def _ask_openai(client: openai.OpenAI, wish: Wish) -> tuple[int, dict[str, Any]]
     return 200, answer.model_dump()
 
 
-def _ask_plain(plain: httpx.Client, url: str, wish: Wish) -> tuple[int, dict[str, Any]]:
+def ask_plain(plain: httpx.Client, url: str, wish: Wish) -> tuple[int, dict[str, Any]]:
     answer = plain.post(f"{url}/v1/images/generations", json=wish.fields)
     return answer.status_code, answer.json() if answer.status_code == 200 else {"detail": answer.text}
 
