@@ -80,7 +80,12 @@ class Chain:
 
     @property
     def unfinished(self) -> bool:
-        """Whether a cached pass ended before its last gate: the forecast never reached the output."""
+        """Whether a pass ended before the last gate of its middle: no residual was noted, or no forecast used."""
+        return any(each.open for each in self._passes)
+
+    @property
+    def lost(self) -> bool:
+        """Whether a cached pass is unfinished: the forecast never reached the output."""
         return any(each.open and each.cached for each in self._passes)
 
     def gate(self, block: nn.Module) -> Gate:
@@ -115,7 +120,7 @@ class Chain:
     @torch.compiler.disable
     def after(self, gate: Gate, current: _Pass, output: Any) -> Any:
         """The block's output, noted where it ends the middle."""
-        current.outputs = None if isinstance(output, torch.Tensor) else len(output)
+        current.outputs = None if self._is_bare(output) else len(output)
         if gate.index == self._middle()[1] - 1 and current.open:
             return self._packed(current, self._close(current, self._unpacked(output)), output)
         return output
@@ -191,8 +196,12 @@ class Chain:
     def _kept(self, value: Any) -> Any:
         return value.clone() if self._copies and isinstance(value, torch.Tensor) else value
 
+    def _is_bare(self, output: Any) -> bool:
+        """Whether a block returned its only stream as it is, be it unfinished."""
+        return isinstance(output, torch.Tensor) or (self._settle is not None and len(self.streams) == 1)
+
     def _unpacked(self, output: Any) -> Streams:
-        values = (output,) if isinstance(output, torch.Tensor) else output
+        values = (output,) if self._is_bare(output) else output
         return dict(zip(self.streams, values, strict=False))
 
     def _packed(self, current: _Pass, streams: Streams, like: Any = None) -> Any:

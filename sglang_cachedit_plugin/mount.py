@@ -169,8 +169,8 @@ class CachedTransformer:
             finally:
                 _set_forwards(own_forwards)
         if any(chain.unfinished for chain in self._swaps.chains):
-            # The loop ended before its last block, so the forecast is not in the output: compute this step.
             self.contexts.poison(identity.branch, "the block loop left out its last block")
+        if any(chain.lost for chain in self._swaps.chains):
             self.contexts.record(identity, cached=False)
             return self._original(*args, **kwargs)
         self.contexts.end_forward()

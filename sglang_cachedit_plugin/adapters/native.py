@@ -6,11 +6,14 @@ A class whose block overwrites its input says so; the mount probe finds those th
 
 from __future__ import annotations
 
+from functools import partial
+
 from .row import AdapterRow, Blocks
 
 _CHUNKED = (
     "it is sampled chunk by chunk in a few steps, and each block's keys and values are what the next chunk reads"
 )
+_TEXTURE = "a UNet with skip connections over its whole depth, in a texture stage with a loop of its own"
 _NO_DIT = "no diffusion transformer: it runs once a request, outside the denoising loop"
 
 
@@ -18,12 +21,13 @@ def _blocks(name: str, *streams: str, **more: str | bool) -> Blocks:
     return Blocks(name=name, streams=streams, **more)
 
 
+_row = partial(AdapterRow, verified="run")
 _DOUBLE = ("hidden_states", "encoder_hidden_states")
 _TEXT_FIRST = ("encoder_hidden_states", "hidden_states")
 
 NATIVE: dict[str, AdapterRow] = {
     # image
-    "FluxTransformer2DModel": AdapterRow(
+    "FluxTransformer2DModel": _row(
         family="FLUX.1",
         blocks=(
             _blocks("transformer_blocks", *_TEXT_FIRST, measured="hidden_states"),
@@ -31,7 +35,7 @@ NATIVE: dict[str, AdapterRow] = {
         ),
         cfg="none", note="with true_cfg_scale one forward for each branch",
     ),
-    "Flux2Transformer2DModel": AdapterRow(
+    "Flux2Transformer2DModel": _row(
         family="FLUX.2",
         blocks=(
             _blocks(
@@ -41,50 +45,50 @@ NATIVE: dict[str, AdapterRow] = {
         ),
         cfg="none", note="two decisions a step; the undistilled klein-base runs one forward for each branch",
     ),
-    "Flux3ImageDiT": AdapterRow(
+    "Flux3ImageDiT": _row(
         family="FLUX.3 image", blocks=(_blocks("single_blocks", "x"),), cfg="batched",
         note="the per-modality blocks before the joint trunk always run; both branches share one decision",
     ),
-    "QwenImageTransformer2DModel": AdapterRow(
+    "QwenImageTransformer2DModel": _row(
         family="Qwen-Image, Qwen-Image-Edit",
         blocks=(_blocks("transformer_blocks", *_TEXT_FIRST, measured="hidden_states"),),
     ),
-    "QwenImage21Transformer2DModel": AdapterRow(
+    "QwenImage21Transformer2DModel": _row(
         family="Qwen-Image 2.1", blocks=(_blocks("transformer_blocks", "hidden_states"),)
     ),
-    "ZImageTransformer2DModel": AdapterRow(
+    "ZImageTransformer2DModel": _row(
         family="Z-Image", blocks=(_blocks("layers", "x"),), note="the refiners before the joint trunk always run"
     ),
-    "MingImageTransformer2DModel": AdapterRow(
+    "MingImageTransformer2DModel": _row(
         family="Ming-Image", blocks=(_blocks("layers", "x"),), note="the refiners before the joint trunk always run"
     ),
-    "GlmImageTransformer2DModel": AdapterRow(family="GLM-Image", blocks=(_blocks("transformer_blocks", *_DOUBLE),)),
-    "SD3Transformer2DModel": AdapterRow(
+    "GlmImageTransformer2DModel": _row(family="GLM-Image", blocks=(_blocks("transformer_blocks", *_DOUBLE),)),
+    "SD3Transformer2DModel": _row(
         family="Stable Diffusion 3",
         blocks=(_blocks("transformer_blocks", *_TEXT_FIRST, measured="hidden_states"),),
     ),
-    "LongCatImageTransformer2DModel": AdapterRow(
+    "LongCatImageTransformer2DModel": _row(
         family="LongCat-Image",
         blocks=(
             _blocks("transformer_blocks", *_TEXT_FIRST, measured="hidden_states"),
             _blocks("single_transformer_blocks", *_TEXT_FIRST, measured="hidden_states", joins=True),
         ),
     ),
-    "AnimaTransformer3DModel": AdapterRow(family="Anima", blocks=(_blocks("transformer_blocks", "hidden_states"),)),
-    "ErnieImageTransformer2DModel": AdapterRow(family="ERNIE-Image", blocks=(_blocks("layers", "x"),)),
-    "Krea2Transformer2DModel": AdapterRow(
+    "AnimaTransformer3DModel": _row(family="Anima", blocks=(_blocks("transformer_blocks", "hidden_states"),)),
+    "ErnieImageTransformer2DModel": _row(family="ERNIE-Image", blocks=(_blocks("layers", "x"),)),
+    "Krea2Transformer2DModel": _row(
         family="Krea 2", blocks=(_blocks("transformer_blocks", "hidden_states"),),
         note="the text fusion before the trunk always runs",
     ),
-    "Ideogram4Transformer2DModel": AdapterRow(
+    "Ideogram4Transformer2DModel": _row(
         family="Ideogram 4", blocks=(_blocks("layers", "x"),), transformers=2, cfg="paired"
     ),
-    "SanaTransformer2DModel": AdapterRow(family="Sana", blocks=(_blocks("transformer_blocks", "hidden_states"),)),
-    "MOSSImageTransformer": AdapterRow(
+    "SanaTransformer2DModel": _row(family="Sana", blocks=(_blocks("transformer_blocks", "hidden_states"),)),
+    "MOSSImageTransformer": _row(
         family="MOSS-Image", blocks=(_blocks("layers", "x"),),
         note="prompts of different length run as groups in one forward; each group decides for itself",
     ),
-    "LLaDAImageTransformer2DModel": AdapterRow(
+    "LLaDAImageTransformer2DModel": _row(
         family="LLaDA-Image", blocks=(_blocks("layers", "hidden_states"),),
         note="the refiners before the joint trunk always run",
     ),
@@ -95,39 +99,35 @@ NATIVE: dict[str, AdapterRow] = {
         family="HunyuanImage 3",
         refused="its autoregressive stage runs the denoising loop itself and mounts a cache of its own",
     ),
-    "JoyTransformer3DModel": AdapterRow(family="JoyImage", blocks=(_blocks("double_blocks", "img", "txt"),)),
-    "JoyImageEditTransformer3DModel": AdapterRow(
+    "JoyTransformer3DModel": _row(family="JoyImage", blocks=(_blocks("double_blocks", "img", "txt"),)),
+    "JoyImageEditTransformer3DModel": _row(
         family="JoyImage Edit", blocks=(_blocks("double_blocks", "img", "txt"),)
     ),
-    "StableDiffusionUNet2DConditionModel": AdapterRow(
-        family="Stable Diffusion 2 UNet",
-        no_blocks="a UNet: every block of the way up takes a skip connection from one of the way down",
-    ),
     # video
-    "WanTransformer3DModel": AdapterRow(
+    "WanTransformer3DModel": _row(
         family="Wan 2.1, Wan 2.2", blocks=(_blocks("blocks", "hidden_states"),), transformers=2
     ),
-    "WanAnimate2Transformer3DModel": AdapterRow(
+    "WanAnimate2Transformer3DModel": _row(
         family="Wan-Animate 2", blocks=(_blocks("blocks", "hidden_states"),),
         note="each clip starts anew; block 9 is left out of the unconditional branch by the model itself",
     ),
-    "HunyuanVideoTransformer3DModel": AdapterRow(
+    "HunyuanVideoTransformer3DModel": _row(
         family="HunyuanVideo",
         blocks=(_blocks("double_blocks", "img", "txt"), _blocks("single_blocks", "x")),
         cfg="none", note="two decisions a step",
     ),
-    "LTX2VideoTransformer3DModel": AdapterRow(
+    "LTX2VideoTransformer3DModel": _row(
         family="LTX-2", blocks=(_blocks("transformer_blocks", "hidden_states", "audio_hidden_states"),),
         note="video and audio are forecast together, the decision is video's",
     ),
-    "Cosmos3OmniTransformer": AdapterRow(
+    "Cosmos3OmniTransformer": _row(
         family="Cosmos 3", blocks=(_blocks("gen_layers", "hidden_states", "residual"),),
         note="the text pathway runs once a request",
     ),
-    "Cosmos3MultiviewTransformer": AdapterRow(
+    "Cosmos3MultiviewTransformer": _row(
         family="Cosmos 3 multiview", blocks=(_blocks("gen_layers", "hidden_states", "residual"),)
     ),
-    "Kandinsky6Transformer3DModel": AdapterRow(
+    "Kandinsky6Transformer3DModel": _row(
         family="Kandinsky 6",
         blocks=(
             _blocks("visual_transformer_blocks", "vis", "aud"),
@@ -135,28 +135,28 @@ NATIVE: dict[str, AdapterRow] = {
         ),
         note="with audio both streams are forecast together; the text blocks always run",
     ),
-    "Kandinsky6SRTransformer3DModel": AdapterRow(
+    "Kandinsky6SRTransformer3DModel": _row(
         family="Kandinsky 6 SR", blocks=(_blocks("visual_transformer_blocks", "visual_embed"),), cfg="none"
     ),
-    "MiniMaxH3DiTModel": AdapterRow(family="MiniMax-H3", blocks=(_blocks("blocks", "x", overwrites=True),)),
-    "LingBotVideoTransformer3DModel": AdapterRow(family="LingBot-Video", blocks=(_blocks("blocks", "x"),)),
-    "LingBotWorldTransformer3DModel": AdapterRow(
+    "MiniMaxH3DiTModel": _row(family="MiniMax-H3", blocks=(_blocks("blocks", "x", overwrites=True),)),
+    "LingBotVideoTransformer3DModel": _row(family="LingBot-Video", blocks=(_blocks("blocks", "x"),)),
+    "LingBotWorldTransformer3DModel": _row(
         family="LingBot-World", blocks=(_blocks("blocks", "hidden_states"),), transformers=2
     ),
-    "SanaVideoTransformer3DModel": AdapterRow(
+    "SanaVideoTransformer3DModel": _row(
         family="Sana-Video", blocks=(_blocks("transformer_blocks", "hidden_states"),)
     ),
-    "SanaVideo2Transformer3DModel": AdapterRow(
+    "SanaVideo2Transformer3DModel": _row(
         family="Sana-Video 2",
         no_blocks="every block attends to the outputs of all blocks before it, so the middle cannot be left out",
     ),
-    "SanaWMTransformer3DModel": AdapterRow(
+    "SanaWMTransformer3DModel": _row(
         family="Sana-WM", blocks=(_blocks("blocks", "x"),), note="the streaming variant is not cached"
     ),
-    "SanaWMLTX2VideoRefiner": AdapterRow(
+    "SanaWMLTX2VideoRefiner": _row(
         family="Sana-WM refiner", blocks=(_blocks("transformer_blocks", "hidden_states"),), cfg="none"
     ),
-    "HeliosTransformer3DModel": AdapterRow(family="Helios", blocks=(_blocks("blocks", "hidden_states"),)),
+    "HeliosTransformer3DModel": _row(family="Helios", blocks=(_blocks("blocks", "hidden_states"),)),
     "Flux3Transformer": AdapterRow(
         family="FLUX.3 action", refused="its stage calls the parts of the model one by one, not its forward"
     ),
@@ -173,13 +173,11 @@ NATIVE: dict[str, AdapterRow] = {
     "CosmosDreamsTransformer": AdapterRow(family="Cosmos-Dreams", refused=_CHUNKED),
     "Cosmos3SimAutoTransformer": AdapterRow(family="Cosmos 3 Sim", refused=_CHUNKED),
     # 3D
-    "Hunyuan3D2DiT": AdapterRow(
+    "Hunyuan3D2DiT": _row(
         family="Hunyuan3D 2 shape",
         blocks=(_blocks("double_blocks", "img", "txt"), _blocks("single_blocks", "x")),
         cfg="batched", note="two decisions a step",
     ),
-    "Hunyuan3DPaintUNet": AdapterRow(
-        family="Hunyuan3D 2 paint",
-        refused="a UNet that fills its attention's memory during the first steps",
-    ),
+    "Hunyuan3DPaintUNet": AdapterRow(family="Hunyuan3D 2 paint", refused=_TEXTURE),
+    "StableDiffusionUNet2DConditionModel": AdapterRow(family="Hunyuan3D 2 paint", refused=_TEXTURE),
 }

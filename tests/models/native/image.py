@@ -23,7 +23,7 @@ def _flux() -> Any:
 
     return FluxTransformer2DModel(
         _config(
-            FluxConfig, in_channels=8, out_channels=8, num_layers=3, num_single_layers=4, attention_head_dim=16,
+            FluxConfig, in_channels=8, out_channels=8, num_layers=4, num_single_layers=4, attention_head_dim=16,
             num_attention_heads=2, joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=(4, 6, 6),
         ),
         {},
@@ -50,7 +50,7 @@ def _flux2() -> Any:
 
     config = FluxConfig()
     config.update_model_arch({
-        "in_channels": 8, "out_channels": 8, "num_layers": 3, "num_single_layers": 4, "attention_head_dim": 16,
+        "in_channels": 8, "out_channels": 8, "num_layers": 4, "num_single_layers": 4, "attention_head_dim": 16,
         "num_attention_heads": 2, "joint_attention_dim": 16, "axes_dims_rope": (4, 4, 4, 4), "mlp_ratio": 2.0,
         "timestep_guidance_channels": 16, "rope_theta": 2000, "eps": 1e-6,
     })

@@ -192,7 +192,7 @@ def _hunyuan3d() -> Any:
 
     return Hunyuan3D2DiT(
         _config(
-            Hunyuan3DDiTConfig, in_channels=8, hidden_size=32, num_attention_heads=2, num_layers=3,
+            Hunyuan3DDiTConfig, in_channels=8, hidden_size=32, num_attention_heads=2, num_layers=4,
             num_single_layers=4, context_in_dim=12, axes_dim=(16,),
         ),
         {},

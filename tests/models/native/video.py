@@ -51,7 +51,7 @@ def _hunyuan() -> Any:
 
     return HunyuanVideoTransformer3DModel(
         _config(
-            HunyuanVideoConfig, num_attention_heads=2, attention_head_dim=16, num_layers=3, num_single_layers=4,
+            HunyuanVideoConfig, num_attention_heads=2, attention_head_dim=16, num_layers=4, num_single_layers=4,
             num_refiner_layers=1, rope_axes_dim=(4, 6, 6), text_embed_dim=16, pooled_projection_dim=8,
             in_channels=4, out_channels=4, guidance_embeds=True,
         ),

@@ -5,24 +5,28 @@ A case says how to build one class and what its forward takes; ``Rig`` does the 
 
 from __future__ import annotations
 
-import functools
 import os
 import socket
-from collections import Counter
+import sys
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from sglang_cachedit_plugin import adapters, denoising
+from tests.tiny import cpu_ops
 
 STEPS = 6
-MASK = (1, 1, 0, 1, 0, 1)
-ALL = (1,) * STEPS
+MASK = [1, 1, 0, 1, 0, 1]
+CACHED = [2, 4]
+COMPUTED = [0, 1, 3, 5]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,27 +55,49 @@ class _Arguments(SimpleNamespace):
         return None
 
 
-@functools.cache
-def start() -> None:
+@contextmanager
+def started() -> Iterator[None]:
     """The host in this process: CPU platform, one rank, torch SDPA, reference kernels, nothing compiled."""
-    torch.set_num_threads(1)
-    torch._dynamo.config.disable = True
+    from sglang.multimodal_gen.runtime import server_args
     from sglang.multimodal_gen.runtime.platforms import initialize_current_platform
 
     initialize_current_platform()
-    from sglang.multimodal_gen.runtime.distributed.parallel_state import (
-        maybe_init_distributed_environment_and_model_parallel,
-    )
+    from sglang.multimodal_gen.runtime.distributed import parallel_state
 
+    address = _free_address()
+    before = server_args._global_server_args, torch._dynamo.config.disable
+    torch._dynamo.config.disable = True
+    with patch.dict(os.environ, address), patch.dict(sys.modules, {"sgl_kernel": _kernels()}):
+        set_arguments()
+        parallel_state.maybe_init_distributed_environment_and_model_parallel(tp_size=1, sp_size=1)
+        cpu_ops.register()
+        try:
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()
+            parallel_state.destroy_distributed_environment()
+            server_args._global_server_args, torch._dynamo.config.disable = before
+
+
+def _free_address() -> dict[str, str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-    set_arguments()
-    maybe_init_distributed_environment_and_model_parallel(tp_size=1, sp_size=1)
-    from tests.tiny import cpu_ops
+    return {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"
+    }
 
-    cpu_ops.register()
+
+def _kernels() -> types.ModuleType:
+    """Reference version of the kernel that FLUX.3 takes from a package which does not load on a CPU."""
+
+    def silu_and_mul(x: torch.Tensor, out: torch.Tensor) -> None:
+        gate, value = x.chunk(2, -1)
+        out.copy_(torch.nn.functional.silu(gate) * value)
+
+    module = types.ModuleType("sgl_kernel")
+    module.silu_and_mul = silu_and_mul
+    return module
 
 
 def set_arguments() -> SimpleNamespace:
@@ -122,7 +148,6 @@ class Rig:
     """One tiny model and the requests it serves."""
 
     def __init__(self, case: Case):
-        start()
         self.arguments = set_arguments()
         torch.manual_seed(0)
         self.case = case
@@ -144,7 +169,7 @@ class Rig:
                 self.lists.append(paths)
             for path, block in zip(paths, blocks, strict=True):
                 block.register_forward_pre_hook(lambda *_, path=path: self.calls.append(path))
-        self.stage = _stage(self.model, self.arguments)
+        self.stage = stage_of(self.model, self.arguments)
         self.state: dict[str, Any] = {}
         self.counts: list[list[str]] = []
 
@@ -164,12 +189,12 @@ class Rig:
 
     def request(self, size: int = 0, at: int | None = None, enable: bool = True, **knobs: Any):
         """Outputs of all steps and the report of one request."""
-        batch = _batch(enable, knobs)
+        request = batch(enable, knobs)
         self.counts = []
         self.state = self.case.fresh(self.model)
-        denoising.CacheDitDenoisingMixin._maybe_enable_cache_dit(self.stage, STEPS, batch)
+        denoising.CacheDitDenoisingMixin._maybe_enable_cache_dit(self.stage, STEPS, request)
         try:
-            outputs = [leaves(self.step(batch, size, step, at)) for step in range(STEPS)]
+            outputs = [leaves(self.step(request, size, step, at)) for step in range(STEPS)]
         finally:
             session = denoising._open.pop()[1]
             report = session.close().as_dict()
@@ -179,12 +204,13 @@ class Rig:
         """Outputs of all steps without the plugin."""
         self.counts = []
         self.state = self.case.fresh(self.model)
-        batch = _batch(False, {})
-        return [leaves(self.step(batch, size, step, at)) for step in range(STEPS)]
+        request = batch(False, {})
+        return [leaves(self.step(request, size, step, at)) for step in range(STEPS)]
 
-    def kept(self, first: int, last: int) -> list[str]:
-        """Blocks that run on a cached step."""
-        return [path for each in self.lists for path in (*each[:first], *each[len(each) - last :])]
+    def kept(self, full: list[str], first: int, last: int) -> list[str]:
+        """Of the blocks that ran on a computed step those that run on a cached one too."""
+        kept = {path for each in self.lists for path in (*each[:first], *each[len(each) - last :])}
+        return [path for path in full if path in kept]
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
@@ -195,8 +221,6 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 def leaves(output: Any) -> list[torch.Tensor]:
     """The tensors of an output, in order."""
-    from torch.utils import _pytree as pytree
-
     return [leaf.clone() for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
 
 
@@ -214,7 +238,8 @@ def distance(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
     )
 
 
-def _batch(enable: bool, knobs: dict[str, Any]) -> SimpleNamespace:
+def batch(enable: bool, knobs: dict[str, Any]) -> SimpleNamespace:
+    """A request as stages and models read it."""
     return _Arguments(
         sampling_params=SimpleNamespace(enable_cache_dit=enable, cache_dit_params=knobs or None),
         timesteps=torch.linspace(900, 300, STEPS), is_warmup=False, is_cfg_negative=False, extra={},
@@ -222,27 +247,11 @@ def _batch(enable: bool, knobs: dict[str, Any]) -> SimpleNamespace:
     )
 
 
-def _stage(model: nn.Module, arguments: SimpleNamespace) -> Any:
+def stage_of(model: nn.Module, arguments: SimpleNamespace) -> Any:
+    """The host's denoising stage, as far as caching needs it."""
     from sglang.multimodal_gen.runtime.pipelines_core.stages.denoising import DenoisingStage
 
     stage = DenoisingStage.__new__(DenoisingStage)
     stage.transformer, stage.transformer_2 = model, None
     stage.server_args = arguments
     return stage
-
-
-@contextmanager
-def counted(function: str, module: Any) -> Iterator[Counter]:
-    """Count calls of a module's function inside."""
-    calls: Counter = Counter()
-    own = getattr(module, function)
-
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        calls[function] += 1
-        return own(*args, **kwargs)
-
-    setattr(module, function, wrapper)
-    try:
-        yield calls
-    finally:
-        setattr(module, function, own)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import types
 from typing import Any
 
 import torch
@@ -12,18 +10,10 @@ from .harness import Case, drift, moment, noise
 from .image import GRIDS, _config, _rope
 
 
-def _sgl_kernel() -> None:
-    """Reference versions of CUDA kernels that FLUX.3 imports from a package which does not load on a CPU."""
-    kernels = types.ModuleType("sgl_kernel")
-    kernels.silu_and_mul = lambda x, out: out.copy_(torch.nn.functional.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1])
-    sys.modules.setdefault("sgl_kernel", kernels)
-
-
 def _flux3_image() -> Any:
     from sglang.multimodal_gen.configs.pipeline_configs.flux3_image import flux3_image_dit_config
     from sglang.multimodal_gen.runtime.models.dits.flux3_image import Flux3ImageDiT
 
-    _sgl_kernel()
     return Flux3ImageDiT(
         flux3_image_dit_config(
             hidden_size=32, num_attention_heads=2, depth=1, depth_single_blocks=4, context_in_dim=16,
@@ -101,7 +91,7 @@ def _longcat() -> Any:
 
     return LongCatImageTransformer2DModel(
         _config(
-            LongCatImageDitConfig, in_channels=8, num_layers=3, num_single_layers=4, attention_head_dim=16,
+            LongCatImageDitConfig, in_channels=8, num_layers=4, num_single_layers=4, attention_head_dim=16,
             num_attention_heads=2, joint_attention_dim=16, axes_dims_rope=[4, 6, 6],
         ),
         {},
