@@ -15,6 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     _add_client(commands)
     _add_schema(commands)
     _add_bench(commands)
+    _add_tune(commands)
     args = parser.parse_args(argv)
     return int(args.run(args) or 0)
 
@@ -28,6 +29,14 @@ def _demo_model(args: argparse.Namespace) -> None:
     from .demo import model_dir
 
     print(model_dir())
+
+
+def _add_tune(commands: argparse._SubParsersAction) -> None:
+    from .tune import options
+
+    options.add_arguments(
+        commands.add_parser("tune", help="find the fastest schedule that keeps the quality you name")
+    )
 
 
 def _add_doctor(commands: argparse._SubParsersAction) -> None:

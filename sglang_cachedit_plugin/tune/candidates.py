@@ -1,0 +1,132 @@
+"""What is tried: tuned schedules as requests, and the baselines beside which they are measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .evaluate import OFF
+from .search import growing_window
+from .surrogate import Mask, Method
+
+STATIC = {"steps_computation_policy": "static", "max_warmup_steps": 0}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to serve a request, as a point of the report.
+
+    Args:
+        kind: tuned, fewer_steps, growing_window, baseline or peer.
+        request: sampling parameters.
+        settings: the same as ``cache_config``, where it is one.
+        steps: steps of the request, where they are fewer than the grid's.
+        computed: computed steps where the host's report does not say.
+        family: points that belong on one line.
+    """
+
+    name: str
+    kind: str
+    label: str
+    request: Mapping[str, Any]
+    settings: Mapping[str, Any] | None = None
+    steps: int | None = None
+    computed: float | None = None
+    family: str | None = None
+    mask: Mask | None = None
+    method: Method | None = None
+    drift: tuple[float, ...] | None = None
+    row: Mapping[str, Any] | None = field(default=None)
+
+
+def cached(name: str, kind: str, label: str, settings: Mapping[str, Any], **more: Any) -> Candidate:
+    """A candidate that the plugin serves."""
+    request = {"enable_cache_dit": True, "cache_dit_params": dict(settings)}
+    return Candidate(name=name, kind=kind, label=label, request=request, settings=dict(settings), **more)
+
+
+def row(steps: int, size: tuple[int, ...], timesteps: Any, mask: Mask, method: Method, weights: Any) -> dict[str, Any]:
+    """A schedule's row as the config file carries it."""
+    found: dict[str, Any] = {
+        "steps": steps, "size": "x".join(map(str, size)), "mask": "".join(map(str, mask)), "order": method.order,
+    }
+    if method.damping != 1.0:
+        found["damping"] = method.damping
+    if method.fitted:
+        found["weights"] = [[round(weight, 5) for weight in each] for each in weights]
+        found["timesteps"] = [round(float(place), 4) for place in timesteps]
+    return found
+
+
+def fewer_steps(steps: int) -> Candidate:
+    """The plain baseline: the same picture in fewer steps, nothing cached."""
+    return Candidate(
+        name=f"fewer-{steps}", kind="fewer_steps", label=f"{steps} steps, no cache", request=OFF, steps=steps,
+        computed=float(steps), family="fewer steps",
+    )
+
+
+def growing(steps: int, budget: int) -> list[Candidate]:
+    """Gaps that grow with the step; the last residual, or a linear forecast of the output."""
+    mask = growing_window(steps, budget)
+    shared = {**STATIC, "steps_computation_mask": list(mask)}
+    output = {**shared, "forecast": "output", "forecast_order": 1}
+    return [
+        cached(f"growing-{budget}", "growing_window", f"growing window {budget}, last residual", shared,
+               family="growing window", mask=mask),
+        cached(f"growing-output-{budget}", "growing_window", f"growing window {budget}, linear forecast", output,
+               family="growing window, linear forecast", mask=mask),
+    ]
+
+
+def stock(thresholds: tuple[float, ...] = (0.12, 0.24, 0.4)) -> list[Candidate]:
+    """What Cache-DiT offers: thresholds, presets, calibrators."""
+    found = [
+        cached(f"dbcache-{value:g}", "baseline", f"DBCache, threshold {value:g}", {"residual_diff_threshold": value},
+               family="DBCache")
+        for value in thresholds
+    ]
+    for policy in ("static", "dynamic"):
+        for preset in ("medium", "fast"):
+            settings = {"steps_computation_mask": preset, "steps_computation_policy": policy}
+            found.append(cached(f"scm-{preset}-{policy}", "baseline", f"SCM {preset}, {policy}", settings,
+                                family=f"SCM {policy}"))
+    calibrators: dict[str, dict[str, Any]] = {
+        "TaylorSeer 1": {"enable_taylorseer": True, "taylorseer_order": 1},
+        "DMD": {"enable_dmd": True},
+    }
+    for label, settings in calibrators.items():
+        name = label.lower().replace(" ", "-")
+        found.append(cached(name, "baseline", label, settings, family=label))
+        fixed = {**settings, "steps_computation_mask": "fast", "steps_computation_policy": "static"}
+        found.append(cached(f"{name}-fast", "baseline", f"{label}, SCM fast, static", fixed, family=label))
+    return found
+
+
+def host_peers(steps: int) -> list[Candidate]:
+    """The host's own caches; models without them answer with the uncached picture."""
+    found = [Candidate(name="teacache", kind="peer", label="TeaCache", request={**OFF, "enable_teacache": True})]
+    for window, flex in ((2.0, 0.25), (2.0, 0.75)):
+        params = {"window_size": window, "flex_window": flex, "warmup_steps": 5}
+        found.append(Candidate(
+            name=f"spectrum-{flex:g}", kind="peer", label=f"Spectrum, flex {flex:g}", family="Spectrum",
+            request={**OFF, "enable_spectrum": True, "spectrum_params": params},
+            computed=float(spectrum_computed(steps, window, flex, 5)),
+        ))
+    return found
+
+
+def spectrum_computed(steps: int, window: float, flex: float, warmup: int) -> int:
+    """Steps that the host's Spectrum computes (``runtime/cache/spectrum.py``, ``begin_spectrum_step``)."""
+    computed = consecutive = 0
+    for step in range(steps):
+        real = True
+        if step >= warmup:
+            real = (consecutive + 1) % max(1, math.floor(window)) == 0
+            if real:
+                window = round(window + flex, 3)
+        computed += real
+        consecutive = 0 if real else consecutive + 1
+    return computed

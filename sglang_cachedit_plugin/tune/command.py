@@ -1,0 +1,182 @@
+"""``sglang-cachedit tune``: checks before anything starts, files at the end."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import host
+from ..errors import CacheDitError, SettingError
+from . import job, outcome, report, write
+from .engine import Engine
+from .evaluate import Evaluator, Grid, Progress, Prompt
+from .job import Plan, Result
+from .store import Store, fingerprint
+
+BACKENDS = {"native": "sglang", "sglang": "sglang", "diffusers": "diffusers"}
+COMMAND_LINE = "command line"
+
+
+def tune(args: argparse.Namespace) -> int:
+    """Run; status 2 for options that cannot be used, 130 when interrupted."""
+    try:
+        plan = prepare(args)
+        request, server = _pairs(args.request, "--request"), _pairs(args.server, "--server")
+    except (CacheDitError, OSError) as error:
+        print(f"cache-dit: error: {error}", file=sys.stderr)
+        return 2
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    progress = Progress(args.quiet)
+    backend = BACKENDS[args.backend]
+    facts = fingerprint(args.model_path, backend=backend, server=server, **_versions())
+    store = Store(args.work / "evaluations", facts)
+    engine = Engine(args.model_path, backend, args.work / "record" / str(os.getpid()), server)
+    evaluator = Evaluator(engine, store, request, progress)
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        results = job.run(plan, evaluator, progress.stage)
+        _finish(args, plan, results, evaluator)
+    except KeyboardInterrupt:
+        progress.end()
+        print(f"Interrupted. The same command goes on from what is in {args.work}.", file=sys.stderr)
+        return 130
+    except CacheDitError as error:
+        progress.end()
+        print(f"cache-dit: error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)
+        engine.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    progress.end()
+    return 0
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def prepare(args: argparse.Namespace) -> Plan:
+    """What the options ask for.
+
+    Raises:
+        SettingError, OSError: an option that cannot be used.
+    """
+    if not Path(args.model_path).is_dir():
+        raise SettingError("--model-path", args.model_path, COMMAND_LINE, "expected a folder")
+    grids = [Grid(steps, size) for steps in _whole_numbers(args.steps) for size in _sizes(args.size)]
+    target = {
+        name: value for name in ("min_psnr", "min_ssim", "speedup", "budget")
+        if (value := getattr(args, name)) is not None
+    }
+    most = min(grid.steps for grid in grids)
+    for name, low, high in (("speedup", 1.0, float(most)), ("budget", 1, most), ("min_ssim", 0.0, 1.0)):
+        if name in target and not low <= target[name] <= high:
+            flag = "--" + name.replace("_", "-")
+            raise SettingError(flag, target[name], COMMAND_LINE, f"expected a number from {low:g} to {high:g}")
+    for flag, value, low in (("--evaluations", args.evaluations, 0), ("--tune-limit", args.tune_limit, 1),
+                             ("--heldout-limit", args.heldout_limit, 1)):
+        if value < low:
+            raise SettingError(flag, value, COMMAND_LINE, f"expected at least {low}")
+    tuning, heldout = _prompts(args)
+    return Plan(
+        grids=grids, tune=tuning[: args.tune_limit], heldout=heldout[: args.heldout_limit], target=target,
+        seed=args.seed, evaluations=args.evaluations, peers=args.peers,
+    )
+
+
+def _prompts(args: argparse.Namespace) -> tuple[list[Prompt], list[Prompt]]:
+    texts = _lines(args.prompts, "--prompts")
+    if args.heldout is not None:
+        held = _lines(args.heldout, "--heldout")
+    else:
+        if len(texts) < 3:
+            raise SettingError("--prompts", str(args.prompts), COMMAND_LINE, "expected 3 prompts or more, or --heldout")
+        held = texts[2::3]
+        texts = [text for number, text in enumerate(texts) if number % 3 != 2]
+    first = args.seed + len(texts)
+    return (
+        [Prompt(text, args.seed + number) for number, text in enumerate(texts)],
+        [Prompt(text, first + number) for number, text in enumerate(held)],
+    )
+
+
+def _lines(path: Path, flag: str) -> list[str]:
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    if not (lines := [line for line in lines if line]):
+        raise SettingError(flag, str(path), COMMAND_LINE, "the file has no prompts")
+    return lines
+
+
+def _whole_numbers(text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = [0]
+    if min(numbers) < 2 or len(set(numbers)) < len(numbers):
+        raise SettingError("--steps", text, COMMAND_LINE, "expected different whole numbers of at least 2")
+    return numbers
+
+
+def _sizes(text: str) -> list[tuple[int, ...]]:
+    try:
+        sizes = [tuple(int(part) for part in size.lower().split("x")) for size in text.split(",")]
+    except ValueError:
+        sizes = [()]
+    if any(len(size) not in (2, 3) or min(size) < 1 for size in sizes):
+        raise SettingError("--size", text, COMMAND_LINE, "expected WIDTHxHEIGHT such as 1024x1024")
+    return sizes
+
+
+def _pairs(texts: Sequence[str], flag: str) -> dict[str, Any]:
+    import yaml
+
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise SettingError(flag, text, COMMAND_LINE, "expected NAME=VALUE")
+        found[name] = yaml.safe_load(value)
+    return found
+
+
+def _versions() -> dict[str, Any]:
+    return {name: host.version(name) for name in ("sglang", "cache-dit", "sglang-cachedit-plugin", "torch")}
+
+
+def _finish(args: argparse.Namespace, plan: Plan, results: Sequence[Result], evaluator: Evaluator) -> None:
+    model = {"name": Path(args.model_path).name, "backend": args.backend}
+    versions = _versions()
+    provenance = {
+        "command": _command(), "date": datetime.date.today().isoformat(),
+        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        "host": versions["sglang"], "cache_dit": versions["cache-dit"], "seed": args.seed,
+        "prompts": {"tune": len(plan.tune), "heldout": len(plan.heldout)},
+    }
+    write.write(args.out, results, provenance, model)
+    print(f"\n{args.out}:")
+    print("\n".join(write.header(results, provenance, model)[7:]))
+    if args.report is not None:
+        figures = outcome.results(plan, results, evaluator, provenance, model, args.report)
+        print(f"Report: {report.write_report(figures, args.report)}")
+
+
+def _command() -> str:
+    return "sglang-cachedit " + shlex.join(_relative(argument) for argument in sys.argv[1:])
+
+
+def _relative(argument: str) -> str:
+    """Paths as seen from here, so that files carry no machine's folders."""
+    path = Path(argument)
+    return path.name if path.is_absolute() else argument

@@ -1,0 +1,179 @@
+"""One tuning run: every grid, its held-out figures, the chosen points."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from . import candidates, verdict
+from .candidates import Candidate
+from .evaluate import SHEET, Evaluator, Grid, Prompt
+from .polish import Say, Tuner
+from .verdict import Point
+
+SHARES = (0.25, 0.35, 0.5, 0.6)
+"""Parts of the steps that are computed in the named profiles."""
+PEERS = ("none", "plain", "all")
+REFINEMENTS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is asked for.
+
+    Args:
+        target: ``min_psnr``, ``min_ssim``, ``speedup`` or ``budget`` with its value.
+        peers: which others are measured: none, plain (fewer steps, growing window) or all.
+        evaluations: trials in the host for each budget.
+    """
+
+    grids: Sequence[Grid]
+    tune: Sequence[Prompt]
+    heldout: Sequence[Prompt]
+    target: Mapping[str, float]
+    seed: int
+    evaluations: int
+    peers: str
+    shares: Sequence[float] = SHARES
+
+
+@dataclass
+class Result:
+    """One grid's outcome.
+
+    Args:
+        profiles: profile name -> point that serves it.
+        rows: point name -> its row of the config file.
+    """
+
+    grid: Grid
+    points: list[Point] = field(default_factory=list)
+    rows: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    profiles: dict[str, Point] = field(default_factory=dict)
+    chosen: Point | None = None
+    remarks: list[str] = field(default_factory=list)
+    step_seconds: dict[str, float] = field(default_factory=dict)
+    methods: list[dict[str, Any]] = field(default_factory=list)
+
+
+def run(plan: Plan, evaluator: Evaluator, say: Say) -> list[Result]:
+    """Tune every grid."""
+    return [_Grid(plan, evaluator, grid, say).run() for grid in plan.grids]
+
+
+class _Grid:
+    def __init__(self, plan: Plan, evaluator: Evaluator, grid: Grid, say: Say):
+        self.plan, self.evaluator, self.grid, self.say = plan, evaluator, grid, say
+        self.result = Result(grid=grid)
+        self.tuner = Tuner(
+            evaluator, grid, plan.tune, seed=plan.seed, evaluations=plan.evaluations, say=say
+        )
+
+    def run(self) -> Result:
+        """Budgets, held-out figures, the choice."""
+        shares = self._budgets()
+        self._compare_methods(sorted(shares.values())[len(shares) // 2])
+        # From many computed steps to few; each budget stands for itself, so that a run can be resumed anywhere.
+        for budget in sorted(set(shares.values()), reverse=True):
+            self._add_tuned(budget)
+        for candidate in self._others(sorted(set(shares.values()))):
+            self._verify(candidate)
+        self._choose()
+        self.result.profiles = {name: self._point(f"tuned-{budget}") for name, budget in shares.items()}
+        self._times()
+        return self.result
+
+    def _budgets(self) -> dict[str, int]:
+        least = len(self.tuner.fixed)
+        shares = {
+            f"tuned-{round(100 * share)}": max(least, round(share * self.grid.steps)) for share in self.plan.shares
+        }
+        target = self.plan.target
+        if target.get("budget"):
+            shares["chosen"] = int(target["budget"])
+        elif target.get("speedup"):
+            shares["chosen"] = max(least, int(self.grid.steps / target["speedup"]))
+        return shares
+
+    def _compare_methods(self, budget: int) -> None:
+        tried = self.tuner.compare_methods(budget)
+        best = tried[0]
+        self.result.methods = [
+            {"method": f"output, {t.method.name}", "score": t.score, "computed": sum(t.mask)} for t in tried
+        ]
+        self.say(f"{self.grid.label}: the same schedule with the residual forecast")
+        for candidate in self.tuner.residual_variants(best.mask):
+            value = self.tuner.trial_score(candidate)
+            self.result.methods.append({"method": candidate.label, "score": value, "computed": sum(best.mask)})
+        if self.result.methods[0]["score"] < max(each["score"] for each in self.result.methods):
+            winner = max(self.result.methods, key=lambda each: each["score"])
+            self.result.remarks.append(
+                f"on tuning prompts {winner['method']} was better than any forecast of the output at {budget} steps"
+            )
+
+    def _add_tuned(self, budget: int) -> None:
+        candidate = self.tuner.tune(budget)
+        self.result.rows[candidate.name] = candidate.row or {}
+        self._verify(candidate)
+
+    def _verify(self, candidate: Candidate) -> None:
+        self.say(f"{self.grid.label}: {candidate.label} on {len(self.plan.heldout)} held-out prompts")
+        point = verdict.verify(self.evaluator, self.grid, self.plan.heldout, candidate)
+        if point is None:
+            self.result.remarks.append(f"{candidate.label}: the model does not have it")
+        else:
+            self.result.points.append(point)
+
+    def _others(self, budgets: Sequence[int]) -> list[Candidate]:
+        if self.plan.peers == "none":
+            return []
+        steps = self.grid.steps
+        found = [candidates.fewer_steps(budget) for budget in budgets]
+        for budget in budgets:
+            found += candidates.growing(steps, budget)
+        if self.plan.peers == "all":
+            extra = sorted({round(steps * share) for share in (0.43, 0.7)} - set(budgets))
+            found += [candidates.fewer_steps(budget) for budget in extra]
+            found += [*candidates.stock(), *candidates.host_peers(steps)]
+        return found
+
+    def _choose(self) -> None:
+        point, remark = verdict.choose(self.result.points, self.grid.steps, self.plan.target)
+        metric = next((name for name in ("psnr", "ssim") if f"min_{name}" in self.plan.target), None)
+        for _ in range(REFINEMENTS if metric else 0):
+            budget = self._between(metric)
+            if budget is None:
+                break
+            self._add_tuned(budget)
+            if self.plan.peers != "none":
+                self._verify(candidates.fewer_steps(budget))
+            point, remark = verdict.choose(self.result.points, self.grid.steps, self.plan.target)
+        self.result.chosen = point
+        if remark:
+            self.result.remarks.append(remark)
+
+    def _between(self, metric: str) -> int | None:
+        """A budget between the cheapest that meets the target and the next that does not; above all if none does."""
+        least = self.plan.target[f"min_{metric}"]
+        tuned = [p for p in self.result.points if p["kind"] == "tuned"]
+        good = min((round(p["computed"]) for p in tuned if p[metric]["mean"] >= least), default=self.grid.steps)
+        failed = [round(p["computed"]) for p in tuned if p[metric]["mean"] < least]
+        bad = max((computed for computed in failed if computed < good), default=1)
+        middle = (good + bad) // 2
+        return middle if bad < middle < good else None
+
+    def _point(self, name: str) -> Point:
+        return next(point for point in self.result.points if point["name"] == name)
+
+    def _times(self) -> None:
+        prompts = self.plan.heldout
+        uncached = [self.evaluator.reference(prompt, self.grid)["denoising_s"] for prompt in prompts]
+        self.result.step_seconds = {"computed": float(np.median(uncached)) / self.grid.steps}
+
+    @property
+    def sheet_prompts(self) -> Sequence[Prompt]:
+        """Prompts of which pictures are kept."""
+        return self.plan.heldout[:SHEET]

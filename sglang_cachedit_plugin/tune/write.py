@@ -1,0 +1,109 @@
+"""The config file of a tuning run: profiles for several budgets, the chosen one in force, figures in the header."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..sources import read_file
+from . import verdict
+from .candidates import STATIC
+from .job import Result
+from .verdict import Point
+
+
+class _Dumper(yaml.SafeDumper):
+    """Masks quoted, lists of numbers on one line, no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _sequence(dumper: yaml.SafeDumper, value: list[Any]) -> yaml.Node:
+    flat = all(isinstance(each, int | float | str) for each in value)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=flat)
+
+
+_Dumper.add_representer(list, _sequence)
+
+
+def config(results: Sequence[Result]) -> dict[str, Any]:
+    """The file's contents: every grid's rows in each profile, the chosen rows in ``cache_config``."""
+    shared = {"forecast": "output", **STATIC}
+    profiles: dict[str, Any] = {}
+    for result in results:
+        for name, point in result.profiles.items():
+            if name == "chosen":
+                continue
+            served = verdict.better(result.points, point)
+            if served is None:
+                profile = profiles.setdefault(name, {**shared, "schedules": []})
+                profile["schedules"].append(dict(result.rows[point["name"]]))
+            elif served["kind"] in verdict.CACHE_KINDS and len(results) == 1:
+                profiles[name] = dict(served["settings"])
+    rows = [dict(result.rows[result.chosen["name"]]) for result in results if result.chosen is not None]
+    chosen = {**shared, "schedules": rows}
+    if len(results) == 1 and results[0].chosen is not None:
+        served = verdict.better(results[0].points, results[0].chosen)
+        if served is not None and served["kind"] in verdict.CACHE_KINDS:
+            chosen = dict(served["settings"])
+    return {"cache_config": chosen, "profiles": profiles}
+
+
+def header(results: Sequence[Result], provenance: Mapping[str, Any], model: Mapping[str, Any]) -> list[str]:
+    """Figures and provenance, as comment lines without the mark."""
+    lines = [
+        f"Schedules tuned for {model['name']}, {model['backend']} backend.",
+        f"  {provenance['command']}",
+        f"{provenance['date']}, {provenance['machine']}, SGLang {provenance['host']}, "
+        f"cache-dit {provenance['cache_dit']}, seed {provenance['seed']},",
+        f"{provenance['prompts']['tune']} prompts to tune on, {provenance['prompts']['heldout']} held-out prompts.",
+        "Serve with --cache-dit-config THIS_FILE; a request takes another profile with cache_dit_params.profile.",
+        "Steps or sizes that are not listed: the nearest row is resampled, and the report of the request says so.",
+    ]
+    for result in results:
+        lines += ["", f"{result.grid.label}, against the uncached pictures of the held-out prompts:"]
+        lines += [f"  {_figures(point)}" for point in sorted(result.points, key=lambda p: (p["computed"], p["name"]))
+                  if point["kind"] in ("tuned", "fewer_steps")]
+        if result.chosen is not None:
+            lines += _wrapped(f"chosen: {verdict.verdict(result.points, result.chosen)}")
+        for name, point in result.profiles.items():
+            served = verdict.better(result.points, point)
+            if served is not None:
+                lines += _wrapped(
+                    f"profile {name}: {served['label']} was better ({served['psnr']['mean']:.1f} dB), "
+                    + ("it is in the file instead" if served["kind"] in verdict.CACHE_KINDS and len(results) == 1
+                       else "the profile has no schedule for this")
+                )
+        for remark in result.remarks:
+            lines += _wrapped(remark)
+    return lines
+
+
+def _figures(point: Point) -> str:
+    text = (
+        f"{point['label']:<24} PSNR {point['psnr']['mean']:5.1f} dB mean {point['psnr']['min']:5.1f} worst"
+    )
+    if point.get("ssim"):
+        text += f", SSIM {point['ssim']['mean']:.4f} mean {point['ssim']['min']:.4f} worst"
+    return text
+
+
+def _wrapped(text: str, width: int = 112) -> list[str]:
+    import textwrap
+
+    return textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="    ")
+
+
+def write(path: Path, results: Sequence[Result], provenance: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+    """Write the file, after reading it back the way a server will."""
+    comments = "".join(f"# {line}".rstrip() + "\n" for line in header(results, provenance, model))
+    body = config(results)
+    text = comments + yaml.dump(body, Dumper=_Dumper, sort_keys=False, width=1000)
+    read_file(body)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    read_file(str(path))

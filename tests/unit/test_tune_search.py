@@ -1,0 +1,187 @@
+"""The search: exact against all masks, improved on a known optimum, foretold against a loop that is really run."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sglang_cachedit_plugin.forecast import damped_weights
+from sglang_cachedit_plugin.tune import search
+from sglang_cachedit_plugin.tune.surrogate import Method, foretell, score
+from sglang_cachedit_plugin.tune.trajectory import Trajectories, combine, products
+
+STEPS = 7
+
+
+def random_cost(seed: int):
+    table = np.random.default_rng(seed).random((STEPS + 1, STEPS + 1, STEPS + 1))
+    return lambda before, step, following: 0.0 if following == step + 1 else float(table[before, step, following])
+
+
+def segments(mask, cost) -> list[float]:
+    computed = [step for step, one in enumerate(mask) if one]
+    ends = [*computed[1:], len(mask)]
+    before = [0, *computed[:-1]]
+    return [cost(*each) for each in zip(before, computed, ends, strict=True)]
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), budget=st.integers(1, STEPS), minimax=st.booleans())
+def test_the_dynamic_programme_finds_the_best_of_all_masks(seed, budget, minimax):
+    cost = random_cost(seed)
+    found = search.shortest(cost, STEPS, budget, minimax=minimax)
+    masks = [search.as_mask((0, *rest), STEPS) for rest in itertools.combinations(range(1, STEPS), budget - 1)]
+
+    def value(mask):
+        errors = segments(mask, cost)
+        return sorted((e for e in errors if e > 0), reverse=True) if minimax else sum(e**4 for e in errors)
+
+    assert found in masks
+    best = min(map(value, masks))
+    assert value(found) == (best if minimax else pytest.approx(best, rel=1e-12))
+
+
+@given(steps=st.integers(1, 60), data=st.data())
+def test_a_growing_window_grows(steps, data):
+    budget = data.draw(st.integers(1, steps))
+    mask = search.growing_window(steps, budget)
+    assert len(mask) == steps and sum(mask) == budget and mask[0] == 1
+    computed = [step for step, one in enumerate(mask) if one]
+    gaps = [after - before for before, after in itertools.pairwise(computed)]
+    assert all(later >= earlier - 1 for earlier, later in itertools.pairwise(gaps))
+
+
+def test_every_swap_is_a_move_and_the_first_step_stays():
+    found = list(search.moves((1, 1, 0, 0)))
+    assert sorted(found) == [(1, 0, 0, 1), (1, 0, 1, 0)]
+
+
+def test_annealing_and_climbing_find_a_known_optimum():
+    best = search.as_mask([0, 2, 3, 7, 11, 12], 14)
+
+    def likeness(mask):
+        return -float(sum(one != other for one, other in zip(mask, best, strict=True)))
+
+    start = search.as_mask(range(6), 14)
+    assert search.anneal(likeness, start, 400, random.Random(1)) == best
+    assert search.climb(likeness, start) == best
+    first = search.anneal(likeness, start, 25, random.Random(2))
+    assert search.anneal(likeness, start, 25, random.Random(2)) == first
+
+
+SIGMAS = np.array([1.0, 0.9, 0.78, 0.6, 0.45, 0.25, 0.1])
+CHANGE = np.append(SIGMAS[1:], 0.0) - SIGMAS
+
+
+LINEAR = Method(1)
+
+
+def loop(start: np.ndarray, field, mask=(1,) * STEPS, method=LINEAR):
+    """Euler's method with forecasts, really run: inputs, outputs and the final state."""
+    x, known, inputs, outputs = start, [], [], []
+    for step in range(STEPS):
+        inputs.append(x)
+        if mask[step]:
+            output = field(step, x)
+            known.append((1000 * SIGMAS[step], output))
+        else:
+            used = known[-(method.order + 1):]
+            weights = damped_weights([place for place, _ in used], 1000 * SIGMAS[step], method.damping)
+            output = sum(weight * value for weight, (_, value) in zip(weights, used, strict=True))
+        outputs.append(output)
+        x = x + CHANGE[step] * output
+    return np.stack(inputs), np.stack(outputs), x
+
+
+def recorded(field, count=3) -> tuple[Trajectories, list[np.ndarray]]:
+    starts = [np.random.default_rng(seed).normal(size=40) for seed in range(count)]
+    runs = [loop(start, lambda step, x, b=b: field(b, step, x)) for b, start in enumerate(starts)]
+    return Trajectories(
+        timesteps=1000 * SIGMAS, change=CHANGE, gram=np.stack([products(run[1]) for run in runs]),
+        peak=np.array([np.ptp(run[2]) for run in runs]),
+    ), starts
+
+
+def wavy(prompt, step, x):
+    direction = np.random.default_rng(prompt).normal(size=(2, 40))
+    return direction[0] * np.cos(4 * SIGMAS[step]) + direction[1] * SIGMAS[step] ** 2
+
+
+MASK = (1, 1, 0, 1, 0, 0, 1)
+
+
+@pytest.mark.parametrize("method", [Method(1), Method(2, 0.6)])
+def test_the_foretold_error_is_that_of_the_loop_where_drift_stays(method):
+    trajectories, starts = recorded(wavy)
+    found = foretell(trajectories, MASK, method)
+    for prompt, start in enumerate(starts):
+        exact = loop(start, lambda step, x, p=prompt: wavy(p, step, x))[2]
+        real = loop(start, lambda step, x, p=prompt: wavy(p, step, x), MASK, method)[2]
+        error = np.mean((real - exact) ** 2) / np.ptp(exact) ** 2
+        assert found.decibels[prompt] == pytest.approx(-10 * np.log10(error + 1e-7), abs=1e-6)
+
+
+def test_the_foretold_error_is_that_of_the_loop_where_drift_vanishes():
+    def towards(prompt, step, x):
+        return (x - 3.0 * wavy(prompt, step, x)) / SIGMAS[step]
+
+    trajectories, starts = recorded(towards)
+    mask = (1, 1, 0, 1, 0, 1, 0)
+    found = foretell(replace(trajectories, recall=1.0), mask, Method(1))
+    for prompt, start in enumerate(starts):
+        exact = loop(start, lambda step, x, p=prompt: towards(p, step, x))[2]
+        real = loop(start, lambda step, x, p=prompt: towards(p, step, x), mask, Method(1))[2]
+        error = np.mean((real - exact) ** 2) / np.ptp(exact) ** 2
+        assert found.decibels[prompt] == pytest.approx(-10 * np.log10(error + 1e-7), abs=1e-6)
+
+
+def test_all_computed_is_without_error_and_fitted_weights_beat_the_polynomial():
+    trajectories, _ = recorded(wavy)
+    assert foretell(trajectories, (1,) * STEPS, Method(1)).decibels.min() == pytest.approx(70.0)
+    fitted = foretell(trajectories, MASK, Method(fitted=3))
+    assert fitted.score > foretell(trajectories, MASK, Method(1)).score + 3.0
+    assert [len(row) for row in fitted.weights] == [2, 3, 3]
+
+
+def test_nothing_is_extrapolated_over_the_start_of_another_transformer():
+    trajectories, _ = recorded(wavy)
+    two = replace(trajectories, starts=frozenset({0, 3}))
+    found = foretell(two, (1, 1, 1, 1, 0, 1, 1), Method(2))
+    assert found.weights == ((1.0,),)
+    # A step that begins a transformer is computed whatever the mask says.
+    assert foretell(two, (1, 1, 1, 0, 0, 1, 1), Method(2)).decibels == pytest.approx(found.decibels)
+
+
+def test_segment_costs_are_zero_next_to_each_other_and_grow_with_the_gap():
+    trajectories, _ = recorded(lambda prompt, step, x: np.exp(3 * SIGMAS[step]) * wavy(prompt, 0, x))
+    cost = search.segment_costs(trajectories)
+    assert cost(0, 1, 2) == 0.0
+    assert 0.0 < cost(0, 1, 3) < cost(0, 1, 4) < cost(0, 1, 6)
+
+
+def test_guidance_is_found_from_the_latents():
+    rng = np.random.default_rng(0)
+    cond, uncond = rng.normal(size=(2, STEPS, 50))
+    mixed = uncond + 4.0 * (cond - uncond)
+    places = np.cumsum(np.concatenate([rng.normal(size=(1, 50)), CHANGE[:, None] * mixed]), axis=0)
+    velocity, change = combine({"cond": cond, "uncond": uncond}, places[:-1], places[-1], 1000 * SIGMAS)
+    np.testing.assert_allclose(velocity, mixed, atol=1e-8)
+    np.testing.assert_allclose(change, CHANGE)
+
+
+def test_without_comparable_latents_the_first_branch_stands_for_all():
+    outputs = np.ones((STEPS, 5))
+    velocity, change = combine({"cond": outputs}, np.ones((STEPS, 9)), np.ones(5), 1000 * SIGMAS)
+    assert velocity is outputs
+    np.testing.assert_allclose(change, CHANGE)
+
+
+def test_the_score_leans_to_the_worst():
+    assert score([40.0, 40.0]) == 40.0
+    assert score([60.0, 20.0]) == pytest.approx(35.0)
