@@ -65,9 +65,9 @@ class Axis:
         """Pixel of a value."""
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
-    def ticks(self, most: int) -> list[float]:
-        """At most about ``most`` round values within the axis."""
-        rough = (self.high - self.low) / max(1, most)
+    def ticks(self, most: int, *, least: float = 0.0) -> list[float]:
+        """At most about ``most`` round values within the axis, ``least`` or more apart."""
+        rough = max(least, (self.high - self.low) / max(1, most))
         power = 10.0 ** math.floor(math.log10(rough))
         step = next(power * unit for unit in (1, 2, 5, 10) if power * unit >= rough)
         first = math.ceil(self.low / step - 1e-9)

@@ -18,9 +18,10 @@ from ..defaults import Defaults
 from ..errors import CacheDitError, SettingError
 from ..sources import FileConfig, read_file
 from . import chart, summary
-from .hosts import HostProcess, arguments, environment
+from .hosts import HostError, HostProcess, arguments, environment
 from .run import Host, Seat, Work, run
 from .server import Server
+from .server import profiles as server_profiles
 from .variants import Variant, parse_settings, plan
 
 _PACKAGES = ("sglang", "cache-dit", "torch", "diffusers", "sglang-cachedit-plugin")
@@ -30,7 +31,7 @@ def bench(args: argparse.Namespace) -> int:
     """Run the comparison; status 1 where a variant failed altogether, 2 for bad options."""
     try:
         variants, work = prepare(args)
-    except (CacheDitError, OSError, ValueError) as error:
+    except (CacheDitError, HostError, OSError, ValueError) as error:
         print(f"cache-dit: error: {error}", file=sys.stderr)
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
@@ -53,14 +54,14 @@ def prepare(args: argparse.Namespace) -> tuple[list[Variant], Work]:
     """What is to be done, checked.
 
     Raises:
-        SettingError, OSError, ValueError: an option that cannot be used.
+        SettingError, HostError, OSError, ValueError: an option that cannot be used.
     """
     if bool(args.model_path) == bool(args.url):
         raise SettingError("--model-path", args.model_path, "command line", "expected either a model or --url")
     if any(flag.split("=")[0] in ("--cache-dit-config", "--model-path", "--backend") for flag in args.host_flags):
         raise SettingError("--", " ".join(args.host_flags), "command line", "give this option before the --")
     file = read_file(args.cache_dit_config) if args.cache_dit_config else FileConfig()
-    profiles = sorted(Defaults(file=file).profiles)
+    profiles = server_profiles(args.url) if args.url else sorted(Defaults(file=file).profiles)
     variants = plan(args.variant, args.stock, args.set, profile=args.profile, profiles=profiles,
                     with_stock=not (args.no_stock or args.url))
     prompts = [*args.prompt]

@@ -102,14 +102,16 @@ class HostProcess:
         HostError: it did not start.
     """
 
+    WORKER = (sys.executable, "-m", f"{__package__}.worker")
+
     def __init__(self, host_arguments: Sequence[str], env: Mapping[str, str], log: Path, timeout: float):
-        self.log, self.timeout = log, timeout
+        self.log, self.timeout, self._patience = log, timeout, 30.0
         self._replies, theirs = os.pipe()
         self._pending = b""
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", f"{__package__}.worker", str(theirs)],
+                [*self.WORKER, str(theirs)],
                 stdin=subprocess.PIPE, stdout=out, stderr=out, env=dict(env), pass_fds=(theirs,),
                 start_new_session=True, text=True,
             )
@@ -154,6 +156,7 @@ class HostProcess:
         while b"\n" not in self._pending:
             readable, _, _ = select.select([self._replies], [], [], max(0.0, deadline - time.monotonic()))
             if not readable:
+                self._patience = 0.0
                 raise HostError(f"no answer within {self.timeout:g} s")
             part = os.read(self._replies, 1 << 16)
             if not part:
@@ -172,7 +175,7 @@ class HostProcess:
         if self.process.stdin is not None and self.process.poll() is None:
             try:
                 self.process.stdin.close()
-                self.process.wait(timeout=30)
+                self.process.wait(timeout=self._patience)
             except (OSError, subprocess.TimeoutExpired):
                 pass
         for end in (signal.SIGTERM, signal.SIGKILL):

@@ -17,6 +17,22 @@ from .worker import save
 _IMAGES, _VIDEOS = "/v1/images/generations", "/v1/videos"
 
 
+def profiles(url: str) -> list[str]:
+    """Names of the profiles that the server knows.
+
+    Raises:
+        HostError: nothing answers there, or a server without the plugin.
+    """
+    import httpx
+
+    try:
+        answer = httpx.get(url.rstrip("/") + "/v1/cache_dit", timeout=30)
+        answer.raise_for_status()
+        return list(answer.json()["profiles"])
+    except (httpx.HTTPError, KeyError, ValueError) as error:
+        raise HostError(f"{url}: {error}") from None
+
+
 class Server:
     """Requests to ``url``; seconds are those of this client.
 

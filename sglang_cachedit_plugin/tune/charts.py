@@ -97,7 +97,7 @@ def _frame(axes: tuple[Axis, Axis], title: str, below: str) -> list[Shape]:
         shapes.append(Shape(kind="line", points=((x.start, level), (x.end, level)), colour="rule"))
         shapes.append(Shape(kind="text", points=((x.start - 6, level + 4),), text=f"{value:g}", anchor="end",
                             size=SMALL, colour="muted"))
-    for value in x.ticks(8):
+    for value in x.ticks(8, least=1):
         shapes.append(Shape(kind="text", points=((x.at(value), y.start + 16),), text=f"{value:g}", anchor="middle",
                             size=SMALL, colour="muted"))
     shapes.append(Shape(kind="text", points=((x.end, y.start + 34),), text=below, anchor="end", size=SMALL,
@@ -106,9 +106,9 @@ def _frame(axes: tuple[Axis, Axis], title: str, below: str) -> list[Shape]:
 
 
 def _series(points: Sequence[Point]) -> list[list[Point]]:
-    """Points that a line joins: those of a joined kind, or of one ``family``, by computed steps."""
+    """Points that a line joins: those of one kind and ``family``, by computed steps; single points have none."""
     def key(point: Point) -> str:
-        return point["kind"] if LOOKS[point["kind"]].joined else f"{point['kind']} {point.get('family') or ''}"
+        return f"{point['kind']} {point.get('family') or ''}"
 
     ordered = sorted(points, key=lambda point: (key(point), point["computed"]))
     groups = [list(group) for _, group in groupby(ordered, key)]
@@ -156,7 +156,7 @@ def _wanted(points: Sequence[Point], chosen: str | None, which: str) -> list[tup
     in_series: set[int] = set()
     for group in sorted(_series(points), key=lambda group: list(LOOKS).index(group[0]["kind"])):
         look = LOOKS[group[0]["kind"]]
-        text = look.name if look.joined else group[0]["family"]
+        text = group[0].get("family") or look.name
         wanted.append((text, [group[-1], group[0], *group[1:-1]], look.colour, look.joined))
         in_series |= {id(point) for point in group}
     for point in sorted(points, key=lambda point: -point["psnr"][which]):

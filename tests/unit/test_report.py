@@ -99,8 +99,8 @@ def test_differences_share_one_amplification(written, tmp_path):
     rows = sheet.read(written[0]["sheet"], written[1].parent)
     factor = sheet.amplification(rows)
     differences = [cell.difference for row in rows for cell in row.cells if cell.difference is not None]
-    biggest = max(np.percentile(difference, 99) for difference in differences)
-    assert factor * biggest <= 255 < 2 * factor * biggest
+    middle = np.median([np.percentile(difference, 99) for difference in differences])
+    assert factor * middle <= 255 < 2 * factor * middle
     chosen = rows[0].cells[1]
     assert chosen.column == "chosen"
     assert np.array_equal(sheet.amplified(chosen.difference, 2), np.minimum(chosen.difference.astype(int) * 2, 255))
@@ -121,3 +121,7 @@ def test_labels_never_overlap():
 ])
 def test_ticks_are_round_and_within_the_axis(low, high, ticks):
     assert Axis(low, high, 0, 100).ticks(6) == pytest.approx(ticks)
+
+
+def test_steps_have_whole_ticks():
+    assert Axis(1.8, 5.2, 0, 100).ticks(8, least=1) == [2, 3, 4, 5]
