@@ -94,11 +94,13 @@ def reading(reply: Mapping[str, Any]) -> dict[str, Any]:
     metrics = reply.get("metrics") or {}
     report = metrics.get("cache_dit") or {}
     enabled = report.get("enabled")
+    denoising, steps = _denoising(metrics, report), metrics.get("steps") or None
     return {
         "error": None,
         "seconds": reply["seconds"],
-        "denoising_s": _denoising(metrics, report),
-        "steps_ms": metrics.get("steps") or None,
+        "denoising_s": denoising,
+        "steps_ms": steps,
+        "setup_s": denoising - sum(steps) / 1000.0 if steps and denoising is not None else None,
         "computed": report.get("computed_steps") if enabled else None,
         "cached": report.get("cached_steps") if enabled else None,
         "reason": report.get("reason") if report else None,

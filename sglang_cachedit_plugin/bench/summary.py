@@ -111,16 +111,24 @@ def _most(records: Records, field: str) -> float | None:
 
 
 def switch_cost(own: Records) -> dict[str, Any] | None:
-    """What a changed knob costs: the requests right after a change against the steady ones of the same prompt."""
+    """What a changed knob costs: the requests right after a change against the steady ones of the same prompt.
+
+    ``cost_s`` compares whole requests, ``setup_cost_s`` only what denoising spends outside its steps: mounts and
+    refreshes are there, and it does not vary with the steps.
+    """
     tried = [record for record in own if record["phase"].startswith("switch")]
     if not tried:
         return None
     error = next((record["error"] for record in tried if record["error"]), None)
-    after = [record["seconds"] for record in tried if not record["error"]]
-    steady = [record["seconds"] for record in of_phase(own, "timed") if record["prompt"] == 0]
-    cost = median(after) - median(steady) if after and steady and error is None else None
-    spread = max(steady) - min(steady) if len(steady) > 1 else None
-    return {"cost_s": cost, "steady_spread_s": spread, "requests": len(tried), "error": error}
+    after = [record for record in tried if not record["error"]]
+    steady = [record for record in of_phase(own, "timed") if record["prompt"] == 0]
+    costs = {}
+    for name, field in (("cost_s", "seconds"), ("setup_cost_s", "setup_s")):
+        sides = [[record[field] for record in side if record.get(field) is not None] for side in (after, steady)]
+        costs[name] = median(sides[0]) - median(sides[1]) if all(sides) and error is None else None
+    seconds = [record["seconds"] for record in steady]
+    spread = max(seconds) - min(seconds) if len(seconds) > 1 else None
+    return {**costs, "steady_spread_s": spread, "requests": len(tried), "error": error}
 
 
 def _quality(
@@ -145,7 +153,7 @@ def _quality(
 
 COLUMNS = (
     "variant", "s/output", "denoise s", "computed", "speed-up", "of ideal", "PSNR", "worst", "SSIM", "FLIP", "MiB",
-    "first s", "switch ms",
+    "first s", "switch ms", "setup ms",
 )
 
 
@@ -157,7 +165,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
     """One line of the table."""
     psnr, ssim, flip = (row.get(name) or {} for name in quality.METRICS)
     switch = row["switch"] or {}
-    cost = switch.get("cost_s")
+    cost, setup = switch.get("cost_s"), switch.get("setup_cost_s")
     about = "~" if row["computed_is_estimated"] and row["computed"] is not None else ""
     return [
         row["name"], _number(row["seconds"], 3), _number(row["denoising_s"], 3),
@@ -167,6 +175,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
         _number(flip.get("mean"), 3), _number(row["peak_memory_mb"] or row["peak_rss_mb"], 0),
         _number(row["first_request_s"], 2),
         "failed" if switch.get("error") else _number(None if cost is None else 1000 * cost, 0),
+        _number(None if setup is None else 1000 * setup, 1),
     ]
 
 
