@@ -105,19 +105,14 @@ def flux(folder: Path) -> Path:
     return path
 
 
-def qwen_image(folder: Path) -> Path:
-    """Qwen-Image with 6 blocks and a tiny Qwen2.5-VL."""
-    from diffusers import (
-        AutoencoderKLQwenImage,
-        FlowMatchEulerDiscreteScheduler,
-        QwenImagePipeline,
-        QwenImageTransformer2DModel,
-    )
+def qwen_parts(layers: int) -> dict:
+    """Modules of Qwen-Image with a tiny Qwen2.5-VL."""
+    from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     torch.manual_seed(0)
-    path = folder / "Qwen-Image"
     tokenizer = qwen_tokenizer()
+    image, start, end = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|vision_start|>", "<|vision_end|>"])
     config = Qwen2_5_VLConfig(
         text_config=dict(
             hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
@@ -129,22 +124,42 @@ def qwen_image(folder: Path) -> Path:
             depth=2, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=16,
         ),
         hidden_size=16, vocab_size=len(tokenizer),
-        vision_end_token_id=1, vision_start_token_id=1, vision_token_id=1,
+        image_token_id=image, vision_start_token_id=start, vision_end_token_id=end,
     )
-    text_encoder = Qwen2_5_VLForConditionalGeneration(config)
     transformer = QwenImageTransformer2DModel(
-        patch_size=2, in_channels=64, out_channels=16, num_layers=6, attention_head_dim=32,
+        patch_size=2, in_channels=64, out_channels=16, num_layers=layers, attention_head_dim=32,
         num_attention_heads=4, joint_attention_dim=16, axes_dims_rope=(8, 12, 12),
     )
     vae = AutoencoderKLQwenImage(
         base_dim=8, z_dim=16, dim_mult=[1, 2, 2, 2], num_res_blocks=1,
         temperal_downsample=[False, True, True],
     )
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=True)
-    QwenImagePipeline(
-        scheduler=scheduler, vae=vae, text_encoder=widen(text_encoder, 5), tokenizer=tokenizer,
-        transformer=widen(transformer, 6),
-    ).save_pretrained(path)
+    return {
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=True), "vae": vae,
+        "text_encoder": widen(Qwen2_5_VLForConditionalGeneration(config), 5), "tokenizer": tokenizer,
+        "transformer": widen(transformer, 6),
+    }
+
+
+def qwen_image(folder: Path) -> Path:
+    """Qwen-Image with 6 blocks."""
+    from diffusers import QwenImagePipeline
+
+    QwenImagePipeline(**qwen_parts(6)).save_pretrained(path := folder / "Qwen-Image")
+    return path
+
+
+def qwen_edit(folder: Path) -> Path:
+    """Qwen-Image-Edit with 2 blocks: SGLang scales the picture that is edited to a million pixels."""
+    from diffusers import QwenImageEditPipeline
+    from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
+
+    parts = qwen_parts(2)
+    pixels = {"shortest_edge": 56 * 56, "longest_edge": 56 * 56}
+    processor = Qwen2VLProcessor(
+        Qwen2VLImageProcessor(size=pixels), parts["tokenizer"], Qwen2VLVideoProcessor(size=pixels)
+    )
+    QwenImageEditPipeline(**parts, processor=processor).save_pretrained(path := folder / "Qwen-Image-Edit")
     return path
 
 
@@ -158,7 +173,10 @@ def qwen_tokenizer():
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(
-        [AddedToken(mark, special=True) for mark in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
+        [AddedToken(mark, special=True) for mark in (
+            "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>",
+            "<|vision_end|>",
+        )]
     )
     return Qwen2TokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
@@ -197,6 +215,7 @@ def wan(folder: Path, *, experts: bool) -> Path:
 BUILDERS = {
     "flux": flux,
     "qwen": qwen_image,
+    "qwen_edit": qwen_edit,
     "wan21": lambda folder: wan(folder, experts=False),
     "wan22": lambda folder: wan(folder, experts=True),
 }

@@ -1,0 +1,86 @@
+"""The report's way through the host's own functions where roles run apart, and offline requests."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from sglang_cachedit_plugin import host
+from sglang_cachedit_plugin.errors import SettingError
+from sglang_cachedit_plugin.serving import answers, control, requests
+from sglang_cachedit_plugin.session import add_report, publish
+from sglang_cachedit_plugin.stats import RequestStats, TransformerStats
+
+
+def stats() -> RequestStats:
+    made = RequestStats(backend="native", enabled=True, config={"max_warmup_steps": {"value": 4, "origin": "default"}})
+    transformer = made.transformers["transformer"] = TransformerStats(steps=3)
+    for step in range(3):
+        transformer.branch("cond").record(step, step == 2)
+    return made
+
+
+@pytest.fixture
+def request_of_the_host(monkeypatch):
+    """A real request that a denoiser has just finished."""
+    from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
+    from sglang.multimodal_gen.runtime.pipelines_core import Req
+
+    monkeypatch.setattr(host, "is_first_rank", lambda: False)
+    monkeypatch.setattr(control, "totals", control.Totals())
+    request = Req(sampling_params=SamplingParams(prompt="a", request_id="r1"))
+    publish(request, stats(), print)
+    return request
+
+
+def test_a_denoisers_report_is_in_the_answer_of_the_head(request_of_the_host):
+    from sglang.multimodal_gen.runtime.disaggregation.scheduler_mixin import extract_transfer_fields
+
+    _, scalars = extract_transfer_fields(request_of_the_host)
+    message = json.loads(json.dumps({"request_id": "r1", "scalar_fields": scalars}))
+    answers.remember(object(), message, "denoiser")
+    decoded = SimpleNamespace(metrics=None, metrics_list=None)
+    assert answers.add_report({}, {}, "r2", decoded) == {}
+    assert answers.add_report({}, {}, "r1", decoded)["cache_dit"] == json.loads(json.dumps(stats().as_dict()))
+    assert answers.add_report({}, {}, "r1", decoded) == {}
+    assert control.totals.cached_steps == 1
+
+
+def test_reports_that_nobody_asks_for_are_forgotten(monkeypatch):
+    monkeypatch.setattr(answers, "_apart", {})
+    for number in range(answers._MOST_APART + 5):
+        answers.remember(None, {"request_id": str(number), "scalar_fields": {"_extra_cache_dit": {}}}, "denoiser")
+    answers.remember(None, {"request_id": "without", "scalar_fields": None}, "encoder")
+    assert len(answers._apart) == answers._MOST_APART
+    assert "0" not in answers._apart and str(answers._MOST_APART + 4) in answers._apart
+
+
+def test_metrics_that_came_as_a_dictionary_keep_the_report(request_of_the_host):
+    from sglang.multimodal_gen.runtime.disaggregation.orchestrator import _deserialize_request_metrics
+
+    sent = add_report(request_of_the_host.metrics.to_dict(), request_of_the_host.metrics)
+    data = json.loads(json.dumps(sent))
+    restored = answers.restore(_deserialize_request_metrics(data), data)
+    assert restored.cache_dit["cached_steps"] == 1
+    assert answers.restore(None, None) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "part"),
+    [
+        ({"cache_dit_params": {"max_warmup_stepz": 1}}, "did you mean 'max_warmup_steps'"),
+        ({"cache_dit_params": {"profile": "drfat"}}, "profile = 'drfat'"),
+        ({"enable_cache_dit": "yes"}, "enable_cache_dit = 'yes'"),
+    ],
+)
+def test_the_offline_engine_refuses_a_bad_setting_itself(fields, part):
+    local = SimpleNamespace(local_scheduler_process=[object()])
+    with pytest.raises(SettingError) as caught:
+        requests.check_offline(local, {"prompt": "a"} | fields)
+    assert part in str(caught.value)
+    elsewhere = SimpleNamespace(local_scheduler_process=None)
+    assert requests.check_offline(elsewhere, fields) is None
+    assert requests.check_offline(local, sampling_params_kwargs={"prompt": "a", "enable_cache_dit": True}) is None
+    assert requests.check_offline(local) is None

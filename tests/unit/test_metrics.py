@@ -1,0 +1,100 @@
+"""Counters grow by what the reports say, and nothing else."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from fastapi import HTTPException
+from prometheus_client import REGISTRY
+
+from sglang_cachedit_plugin import host, metrics
+from sglang_cachedit_plugin.serving import requests
+from sglang_cachedit_plugin.session import publish
+from sglang_cachedit_plugin.stats import RequestStats, TransformerStats
+
+
+def value(name: str, **labels: str) -> float:
+    return REGISTRY.get_sample_value(name, labels) or 0.0
+
+
+def stats(enabled=True, cached=(2, 4), diffs=((2, 0.1), (3, 0.5), (4, float("nan")))) -> RequestStats:
+    made = RequestStats(backend="native", enabled=enabled)
+    if enabled:
+        transformer = made.transformers["test"] = TransformerStats(steps=6)
+        for name in ("cond", "uncond"):
+            branch = transformer.branch(name)
+            for step in range(6):
+                branch.record(step, step in cached)
+            for step, diff in diffs:
+                branch.measured(step, diff)
+    return made
+
+
+def batch(**fields):
+    return SimpleNamespace(**{"metrics": SimpleNamespace(), "extra": {}, "is_warmup": False} | fields)
+
+
+@pytest.fixture
+def worker(monkeypatch):
+    """A rank that speaks for its replica, with metrics on."""
+    monkeypatch.setattr(host, "publishes_metrics", lambda: True)
+    monkeypatch.setattr(host, "is_first_rank", lambda: False)
+
+
+def steps(branch: str, kind: str) -> float:
+    return value(metrics.STEPS, transformer="test", branch=branch, kind=kind)
+
+
+def test_a_report_is_counted_by_transformer_branch_and_kind(worker):
+    where = {"transformer": "test", "branch": "uncond"}
+    names = (f"{metrics.DIFFS}_count", f"{metrics.DIFFS}_sum", metrics.NANS)
+    before = [steps("uncond", "computed"), steps("uncond", "cached"), *(value(name, **where) for name in names)]
+    publish(batch(), stats(), print)
+    after = [steps("uncond", "computed"), steps("uncond", "cached"), *(value(name, **where) for name in names)]
+    assert [b - a for a, b in zip(before, after, strict=True)] == pytest.approx([4, 2, 2, 0.6, 1])
+
+
+@pytest.mark.parametrize(
+    ("made", "failed", "outcome"),
+    [
+        (stats(), False, "cached"),
+        (stats(cached=()), False, "computed"),
+        (stats(enabled=False), False, "off"),
+        (stats(), True, "failed"),
+    ],
+)
+def test_the_outcome(worker, made, failed, outcome):
+    before = {name: value(metrics.REQUESTS, outcome=name) for name in metrics.OUTCOMES}
+    publish(batch(), made, print, failed=failed)
+    grown = {name for name in metrics.OUTCOMES if value(metrics.REQUESTS, outcome=name) != before[name]}
+    assert grown == {outcome}
+
+
+def test_requests_that_the_host_merged_count_each_and_their_steps_once(worker):
+    before = value(metrics.REQUESTS, outcome="cached"), steps("cond", "cached")
+    publish(batch(extra={"dynamic_batch_seeds": [1, 2, 3]}), stats(), print)
+    assert value(metrics.REQUESTS, outcome="cached") - before[0] == 3
+    assert steps("cond", "cached") - before[1] == 2
+
+
+def test_warmup_requests_are_not_counted(worker):
+    before = value(metrics.REQUESTS, outcome="cached")
+    publish(batch(is_warmup=True), stats(), print)
+    assert value(metrics.REQUESTS, outcome="cached") == before
+
+
+def test_only_the_rank_that_speaks_for_its_replica_counts(monkeypatch, worker):
+    monkeypatch.setattr(host, "publishes_metrics", lambda: False)
+    before = value(metrics.REQUESTS, outcome="cached")
+    publish(batch(), stats(), print)
+    assert value(metrics.REQUESTS, outcome="cached") == before
+
+
+@pytest.mark.parametrize(("counting", "grown"), [(True, 1), (False, 0)])
+def test_refusals_are_counted_where_metrics_are_on(monkeypatch, counting, grown):
+    monkeypatch.setattr(requests, "counting", counting)
+    before = value(metrics.REQUESTS, outcome="refused")
+    with pytest.raises(HTTPException):
+        requests.check("id", cache_dit_params={"max_warmup_stepz": 1})
+    assert value(metrics.REQUESTS, outcome="refused") - before == grown
