@@ -10,10 +10,19 @@ import torch.distributed as dist
 from .errors import CacheDitError
 
 _TEXT_BYTES = 240
+"""A message travels in a tensor of this size, so that one exchange carries it."""
 
 
 class RanksDisagreeError(CacheDitError):
-    """Ranks of one group took different decisions, or one of them failed."""
+    """Ranks of one group took different decisions, or one of them failed.
+
+    Args:
+        known_to: the process group whose ranks all raise it.
+    """
+
+    def __init__(self, message: str, known_to: dist.ProcessGroup):
+        super().__init__(message)
+        self.known_to = known_to
 
 
 def _device(group: dist.ProcessGroup) -> torch.device:
@@ -23,14 +32,21 @@ def _device(group: dist.ProcessGroup) -> torch.device:
 
 
 def _gathered(own: torch.Tensor, group: dist.ProcessGroup) -> list[list[float]]:
+    own = own.to(_device(group))
     everyone = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everyone, own, group=group)
     return torch.stack(everyone).tolist()
 
 
-def verify(
-    step: int, branch: str, cached: bool, group: dist.ProcessGroup, *, diff: float = math.nan
-) -> None:
+def _gathered_texts(text: str, group: dist.ProcessGroup) -> dict[int, str]:
+    """``text`` of each rank by its number in the world."""
+    data = text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
+    rows = _gathered(torch.tensor(list(data), dtype=torch.uint8), group)
+    ranks = dist.get_process_group_ranks(group)
+    return {rank: bytes(row).rstrip(b"\0").decode(errors="replace") for rank, row in zip(ranks, rows, strict=True)}
+
+
+def verify(step: int, branch: str, cached: bool, group: dist.ProcessGroup, *, diff: float = math.nan) -> None:
     """Compare step and decision over ``group``.
 
     Args:
@@ -39,15 +55,26 @@ def verify(
     Raises:
         RanksDisagreeError: naming every rank with its step, decision and difference.
     """
-    own = torch.tensor([dist.get_rank(), step, cached, diff], dtype=torch.float64, device=_device(group))
-    rows = _gathered(own, group)
+    rows = _gathered(torch.tensor([dist.get_rank(), step, cached, diff], dtype=torch.float64), group)
     if len({tuple(row[1:3]) for row in rows}) > 1:
         words = ", ".join(
             f"rank {rank:.0f}: step {at:.0f} {'cached' if hit else 'computed'} "
             + ("unmeasured" if math.isnan(value) else f"at difference {value:.6f}")
             for rank, at, hit, value in rows
         )
-        raise RanksDisagreeError(f"ranks disagree in branch {branch}: {words}")
+        raise RanksDisagreeError(f"ranks disagree in branch {branch}: {words}", group)
+
+
+def verify_same(what: str, value: str, group: dist.ProcessGroup) -> None:
+    """Compare a short description over ``group``.
+
+    Raises:
+        RanksDisagreeError: naming every rank with its value.
+    """
+    values = _gathered_texts(value, group)
+    if len(set(values.values())) > 1:
+        words = "; ".join(f"rank {rank}: {each}" for rank, each in values.items())
+        raise RanksDisagreeError(f"ranks disagree in {what}: {words}", group)
 
 
 def all_succeeded(step: int, failure: BaseException | None, group: dist.ProcessGroup) -> None:
@@ -56,16 +83,8 @@ def all_succeeded(step: int, failure: BaseException | None, group: dist.ProcessG
     Raises:
         RanksDisagreeError: on a rank that did not fail, where another did; it names that rank and its error.
     """
-    text = "" if failure is None else f"{type(failure).__name__}: {failure}"
-    own = torch.zeros(_TEXT_BYTES + 1, dtype=torch.uint8, device=_device(group))
-    data = text.encode()[:_TEXT_BYTES]
-    own[0] = failure is not None
-    own[1 : len(data) + 1] = torch.tensor(list(data), dtype=torch.uint8)
-    rows = _gathered(own, group)
-    failed = [
-        f"rank {dist.get_global_rank(group, index)}: {bytes(row[1:]).rstrip(bytes(1)).decode(errors='replace')}"
-        for index, row in enumerate(rows)
-        if row[0]
-    ]
+    own = "" if failure is None else f"{type(failure).__name__}: {failure}"
+    failed = {rank: text for rank, text in _gathered_texts(own, group).items() if text}
     if failed and failure is None:
-        raise RanksDisagreeError(f"step {step} failed on {'; '.join(failed)}")
+        words = "; ".join(f"rank {rank}: {text}" for rank, text in failed.items())
+        raise RanksDisagreeError(f"step {step} failed on {words}", group)

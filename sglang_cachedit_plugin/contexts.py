@@ -228,11 +228,10 @@ class BranchContexts(CachedContextManager):
         return branch in self._poisoned
 
     @torch.compiler.disable
-    def record(self, identity: Identity, *, cached: bool) -> None:
-        """Note a forward that was decided without any block list."""
-        self._enter(identity)
+    def record(self, *, cached: bool) -> None:
+        """Note the forward under way, where no block list decided it."""
         self._verify(cached)
-        self.branch_stats.record(identity.step, cached)
+        self.branch_stats.record(self._identity.step, cached)
 
     def computed_last(self, identity: Identity) -> bool:
         """Whether the forward that has just ended was computed."""
@@ -266,7 +265,8 @@ class BranchContexts(CachedContextManager):
     def mark_step_begin(self) -> None:
         """Set the context's counters to the host's step instead of counting."""
         context, step = self._current_context, self._identity.step
-        if step == context.last_step:
+        context.repeated = step == context.last_step
+        if context.repeated:
             self.poison(self._identity.branch)
         context.last_step = step
         context.executed_steps = context.transformer_executed_steps = step + 1
@@ -283,11 +283,16 @@ class BranchContexts(CachedContextManager):
         prefix: str = "Fn",
     ) -> bool:
         """Whether the middle blocks may be left out of this forward."""
+        if self.guarded and (self._coupled or self._joint):
+            self.tell(None)
         cached = self._decide(states_tensor, prefix)
         self._verify(cached)
-        self._current_context.streak = self._current_context.streak + 1 if cached else 0
+        context = self._current_context
+        if not context.repeated:
+            # A second forward that cannot be told from the first must not part ranks whose plans go by the run.
+            context.streak = context.streak + 1 if cached else 0
         if not cached:
-            self._current_context.make_room()
+            context.make_room()
         self._outcomes.append(cached)
         if self.on_decision is not None:
             self.on_decision(cached)
@@ -302,23 +307,53 @@ class BranchContexts(CachedContextManager):
         agreement.verify(step, self._identity.branch, cached, self._group, diff=diff)
 
     @property
+    def guarded(self) -> bool:
+        """Whether the CFG ranks tell each other when a forward fails.
+
+        The blocks of one branch wait for no rank of another, so every rank comes to the end of its forward and
+        can be told. Ranks that share a forward cannot: they wait inside its blocks.
+        """
+        return self.spec.settings.verify_ranks and self.groups.pair is not None
+
+    @torch.compiler.disable
+    def tell(self, failure: Exception | None) -> None:
+        """Tell the other CFG ranks whether the forward under way failed.
+
+        Raises:
+            RanksDisagreeError: it did on another rank.
+        """
+        if self._forward_in_step > 0 or getattr(failure, "known_to", None) is self.groups.pair:
+            return
+        agreement.all_succeeded(self._identity.step, failure, self.groups.pair)
+
+    @property
+    def _joint(self) -> bool:
+        """Whether one decision covers the CFG ranks because their forward is one."""
+        return self.groups.pair is not None and self.groups.pair is self.groups.forward
+
+    @property
     def _coupled(self) -> bool:
         """Whether this forward's decision is one with those of the other CFG ranks.
 
         Every CFG rank runs at least one forward a step, but not always as many: the first ones are coupled.
         """
-        groups = self.groups
-        if groups.pair is None or groups.pair is groups.forward or self._forward_in_step > 0:
+        if self.groups.pair is None or self._joint or self._forward_in_step > 0:
             return False
         return self.spec.settings.lockstep or not self._separate
+
+    @torch.compiler.disable
+    def action(self, cached: int = 0, continuous: int = 0) -> Action:
+        """What the plan says of the forward under way; where decisions are one, the strictest branch's."""
+        spec, branch = self.spec, self._identity.branch
+        plans = [spec.plan_of(each) for each in ((COND, "uncond") if self._coupled else (branch,))]
+        actions = {plan.action(self._identity.step - spec.first_step, cached, continuous) for plan in plans}
+        return next(each for each in (Action.COMPUTE, Action.MEASURE, Action.CACHE) if each in actions)
 
     def _decide(self, residual: torch.Tensor, prefix: str) -> bool:
         context, identity = self._current_context, self._identity
         if not context.has_reference:
             return False
-        action = self.spec.plan_of(identity.branch).action(
-            identity.step - self.spec.first_step, context.cached_count, context.streak
-        )
+        action = self.action(context.cached_count, context.streak)
         may_cache = identity.branch not in self._poisoned and context.residual_shape == residual.shape
         if action is not Action.MEASURE:
             return action is Action.CACHE and may_cache
@@ -366,6 +401,10 @@ class BranchContexts(CachedContextManager):
     def _group(self) -> Any:
         return self.groups.pair if self._coupled else self.groups.forward
 
+    def _real(self, residual: torch.Tensor) -> torch.Tensor:
+        """(batch, tokens, dim) without the padding that makes shards equal."""
+        return residual[:, : self.groups.real_tokens(residual.shape[1])] if residual.ndim == 3 else residual
+
     def _measure(self, t1: torch.Tensor, t2: torch.Tensor, may_cache: bool) -> tuple[float, float, bool]:
         """This branch's difference, the one that decides, and whether no rank must compute."""
         important = self.get_important_condition_threshold()
@@ -376,7 +415,7 @@ class BranchContexts(CachedContextManager):
         adds = t1.shape == t2.shape and (not shared or self._identity.branch == COND)
         apart = self._coupled and self._separate
         diffs, compute = reduced_differences(
-            residual_sums(t1, t2, important) if adds else None,
+            residual_sums(self._real(t1), self._real(t2), important) if adds else None,
             self._group,
             device=t1.device,
             compute=not may_cache,

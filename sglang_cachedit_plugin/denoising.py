@@ -65,7 +65,8 @@ class CacheDitDenoisingMixin:
             return
         mounted = _mounted(self)
         mounted.backend.groups = host.groups(
-            _running or [self], batch, joint=self._cache_dit_joint_cfg_decision()
+            _running or [self], batch, joint=self._cache_dit_joint_cfg_decision(),
+            patch_size=getattr(self.transformer, "patch_size", None),
         )
         session.open(
             mounted.runtime,

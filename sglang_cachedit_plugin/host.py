@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Collection, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -111,10 +112,11 @@ def forward_identity() -> Identity | None:
     return Identity(branch=name, step=int(context.current_timestep))
 
 
-def groups(stages: Sequence[Any], batch: Any, *, joint: bool = False) -> Groups:
+def groups(stages: Sequence[Any], batch: Any, *, joint: bool = False, patch_size: Any = None) -> Groups:
     """Process groups of one request on the native backend.
 
     Args:
+        patch_size: frames, rows and columns of latents that make a token, for latents that are not packed.
         stages: the stages under way, outermost first; where one runs on the main rank alone, or spreads one
             forward over the CFG ranks, branches are not computed side by side.
         joint: one decision covers the CFG ranks, because the stage says so.
@@ -124,16 +126,30 @@ def groups(stages: Sequence[Any], batch: Any, *, joint: bool = False) -> Groups:
     if not _layout.pair or not state.model_parallel_is_initialized():
         return Groups()
     # A stage may run one forward over the CFG ranks: then the host's SP group is theirs for its duration.
-    spread = not set(state.get_sp_group().ranks) <= set(_layout.model)
+    sp = state.get_sp_group()
+    spread = not set(sp.ranks) <= set(_layout.model)
+    shards = {"shard": sp.rank_in_group, "shards": sp.world_size, "tokens": _tokens(batch, patch_size)}
     forward = _layout.group(_layout.pair if spread else _layout.model)
     cfg = state.get_cfg_group()
     side_by_side = cfg.world_size > 1 and all(
         stage.parallelism_type_for(batch).name in _ALL_RANKS for stage in stages
     )
     if spread or not side_by_side:
-        return Groups(forward=forward)
+        return Groups(forward=forward, **shards)
     pair = _layout.group(_layout.pair)
-    return Groups(forward=pair if joint else forward, pair=pair, row=cfg.rank_in_group, rows=cfg.world_size)
+    return Groups(
+        forward=pair if joint else forward, pair=pair, row=cfg.rank_in_group, rows=cfg.world_size, **shards
+    )
+
+
+def _tokens(batch: Any, patch_size: Any) -> int | None:
+    """Tokens of the latents before the host cuts and pads them."""
+    shape = getattr(batch, "raw_latent_shape", None)
+    if shape is not None and len(shape) == 3:
+        return int(shape[1])
+    if shape is not None and len(shape) == 5 and isinstance(patch_size, tuple | list) and len(patch_size) == 3:
+        return math.prod(int(length) // int(patch) for length, patch in zip(shape[2:], patch_size, strict=True))
+    return None
 
 
 class _Layout:

@@ -128,13 +128,28 @@ class CachedTransformer:
             identity = self._identity(kwargs)
             if identity is None:
                 return self._original(*args, **kwargs)
-            forecast = self.contexts.spec.settings.forecast == "output"
-            output = (self._forecast_forward if forecast else self._cached_forward)(identity, args, kwargs)
+            run = self._guarded if self.contexts.guarded else self._run
+            output = run(identity, args, kwargs)
             if self.on_forward is not None and self.contexts.computed_last(identity):
                 self.on_forward(self.name, identity, (kwargs.get("hidden_states"), args), output)
             return output
 
         return forward
+
+    def _run(self, identity: Identity, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.contexts.spec.settings.forecast == "output":
+            return self._forecast_forward(identity, args, kwargs)
+        return self._cached_forward(identity, args, kwargs)
+
+    def _guarded(self, identity: Identity, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A forward whose failure the other CFG ranks hear of, instead of waiting for its result."""
+        try:
+            output = self._run(identity, args, kwargs)
+        except Exception as failure:
+            self.contexts.tell(failure)
+            raise
+        self.contexts.tell(None)
+        return output
 
     def _identity(self, kwargs: Mapping[str, Any]) -> Identity | None:
         if self._identity_outside is not None:
@@ -171,7 +186,7 @@ class CachedTransformer:
         if any(chain.unfinished for chain in self._swaps.chains):
             self.contexts.poison(identity.branch, "the block loop left out its last block")
         if any(chain.lost for chain in self._swaps.chains):
-            self.contexts.record(identity, cached=False)
+            self.contexts.record(cached=False)
             return self._original(*args, **kwargs)
         self.contexts.end_forward()
         return output
@@ -192,11 +207,12 @@ class CachedTransformer:
         try:
             if not spec.plan.static:
                 output = self._cached_forward(identity, args, kwargs)
-            elif self._cached_by_plan(identity, history):
-                return history.predict(position, spec.weights.get(identity.step))
             else:
+                self.contexts.begin_forward(identity)
+                if self._cached_by_plan(identity, history):
+                    return history.predict(position, spec.weights.get(identity.step))
                 output = self._original(*args, **kwargs)
-                self.contexts.record(identity, cached=False)
+                self.contexts.record(cached=False)
         except _SkipForward:
             self.contexts.end_forward()
             return history.predict(position, spec.weights.get(identity.step))
@@ -207,10 +223,9 @@ class CachedTransformer:
     def _cached_by_plan(self, identity: Identity, history: OutputHistory) -> bool:
         if not history.ready or self.contexts.is_poisoned(identity.branch):
             return False
-        spec = self.contexts.spec
-        if spec.plan_of(identity.branch).action(identity.step - spec.first_step) is not Action.CACHE:
+        if self.contexts.action() is not Action.CACHE:
             return False
-        self.contexts.record(identity, cached=True)
+        self.contexts.record(cached=True)
         return True
 
     def _skip(self, cached: bool) -> None:

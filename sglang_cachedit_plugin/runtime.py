@@ -29,12 +29,24 @@ class Groups:
         pair: these and the ranks that run the other CFG branches at the same time; None where branches
             take turns.
         row: this rank's place among the CFG ranks, of ``rows``.
+        shard: this rank's place among those that hold the sequence, of ``shards`` equal shards.
+        tokens: tokens of the whole sequence without padding, None where the host does not say.
     """
 
     forward: Any = None
     pair: Any = None
     row: int = 0
     rows: int = 1
+    shard: int = 0
+    shards: int = 1
+    tokens: int | None = None
+
+    def real_tokens(self, local: int) -> int:
+        """How many of the ``local`` tokens on this rank are real: the host pads the end of the sequence."""
+        padding = 0 if self.tokens is None else local * self.shards - self.tokens
+        if not 0 < padding < self.shards:
+            return local
+        return max(0, min(local, self.tokens - self.shard * local))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -9,13 +10,13 @@ from typing import Any
 
 import torch
 
-from . import host, metrics, recording, resampling
+from . import agreement, host, metrics, recording, resampling
 from .defaults import Decision
 from .errors import MountError
 from .mount import ModelBackend, preset_mask
 from .recording import Recording
 from .rows import Row
-from .runtime import RequestSpec, Runtime, TransformerSpec
+from .runtime import Groups, RequestSpec, Runtime, TransformerSpec
 from .schedule import StepPlan, build_plan
 from .settings import CacheSettings
 from .stats import RequestStats
@@ -73,13 +74,26 @@ class Session:
             runtime.prepare(None)
             return
         backend.stats = self.stats
+        spec, problem = self._spec(steps, positions, size, one_config), None
         try:
-            runtime.prepare(self._spec(steps, positions, size, one_config))
+            runtime.prepare(spec)
         except MountError as error:
-            self.refuse(str(error))
-        else:
-            if self.recording is not None:
-                backend.watch(self.recording.forward)
+            problem = error
+        self._verify_ranks(backend.groups, spec, problem)
+        if problem is not None:
+            self.refuse(str(problem))
+        elif self.recording is not None:
+            backend.watch(self.recording.forward)
+
+    def _verify_ranks(self, groups: Groups, spec: RequestSpec, problem: MountError | None) -> None:
+        group = groups.pair or groups.forward
+        if group is None or not self.decision.resolved.primary.verify_ranks:
+            return
+        wanted = repr([
+            (each.name, each.settings, each.plan, each.uncond_plan, each.first_step) for each in spec.transformers
+        ])
+        number = hashlib.sha256(wanted.encode()).hexdigest()[:12]
+        agreement.verify_same("settings", f"uncached: {problem}" if problem else f"settings {number}", group)
 
     def refuse(self, reason: str) -> None:
         """The model or the settings cannot be served cached.

@@ -1,147 +1,125 @@
-"""Real gloo processes: one value for all ranks, whatever their shards, and a message where they differ."""
+"""Two real gloo processes: one decision for all ranks, few collectives, and a message where ranks differ."""
 
 from __future__ import annotations
 
-import os
-import socket
+import math
 
 import pytest
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
-from sglang_cachedit_plugin import agreement
-from sglang_cachedit_plugin.host import connected
-from sglang_cachedit_plugin.similarity import reduced_differences, residual_difference, residual_sums
-
-TOKENS = (7, 3)
-"""Unequal shards of the token axis."""
+from . import world
+from .two import COUNTED
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """Results of the two ranks by scenario."""
+    return world.run(2, "tests.dist.two", tmp_path_factory.mktemp("two"))
 
 
-def _worker(rank: int, port: int, scenario: str, queue: mp.SimpleQueue) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        queue.put((rank, SCENARIOS[scenario](rank)))
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+def test_random_shards_give_the_value_of_the_whole(ranks):
+    rows = [row for each in ranks["random_shards"] for row in each]
+    for value, whole, _ in rows:
+        assert value == pytest.approx(whole, rel=1e-5, nan_ok=True)
+    finite = [row for row in rows if not math.isnan(row[2])]
+    unlike = [mean for _, whole, mean in finite if mean != pytest.approx(whole, rel=1e-5)]
+    assert len(unlike) > len(finite) / 2, "the mean of the shards' own values must not pass"
 
 
-def _tensors() -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(2, 10, 16, generator=generator), torch.randn(2, 10, 16, generator=generator)
+def test_padding_of_the_sequence_does_not_count(ranks):
+    for value, whole in [row for each in ranks["padded_shards"] for row in each]:
+        assert value == pytest.approx(whole, rel=1e-5)
 
 
-def _shard(tensor: torch.Tensor, rank: int) -> torch.Tensor:
-    return tensor.split(TOKENS, dim=1)[rank]
+def test_nan_on_one_rank_is_computed_on_all(ranks):
+    first, second = ranks["nan_on_one_rank"]
+    assert first == second
+    assert first["nan_diffs"] == 2, "at the NaN, and at the step that is compared with it"
+    assert {3, 4} <= set(first["computed"]) and 5 in first["cached"]
 
 
-def _reduced(reference: torch.Tensor, current: torch.Tensor, threshold: float = 0.0) -> float:
-    (diff,), _ = reduced_differences(
-        residual_sums(reference, current, threshold), dist.group.WORLD, device=reference.device,
-        important_threshold=threshold,
+def test_another_shape_on_one_rank_is_computed_on_all(ranks):
+    first, second = ranks["another_shape_on_one_rank"]
+    assert first["computed"] == second["computed"] == [0, 3]
+    assert first["nan_diffs"] == second["nan_diffs"] == 0
+
+
+def test_shards_that_would_decide_otherwise_decide_together(ranks):
+    first, second = ranks["unlike_shards"]
+    assert first["alone"]["cached"] != second["alone"]["cached"], "otherwise this shows nothing"
+    assert first["together"] == second["together"]
+    assert first["together"]["cached"] not in (first["alone"]["cached"], second["alone"]["cached"])
+
+
+@pytest.mark.parametrize("name", [name for name in COUNTED if "measured" not in name])
+def test_nothing_to_measure_is_no_collective(ranks, name):
+    for each in ranks["counted_collectives"]:
+        assert each[name] == ({}, 0)
+
+
+@pytest.mark.parametrize("name", [name for name in COUNTED if "measured" in name])
+def test_a_measured_step_is_one_collective(ranks, name):
+    for each in ranks["counted_collectives"]:
+        counts, measured = each[name]
+        assert measured > 0
+        assert counts == {"all_reduce": measured}
+
+
+def test_lockstep_computes_where_either_branch_must(ranks):
+    cond, uncond = ranks["lockstep"]
+    assert cond["off"]["computed"] != uncond["off"]["computed"]
+    assert cond["on"]["computed"] == uncond["on"]["computed"]
+    assert cond["on"]["residual_diffs"] != uncond["on"]["residual_diffs"], "each branch reports its own"
+    assert cond["counts"] == {"all_reduce": len(cond["on"]["residual_diffs"])}
+    assert cond["verified"] == cond["on"] and uncond["verified"] == uncond["on"]
+
+
+def test_lockstep_leaves_out_forwards_that_only_one_rank_has(ranks):
+    first, second = ranks["lockstep_with_uneven_branches"]
+    assert first["cond"]["computed"] == second["uncond"]["computed"]
+    assert first["perturbed"]["computed"] != first["cond"]["computed"]
+
+
+def test_lockstep_with_a_branch_that_cannot_be_told_apart(ranks):
+    cond, uncond = ranks["lockstep_where_one_branch_is_lost"]
+    assert cond["cached"] == uncond["cached"] == [1, 2, 3]
+    assert cond["computed"][-4:] == uncond["computed"][-4:] == [4, 5, 6, 7]
+
+
+def test_a_branch_on_another_rank_can_follow_cond(ranks):
+    cond, uncond = ranks["following_cond"]
+    assert cond["pair"] == cond["alone"]
+    assert uncond["pair"] == uncond["alone"]
+    assert 0 < len(uncond["pair"]["cached"]) < 12
+
+
+def test_a_disagreement_is_told_on_both_ranks_with_rank_step_and_values(ranks):
+    first, second = ranks["different_decisions"]
+    assert first == second
+    agreed, decision, settings = first
+    assert agreed == "agreed"
+    assert decision == (
+        "ranks disagree in branch cond: rank 0: step 4 cached at difference 0.210000, "
+        "rank 1: step 4 computed at difference 0.270000"
     )
-    return diff
+    assert settings == "ranks disagree in settings: rank 0: settings 0; rank 1: settings 1"
 
 
-def _shards(rank: int) -> float:
-    reference, current = _tensors()
-    return _reduced(_shard(reference, rank), _shard(current, rank))
+def test_every_step_is_compared(ranks):
+    for each in ranks["verified_every_step"]:
+        assert each == {"static": 6, "static output": 6, "measured": 6}
 
 
-def _shards_of_important_tokens(rank: int) -> float:
-    reference, current = _tensors()
-    return _reduced(_shard(reference, rank), _shard(current, rank), 1.4)
+def test_a_failure_in_one_branch_ends_the_request_on_both_ranks_and_the_next_works(ranks):
+    first, second = ranks["failure"]
+    for name, found in first.items():
+        assert found["error"] == "RanksDisagreeError: step 5 failed on rank 1: RuntimeError: block failed", name
+        assert second[name]["error"] == "RuntimeError: block failed"
+        for each in (found, second[name]):
+            assert len(each["next"]["cached"]) + len(each["next"]["computed"]) == 8
 
 
-def _nan_on_one_rank(rank: int) -> float:
-    reference, current = _tensors()
-    if rank == 1:
-        current[0, -1, 0] = float("nan")
-    return _reduced(_shard(reference, rank), _shard(current, rank))
-
-
-def _one_must_compute(rank: int) -> tuple[bool, bool]:
-    cpu = torch.device("cpu")
-    return tuple(
-        reduced_differences(None, dist.group.WORLD, device=cpu, compute=compute)[1] for compute in (rank == 1, False)
-    )
-
-
-def _different_decisions(rank: int) -> str:
-    agreement.verify(3, "cond", True, dist.group.WORLD)
-    try:
-        agreement.verify(4, "cond", rank == 0, dist.group.WORLD)
-    except agreement.RanksDisagreeError as error:
-        return str(error)
-    return "agreed"
-
-
-def _alone(rank: int) -> float:
-    """A busy rank beside an idle one: no group, no waiting."""
-    if rank == 1:
-        return 0.0
-    reference, current = _tensors()
-    return residual_difference(reference, current)
-
-
-SCENARIOS = {
-    f.__name__: f
-    for f in (_shards, _shards_of_important_tokens, _nan_on_one_rank, _one_must_compute, _different_decisions, _alone)
-}
-
-
-def run(scenario: str) -> list:
-    """Results of the two ranks, in order."""
-    context = mp.get_context("spawn")
-    queue = context.SimpleQueue()
-    mp.spawn(_worker, args=(_free_port(), scenario, queue), nprocs=2)
-    return [value for _, value in sorted(queue.get() for _ in range(2))]
-
-
-@pytest.mark.parametrize(("scenario", "threshold"), [("_shards", 0.0), ("_shards_of_important_tokens", 1.4)])
-def test_unequal_shards_give_the_value_of_the_whole(scenario, threshold):
-    reference, current = _tensors()
-    whole = residual_difference(reference, current, important_threshold=threshold)
-    first, second = run(scenario)
-    assert first == second == pytest.approx(whole, rel=1e-5)
-    means = [_own_difference(_shard(reference, r), _shard(current, r), threshold) for r in range(2)]
-    assert sum(means) / 2 != pytest.approx(whole, rel=1e-5), "the mean of the shards' values must not pass"
-
-
-def _own_difference(reference, current, threshold):
-    return residual_difference(reference, current, important_threshold=threshold)
-
-
-def test_nan_on_one_rank_is_nan_on_all():
-    assert all(value != value for value in run("_nan_on_one_rank"))
-
-
-def test_lockstep_computes_if_either_must():
-    assert run("_one_must_compute") == [(True, False), (True, False)]
-
-
-def test_a_disagreement_stops_both_ranks_with_a_message():
-    messages = run("_different_decisions")
-    assert messages[0] == messages[1]
-    for part in ("cond", "rank 0: step 4 cached unmeasured", "rank 1: step 4 computed unmeasured"):
-        assert part in messages[0]
-
-
-def test_a_rank_without_a_group_does_not_wait():
-    assert run("_alone")[0] > 0
-
-
-def test_connected_ranks_form_slices():
-    # TP 2 x SP 2 in each of two replicas: the slices are the replicas.
-    sets = [[0, 1], [2, 3], [4, 5], [6, 7], [0, 2], [1, 3], [4, 6], [5, 7]]
-    assert connected(sets) == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert connected([[0], [1]]) == [[0], [1]]
+def test_one_decision_covers_a_joint_forward(ranks):
+    first, second = ranks["joint_decision"]
+    assert first["together"] == second["together"]
+    assert first["failed"] == "RanksDisagreeError: step 2 failed on rank 1: RuntimeError: block failed"
+    assert second["failed"] == "RuntimeError: block failed"

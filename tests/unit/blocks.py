@@ -12,7 +12,7 @@ from torch import nn
 
 from sglang_cachedit_plugin import adapters
 from sglang_cachedit_plugin.mount import CachedTransformer, preset_mask
-from sglang_cachedit_plugin.runtime import Identity, TransformerSpec
+from sglang_cachedit_plugin.runtime import Groups, Identity, TransformerSpec
 from sglang_cachedit_plugin.schedule import build_plan
 from sglang_cachedit_plugin.settings import CacheSettings
 from sglang_cachedit_plugin.stats import TransformerStats
@@ -123,7 +123,7 @@ class Rig:
         return self.identity
 
     def begin(self, num_steps: int, positions: tuple[float, ...] | None = None, first_step: int = 0,
-              **knobs: Any) -> Rig:
+              groups: Groups | None = None, **knobs: Any) -> Rig:
         """Start a request; knobs as in CacheSettings."""
         settings = CacheSettings(**{"max_warmup_steps": 1, **knobs})
         plan, _ = build_plan(settings, num_steps, preset_mask, first_step=first_step)
@@ -131,7 +131,7 @@ class Rig:
             name=self.mounted.name, settings=settings, plan=plan, first_step=first_step, positions=positions
         )
         self.stats = TransformerStats(steps=num_steps)
-        self.mounted.refresh(spec, self.stats, self._identify)
+        self.mounted.refresh(spec, self.stats, self._identify, groups)
         return self
 
     @torch.no_grad()

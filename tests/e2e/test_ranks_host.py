@@ -1,0 +1,167 @@
+"""SGLang's own workers on two ranks: the same steps cached on both, and the picture of one rank."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from .conftest import ROOT, free_ports, host_environment
+
+BASE = {"width": 64, "height": 64, "num_inference_steps": 12, "prompt": "red apple", "seed": 1}
+CFG = {"negative_prompt": "green cat", "true_cfg_scale": 3.0}
+KNOBS = {"residual_diff_threshold": 0.3, "max_warmup_steps": 2}
+
+
+def _cached(**params):
+    return {"enable_cache_dit": True, "cache_dit_params": KNOBS | params}
+
+
+REQUESTS = {
+    "off": {"enable_cache_dit": False},
+    "cached": _cached(),
+    "verified": _cached(verify_ranks=True),
+    "taylorseer": _cached(enable_taylorseer=True),
+    "static": _cached(scm_preset="fast", scm_policy="static"),
+    "lockstep": _cached(lockstep=True, verify_ranks=True),
+    "following": _cached(cfg_diff_compute_separate=False),
+    "failing": _cached(verify_ranks=True) | {"fail": [1, 5]},
+    "after it": _cached(),
+}
+SHARED = ("off", "cached", "verified", "taylorseer", "static")
+LAYOUTS = {
+    # name: (model, server arguments, request fields, names of requests)
+    "flux 1": ("flux", {}, {}, SHARED),
+    "flux Ulysses": ("flux", {"ulysses_degree": 2, "sp_degree": 2}, {}, SHARED),
+    "flux TP": ("flux", {"tp_size": 2}, {}, SHARED),
+    "qwen 1": ("qwen", {}, CFG, ("off", "cached", "following")),
+    "qwen CFG": (
+        "qwen", {"enable_cfg_parallel": True}, CFG,
+        ("off", "cached", "following", "lockstep", "failing", "after it"),
+    ),
+    "wan22 1": ("wan22", {}, {"negative_prompt": "green cat", "num_frames": 9}, ("off", "cached")),
+    "wan22 CFG": (
+        "wan22", {"enable_cfg_parallel": True}, {"negative_prompt": "green cat", "num_frames": 9},
+        ("off", "cached", "lockstep"),
+    ),
+    "wan22 Ulysses": (
+        "wan22", {"ulysses_degree": 2, "sp_degree": 2}, {"negative_prompt": "green cat", "num_frames": 9},
+        ("off", "cached"),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def results(models, tmp_path_factory):
+    """Results by layout, request and rank."""
+    folder = tmp_path_factory.mktemp("ranks")
+    jobs = []
+    for name, (model, server, fields, requests) in LAYOUTS.items():
+        (port,) = free_ports(1)
+        jobs.append({
+            "name": name,
+            "ranks": 1 if not server else 2,
+            "server": {"model_path": str(models[model]), "backend": "sglang", "master_port": port} | server,
+            "requests": [BASE | fields | REQUESTS[request] for request in requests],
+        })
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.e2e.ranks_probe", str(folder / "jobs.json"), str(folder / "out.pt")],
+        cwd=ROOT, env=host_environment(), capture_output=True, text=True, timeout=1800, errors="replace",
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    found = torch.load(folder / "out.pt")
+    return {
+        name: {
+            request: [rank[index] for rank in found[name]] for index, request in enumerate(requests)
+        }
+        for name, (_, _, _, requests) in LAYOUTS.items()
+    }
+
+
+def _latents(ranks):
+    """The whole latents: where the host cuts packed latents, the shards one after the other."""
+    first = ranks[0]["latents"]
+    if len(ranks) == 2 and first.ndim == 3 and not torch.equal(first, ranks[1]["latents"]):
+        return torch.cat([each["latents"] for each in ranks], dim=1).float()
+    return first.float()
+
+
+def _distance(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+def _steps(result):
+    return {
+        (name, branch): (found["computed"], found["cached"])
+        for name, transformer in result["report"]["transformers"].items()
+        for branch, found in transformer["branches"].items()
+    }
+
+
+def _all_steps(ranks):
+    return {key: steps for rank in ranks for key, steps in _steps(rank).items()}
+
+
+PARALLEL = [
+    (layout, request)
+    for layout, (_, server, _, requests) in LAYOUTS.items()
+    if server
+    for request in requests
+    if request not in ("failing",)
+]
+
+
+@pytest.mark.parametrize(("layout", "request_name"), PARALLEL)
+def test_no_rank_fails_and_ranks_that_share_a_forward_report_the_same(results, layout, request_name):
+    ranks = results[layout][request_name]
+    assert [each["error"] for each in ranks] == [None, None]
+    if request_name == "off":
+        return
+    assert ranks[0]["report"]["cached_steps"] > 0
+    if "CFG" not in layout:
+        assert _steps(ranks[0]) == _steps(ranks[1])
+        diffs = [each["report"]["transformers"]["transformer"]["branches"]["cond"]["residual_diffs"] for each in ranks]
+        assert diffs[0] == diffs[1]
+
+
+@pytest.mark.parametrize(("layout", "request_name"), [p for p in PARALLEL if p[1] not in ("lockstep", "after it")])
+def test_the_steps_and_the_picture_are_those_of_one_rank(results, layout, request_name):
+    single = layout.split()[0] + " 1"
+    alone, together = results[single][request_name], results[layout][request_name]
+    uncached = _distance(_latents(results[layout]["off"]), _latents(results[single]["off"]))
+    if request_name != "off":
+        assert _all_steps(together) == _all_steps(alone)
+        changed = _distance(_latents(alone), _latents(results[single]["off"]))
+        assert changed > 0.01, "caching must show"
+    assert _distance(_latents(together), _latents(alone)) <= max(3 * uncached, 1e-3)
+
+
+def test_verifying_changes_nothing(results):
+    for layout in ("flux Ulysses", "flux TP"):
+        plain, verified = results[layout]["cached"], results[layout]["verified"]
+        assert torch.equal(_latents(plain), _latents(verified))
+
+
+@pytest.mark.parametrize("layout", ["qwen CFG", "wan22 CFG"])
+def test_each_cfg_rank_runs_its_own_branch(results, layout):
+    cond, uncond = (set(branch for _, branch in _steps(each)) for each in results[layout]["cached"])
+    assert (cond, uncond) == ({"cond"}, {"uncond"})
+
+
+@pytest.mark.parametrize("layout", ["qwen CFG", "wan22 CFG"])
+def test_lockstep_caches_the_same_steps_on_both_branches(results, layout):
+    cond, uncond = (_steps(each) for each in results[layout]["lockstep"])
+    assert sorted(cond.values()) == sorted(uncond.values())
+
+
+def test_a_failure_on_one_rank_ends_the_request_on_both_and_the_next_one_works(results):
+    first, second = results["qwen CFG"]["failing"]
+    assert "step 5 failed on rank 1: RuntimeError: this block fails" in first["error"]
+    assert "this block fails" in second["error"]
+    before, after = results["qwen CFG"]["cached"], results["qwen CFG"]["after it"]
+    assert torch.equal(_latents(before), _latents(after))
+    assert _all_steps(before) == _all_steps(after)
