@@ -328,9 +328,11 @@ async def tell_replicas(message: Any) -> list[Any]:
 
     if client.context is None:
         raise ConnectionError("the server is not ready")
-    endpoints = client.server_args.scheduler_endpoints
-    sent = (client._forward_one(endpoint, message, None) for endpoint in endpoints)
-    return await asyncio.gather(*sent, return_exceptions=True)
+
+    async def one(endpoint: str) -> Any:
+        return await client._forward_one(endpoint, message, None)
+
+    return await asyncio.gather(*map(one, client.server_args.scheduler_endpoints), return_exceptions=True)
 
 
 def answer(output: Any, error: str | None = None) -> Any:
