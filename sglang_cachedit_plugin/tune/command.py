@@ -92,8 +92,19 @@ def prepare(args: argparse.Namespace) -> Plan:
     tuning, heldout = _prompts(args)
     return Plan(
         grids=grids, tune=tuning[: args.tune_limit], heldout=heldout[: args.heldout_limit], target=target,
-        seed=args.seed, evaluations=args.evaluations, peers=args.peers,
+        seed=args.seed, evaluations=args.evaluations, shares=_shares(args.shares),
+        peers=job.PEERS.get(args.peers) or tuple(name for name in args.peers.split(",") if name and name != "none"),
     )
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        shares = [float(part) for part in text.split(",")]
+    except ValueError:
+        shares = [0.0]
+    if not all(0.0 < share <= 1.0 for share in shares):
+        raise SettingError("--shares", text, COMMAND_LINE, "expected parts above 0 up to 1, such as 0.25,0.5")
+    return shares
 
 
 def _prompts(args: argparse.Namespace) -> tuple[list[Prompt], list[Prompt]]:

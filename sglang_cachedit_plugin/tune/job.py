@@ -14,9 +14,8 @@ from .evaluate import SHEET, Evaluator, Grid, Prompt
 from .polish import Say, Tuner
 from .verdict import Point
 
-SHARES = (0.25, 0.35, 0.5, 0.6)
-"""Parts of the steps that are computed in the named profiles."""
-PEERS = ("none", "plain", "all")
+PEERS = {"none": (), "plain": ("fewer", "growing"), "all": ("",)}
+"""Beginnings of names of what else is measured."""
 REFINEMENTS = 4
 
 
@@ -26,7 +25,8 @@ class Plan:
 
     Args:
         target: ``min_psnr``, ``min_ssim``, ``speedup`` or ``budget`` with its value.
-        peers: which others are measured: none, plain (fewer steps, growing window) or all.
+        peers: beginnings of the names of what else is measured.
+        shares: parts of the steps that are computed in the named profiles.
         evaluations: trials in the host for each budget.
     """
 
@@ -36,8 +36,8 @@ class Plan:
     target: Mapping[str, float]
     seed: int
     evaluations: int
-    peers: str
-    shares: Sequence[float] = SHARES
+    peers: Sequence[str]
+    shares: Sequence[float]
 
 
 @dataclass
@@ -128,17 +128,13 @@ class _Grid:
             self.result.points.append(point)
 
     def _others(self, budgets: Sequence[int]) -> list[Candidate]:
-        if self.plan.peers == "none":
-            return []
         steps = self.grid.steps
-        found = [candidates.fewer_steps(budget) for budget in budgets]
+        beside = {round(steps * share) for share in (0.43, 0.7)}
+        found = [candidates.fewer_steps(budget) for budget in sorted(beside | set(budgets))]
         for budget in budgets:
             found += candidates.growing(steps, budget)
-        if self.plan.peers == "all":
-            extra = sorted({round(steps * share) for share in (0.43, 0.7)} - set(budgets))
-            found += [candidates.fewer_steps(budget) for budget in extra]
-            found += [*candidates.stock(), *candidates.host_peers(steps)]
-        return found
+        found += [*candidates.stock(), *candidates.host_peers(steps)]
+        return [each for each in found if each.name.startswith(tuple(self.plan.peers))]
 
     def _choose(self) -> None:
         point, remark = verdict.choose(self.result.points, self.grid.steps, self.plan.target)
@@ -148,7 +144,7 @@ class _Grid:
             if budget is None:
                 break
             self._add_tuned(budget)
-            if self.plan.peers != "none":
+            if self.plan.peers:
                 self._verify(candidates.fewer_steps(budget))
             point, remark = verdict.choose(self.result.points, self.grid.steps, self.plan.target)
         self.result.chosen = point

@@ -30,8 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     target.add_argument("--budget", type=int, metavar="N", help="best quality with N computed steps")
     parser.add_argument("--seed", type=int, default=1, help="of the search and of the first picture (1)")
     parser.add_argument("--evaluations", type=int, default=8, metavar="N", help="trials in the host a budget (8)")
-    parser.add_argument("--peers", choices=("none", "plain", "all"), default="plain",
-                        help="what else is measured: none, plain (fewer steps, growing window) or all")
+    parser.add_argument("--peers", default="plain", metavar="NAMES",
+                        help="what else is measured: none, plain (fewer steps, growing window), all, or beginnings of "
+                        "names with commas: fewer, growing, dbcache, scm, taylorseer, dmd, teacache, spectrum")
+    parser.add_argument("--shares", default="0.25,0.35,0.5,0.6", metavar="PARTS",
+                        help="parts of the steps computed in the named profiles (0.25,0.35,0.5,0.6)")
     parser.add_argument("--work", type=Path, default=Path("outputs/tune"), metavar="DIR",
                         help="evaluations are kept here; an interrupted run goes on from them")
     parser.add_argument("--report", type=Path, metavar="DIR", help="write the report here")
