@@ -21,6 +21,7 @@ from . import adapters, swaps
 from .compiling import step_aside, with_own_code
 from .contexts import BranchContexts, Identity
 from .errors import MountError
+from .guard import ForecastGuard, relative_error
 from .output_forecast import OutputHistory
 from .runtime import Groups, RequestSpec, TransformerSpec
 from .schedule import Action, StepPlan
@@ -200,6 +201,8 @@ class CachedTransformer:
             settings, depth = spec.settings, max(map(len, spec.weights.values()), default=0)
             history = OutputHistory(settings.forecast_order, settings.forecast_damping, depth)
             self._outputs[identity.branch] = history
+            if settings.max_accumulated_diff is not None and spec.spread is not None:
+                history.guard = ForecastGuard(settings.max_accumulated_diff, spec.spread)
         position = spec.position(identity.step)
         if identity.step == history.last_step:
             self.contexts.poison(identity.branch)
@@ -216,6 +219,9 @@ class CachedTransformer:
         except _SkipForward:
             self.contexts.end_forward()
             return history.predict(position, spec.weights.get(identity.step))
+        if history.guard is not None and history.ready:
+            error = relative_error(history.predict(position), output, self.contexts.groups.forward)
+            history.guard.saw(identity.step, error)
         history.update(position, output)
         return output
 
@@ -224,6 +230,9 @@ class CachedTransformer:
         if not history.ready or self.contexts.is_poisoned(identity.branch):
             return False
         if self.contexts.action() is not Action.CACHE:
+            return False
+        if history.guard is not None and history.guard.recompute(identity.step):
+            self.contexts.stats.remark(identity.branch, history.guard.note(identity.branch))
             return False
         self.contexts.record(cached=True)
         return True

@@ -13,6 +13,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .forecast import Extrapolator
+from .guard import ForecastGuard
 
 
 class OutputHistory:
@@ -30,8 +31,7 @@ class OutputHistory:
         self._structure: Any = None
         self._constants: list[Any] = []
         self.last_step = -1
-        self.streak = 0
-        self.cached_count = 0
+        self.guard: ForecastGuard | None = None
 
     @property
     def ready(self) -> bool:
@@ -50,13 +50,10 @@ class OutputHistory:
             if isinstance(leaf, torch.Tensor):
                 # The host may change what it gets in place.
                 known.update(position, leaf.detach().clone())
-        self.streak = 0
 
     @torch.compiler.disable
     def predict(self, position: float, weights: Sequence[float] | None = None) -> Any:
         """The forecast, in the structure of the last output; ``weights`` of the last outputs, oldest first."""
-        self.streak += 1
-        self.cached_count += 1
         leaves = [
             known.predict(position, weights).clone() if len(known) else constant
             for known, constant in zip(self._leaves, self._constants, strict=True)

@@ -63,6 +63,8 @@ class TransformerSpec:
         uncond_plan: the plan of the unconditional branch, where it has its own.
         weights: for each of the host's steps that is cached, what the last computed outputs count, oldest first;
             empty: those of the extrapolation.
+        spread: for each of the host's steps the largest error of the forecast on tuning prompts, None where the
+            schedule was not tuned.
     """
 
     name: str
@@ -72,6 +74,7 @@ class TransformerSpec:
     positions: Sequence[float] | None = None
     uncond_plan: StepPlan | None = None
     weights: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+    spread: tuple[float, ...] | None = None
 
     def plan_of(self, branch: str) -> StepPlan:
         """The plan of a CFG branch."""

@@ -161,6 +161,7 @@ def _rows() -> dict[str, Any]:
         "damping": {"type": "number", "minimum": 0, "maximum": 1},
         "weights": {"type": "array", "items": {**numbers, "minItems": 1, "maxItems": MAX_WEIGHTS}},
         "timesteps": numbers,
+        "spread": {**numbers, "items": {"type": "number", "minimum": 0}},
     })
     row["required"] = ["steps", "mask"]
     return {"type": "array", "items": row, "minItems": 1, "maxItems": MAX_ROWS}

@@ -135,9 +135,16 @@ class Session:
                 TransformerSpec(
                     name=name, settings=settings, plan=plan, first_step=first, positions=positions,
                     uncond_plan=_uncond_plan(plan, row, first), weights=_weights(row),
+                    spread=self._spread(settings, row),
                 )
             )
         return RequestSpec(transformers=tuple(specs))
+
+    def _spread(self, settings: CacheSettings, row: Row | None) -> tuple[float, ...] | None:
+        spread = row.spread if row is not None and settings.forecast == "output" else None
+        if settings.max_accumulated_diff is not None and spread is None:
+            self.stats.note("max_accumulated_diff does nothing without a tuned schedule for these steps and size")
+        return spread
 
     def _tuned(
         self, settings: CacheSettings, steps: int, size: tuple[int, ...] | None, positions: Sequence[float] | None

@@ -268,6 +268,11 @@ class CacheSettings:
         1.0, "float", "What each order of that extrapolation counts, in powers: 1 the whole polynomial, 0 the last "
         "output.", low=0.0, high=1.0, env="FORECAST_DAMPING", per_transformer=True,
     )
+    max_accumulated_diff: float | None = _knob(
+        None, "float", "Online safety of a tuned schedule: compute on while the forecast's error, summed over computed "
+        "steps in multiples of the largest that tuning saw, exceeds this. Costs a read by the host a computed step.",
+        low=0.0, optional=True, env="MAX_ACCUMULATED_DIFF", per_transformer=True,
+    )
     keep_buffers: bool = _knob(
         False, "bool", "Keep the cache's tensors allocated between requests.", env="KEEP_BUFFERS"
     )

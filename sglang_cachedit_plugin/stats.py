@@ -47,6 +47,11 @@ class TransformerStats:
     steps: int
     branches: dict[str, BranchStats] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    remarks: dict[str, str] = field(default_factory=dict)
+
+    def remark(self, topic: str, text: str) -> None:
+        """Add a remark in place of the last one on the same topic."""
+        self.remarks[topic] = text
 
     def branch(self, name: str) -> BranchStats:
         """The branch, made on first use."""
@@ -113,7 +118,7 @@ class RequestStats:
             return self.reason
         notes = list(self.notes)
         for name, transformer in self.transformers.items():
-            notes += [f"{name}: {note}" for note in transformer.notes]
+            notes += [f"{name}: {note}" for note in (*transformer.notes, *transformer.remarks.values())]
             if nans := sum(branch.nan_diffs for branch in transformer.branches.values()):
                 notes.append(f"{name}: {nans} residual differences were NaN, these steps were computed")
         return "; ".join(notes) or None

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import search
+from . import search, surrogate
 from .candidates import STATIC, Candidate, cached, row
 from .evaluate import Evaluator, Grid, Prompt
 from .surrogate import Mask, Method, foretell, score
@@ -149,9 +149,11 @@ class Tuner:
         """A trial as a point of the report."""
         settings = self.settings(trial.mask, trial.method, trial.recall)
         foretold = foretell(self.by_recall[trial.recall], trial.mask, trial.method)
+        spread = surrogate.spread(self.by_recall[trial.recall], trial.mask, trial.method)
         return cached(
             name, "tuned", f"tuned, {sum(trial.mask)} computed", settings, mask=trial.mask, method=trial.method,
-            drift=tuple(float(each) for each in foretold.drift), row=settings["schedules"][0], family="tuned",
+            drift=tuple(float(each) for each in foretold.drift), family="tuned",
+            row=settings["schedules"][0] | {"spread": [round(float(each), 5) for each in spread]},
         )
 
     def residual_variants(self, mask: Mask) -> list[Candidate]:

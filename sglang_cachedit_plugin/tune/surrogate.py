@@ -94,6 +94,25 @@ def foretell(trajectories: Trajectories, mask: Mask, method: Method) -> Forecast
     return Forecast(decibels, np.sqrt(np.maximum(sizes, 0.0) / t.peak**2).mean(1), tuple(weights))
 
 
+def spread(t: Trajectories, mask: Mask, method: Method) -> np.ndarray:
+    """The largest relative error of the extrapolation at each step over the prompts, (T,); 0 where nothing is known."""
+    found, known = np.zeros(t.steps), []
+    for step in range(t.steps):
+        if step in t.starts:
+            known = []
+        elif known:
+            used = known[-(method.order + 1) :]
+            places = [float(t.timesteps[at]) for at in used]
+            off = np.zeros(t.steps)
+            off[used] = damped_weights(places, float(t.timesteps[step]), method.damping)
+            off[step] -= 1.0
+            sizes = np.maximum(np.einsum("t,btu,u->b", off, t.gram, off), 0.0) / t.gram[:, step, step]
+            found[step] = np.sqrt(sizes.max())
+        if mask[step]:
+            known.append(step)
+    return found
+
+
 def _weights(
     t: Trajectories, step: int, used: list[tuple[int, np.ndarray]], drift: np.ndarray, method: Method
 ) -> np.ndarray:

@@ -15,9 +15,10 @@ from .test_diffusers_identity import STEPS, Pipe
 KNOBS = {"forecast": "output", "scm_policy": "static", "max_warmup_steps": 0}
 
 
-def serve(rows: list[dict], size=(64, 64)):
+def serve(rows: list[dict], size=(64, 64), knobs=KNOBS):
     """Final latents and report of one request; enabled unless ``rows`` is empty."""
-    session = Session("diffusers", Defaults().decide(bool(rows), {**KNOBS, "schedules": rows} if rows else None))
+    params = {**KNOBS, **knobs, "schedules": rows} if rows else None
+    session = Session("diffusers", Defaults().decide(bool(rows), params))
     pipe = Pipe()
     cache = PipelineCache(pipe)
     with cache.request(session, STEPS, size) if rows else cache.uncached(session):
