@@ -6,9 +6,13 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from . import defaults, host, startup
+from torch import nn
+
+from . import defaults, host, own_loops, startup
+from .adapters import find_row
 from .errors import MountError
 from .mount import ModelBackend
+from .own_loops import Identify, OwnLoop
 from .parallel import tell_parallel
 from .runtime import Identity, Runtime
 from .session import Session, publish
@@ -45,37 +49,15 @@ class CacheDitDenoisingMixin:
             num_inference_steps: steps of the transformer, or of the high and the low noise expert.
             batch: the host's request.
         """
-        startup.ensure_file(self.server_args)
-        params = batch.sampling_params
-        enable = params.enable_cache_dit
-        if enable is None:
-            enable = self._cache_dit_requested()
-            if enable == defaults.current().enabled:
-                enable = None
-        decision = defaults.current().decide(enable, params.cache_dit_params)
-        session = Session("native", decision)
-        _open.append((self, session))
-        host.forget_branch()
-        if decision.enabled and (sections := defaults.current().file.passed_on):
-            session.stats.note(f"only the diffusers backend reads {', '.join(sections)} of the config file")
-        if decision.enabled and self.server_args.enable_breakable_cuda_graph:
-            session.disable("breakable CUDA graphs are on")
-            return
-        if not decision.enabled and self not in _stages:
-            return
-        mounted = _mounted(self)
-        mounted.backend.groups = host.groups(
-            _running or [self], batch, joint=self._cache_dit_joint_cfg_decision(),
-            patch_size=getattr(self.transformer, "patch_size", None),
-        )
-        session.open(
-            mounted.runtime,
-            mounted.backend,
-            _steps(self, num_inference_steps),
-            _positions(batch),
-            size=host.size_of(batch),
-            one_config=self._cache_dit_secondary_uses_primary_config(),
-        )
+        joint = self._cache_dit_joint_cfg_decision()
+        session = _begin(self, batch, self.server_args, self._cache_dit_requested())
+        if session.decision.enabled and (reason := _declined(self, batch)):
+            session.disable(reason)
+        elif session.decision.enabled or self in _stages:
+            _open_request(
+                self, batch, session, _identify, _steps(self, num_inference_steps), joint=joint,
+                one_config=self._cache_dit_secondary_uses_primary_config(),
+            )
         # Some stages keep what a cached forward needs only while this is set.
         self._cache_dit_enabled = session.stats.enabled
 
@@ -84,9 +66,96 @@ class CacheDitDenoisingMixin:
         if self in _stages:
             _stages[self].runtime.prepare(None)
 
+    def _refresh_cache_dit_context(self, n_remaining: int, scm_preset: str | None, ctx: Any = None) -> None:
+        """The picture has grown: nothing kept of the small one is of use. Steps keep their numbers."""
+        if self in _stages:
+            for transformer in _stages[self].backend.mounted.values():
+                transformer.forget()
+
+
+def _begin(stage: Any, batch: Any, server_args: Any, requested: bool) -> Session:
+    """Decide on a request; ``requested``: what the stage would do where the request says nothing."""
+    startup.ensure_file(server_args)
+    enable = batch.sampling_params.enable_cache_dit
+    if enable is None and requested != defaults.current().enabled:
+        enable = requested
+    session = Session("native", defaults.current().decide(enable, batch.sampling_params.cache_dit_params))
+    _open.append((stage, session))
+    host.forget_branch()
+    if session.decision.enabled and (sections := defaults.current().file.passed_on):
+        session.stats.note(f"only the diffusers backend reads {', '.join(sections)} of the config file")
+    return session
+
+
+def _declined(stage: Any, batch: Any) -> str | None:
+    """Why a request of a stage that asks for caching runs uncached all the same."""
+    if stage.server_args.enable_breakable_cuda_graph:
+        return "breakable CUDA graphs are on"
+    for switch, name in (("enable_teacache", "TeaCache"), ("enable_spectrum", "Spectrum")):
+        if getattr(batch, switch, False):
+            return f"{name} is on: the host leaves out steps itself"
+    if getattr(stage, "_disable_cache_dit_for_request", False):
+        return "LTX-2 with an image: the host keeps such requests uncached"
+    return None
+
+
+def _open_request(
+    stage: Any, batch: Any, session: Session, identify: Identify, steps: dict[str, tuple[int, int]], *,
+    joint: bool = False, one_config: bool = False,
+) -> None:
+    mounted = _mounted(stage)
+    mounted.backend.identify = identify
+    mounted.backend.groups = host.groups(
+        _running or [stage], batch, joint=joint, patch_size=getattr(stage.transformer, "patch_size", None)
+    )
+    session.open(
+        mounted.runtime, mounted.backend, steps, _positions(batch), size=host.size_of(batch), one_config=one_config
+    )
+
+
+def _enter_own_loop(stage: Any, batch: Any, server_args: Any, loop: OwnLoop) -> None:
+    """Open the request of a stage that never asks; raises MountError for one that is declined and ``strict``."""
+    session = _begin(stage, batch, server_args, defaults.current().enabled)
+    decision = session.decision
+    if not decision.enabled and stage not in _stages:
+        return
+    reason = loop.refused
+    if decision.enabled and server_args.enable_breakable_cuda_graph:
+        reason = reason or "breakable CUDA graphs are on"
+    if not reason and getattr(stage, "transformer", None) is None:
+        reason = "its transformer is not loaded yet"
+    if not reason:
+        _open_request(stage, batch, session, loop.identify(), {"transformer": (0, own_loops.num_steps(batch))})
+    elif decision.resolved.primary.strict:
+        raise MountError(f"{type(stage).__name__}: {reason}")
+    else:
+        session.disable(f"{type(stage).__name__}: {reason}")
+
+
+def check_worker(result: Any, worker: Any, *args: Any, **kwargs: Any) -> None:
+    """After a worker has loaded its model: one line for each transformer that will not be cached.
+
+    Raises:
+        MountError: with ``strict``, where caching is on for all requests.
+    """
+    if not defaults.current().enabled:
+        return
+    settings = defaults.current().decide(None, None).resolved.primary
+    for name, module in getattr(worker.pipeline, "modules", {}).items():
+        row = find_row(type(module)) if isinstance(module, nn.Module) else None
+        reason = "" if row is None else row.refused
+        if row is not None and row.no_blocks and settings.forecast != "output":
+            reason = f"{row.no_blocks}; forecast: output can be used"
+        if not reason:
+            continue
+        if settings.strict:
+            raise MountError(f"{type(module).__name__}: {reason}")
+        if host.is_first_rank():
+            host.logger().warning("cache-dit: off: %s (%s): %s", name, type(module).__name__, reason)
+
 
 def _mounted(stage: Any) -> _Mounted:
-    modules = {"transformer": stage.transformer, "transformer_2": stage.transformer_2}
+    modules = {"transformer": stage.transformer, "transformer_2": getattr(stage, "transformer_2", None)}
     modules = {name: module for name, module in modules.items() if module is not None}
     mounted = _stages.get(stage)
     if mounted is None or mounted.backend.modules != modules:
@@ -146,6 +215,8 @@ def run_stage(original: Callable[..., Any], stage: Any, batch: Any, server_args:
     before, failed = len(_open), True
     _running.append(stage)
     try:
+        if (loop := own_loops.of(type(stage))) is not None:
+            _enter_own_loop(stage, batch, server_args, loop)
         result = original(stage, batch, server_args)
         for _, session in _open[before:]:
             if session.recording is not None:
@@ -156,5 +227,6 @@ def run_stage(original: Callable[..., Any], stage: Any, batch: Any, server_args:
         _running.pop()
         while len(_open) > before:
             owner, session = _open.pop()
-            device = next((p.device for p in owner.transformer.parameters()), None)
+            module = getattr(owner, "transformer", None)
+            device = next((p.device for p in module.parameters()), None) if module is not None else None
             publish(batch, session.close(device), host.logger().info, failed=failed)

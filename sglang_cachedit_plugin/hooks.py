@@ -19,6 +19,7 @@ from .errors import HostContractError
 
 _RUNTIME = "sglang.multimodal_gen.runtime"
 _DENOISING = f"{_RUNTIME}.pipelines_core.stages.denoising.DenoisingStage"
+_PROGRESSIVE = f"{_RUNTIME}.pipelines_core.stages.progressive_resolution"
 _DIFFUSERS = f"{_RUNTIME}.pipelines.diffusers_pipeline"
 
 
@@ -105,6 +106,27 @@ SEAMS: tuple[Seam, ...] = (
         handler="denoising:run_stage",
         why="end of a request, failed or not: free the buffers, write the report; some stages hold a "
         "DenoisingStage and call its forward themselves, so the end is that of whichever stage was called",
+    ),
+    Seam(
+        target=f"{_PROGRESSIVE}.denoising.ProgressiveDenoisingStage._refresh_cache_dit_context",
+        parameters=("self", "n_remaining", "scm_preset", "ctx"),
+        kind="replace",
+        handler="denoising:CacheDitDenoisingMixin._refresh_cache_dit_context",
+        why="the picture grows during denoising; the stock method refreshes what stock caching mounted",
+    ),
+    Seam(
+        target=f"{_PROGRESSIVE}.ideogram.Ideogram4ProgressiveDenoisingStage._refresh_cache_dit_context",
+        parameters=("self", "n_remaining", "scm_preset", "ctx"),
+        kind="replace",
+        handler="denoising:CacheDitDenoisingMixin._refresh_cache_dit_context",
+        why="the same for Ideogram 4, which has a method of its own",
+    ),
+    Seam(
+        target=f"{_RUNTIME}.managers.gpu_worker.GPUWorker.init_device_and_model",
+        parameters=("self",),
+        kind="after",
+        handler="denoising:check_worker",
+        why="a model that cannot be cached is named when it has loaded, not at the first request",
     ),
     Seam(
         target=f"{_RUNTIME}.distributed.cfg_policy.CFGBranch.configure_batch",

@@ -112,6 +112,14 @@ def forward_identity() -> Identity | None:
     return Identity(branch=name, step=int(context.current_timestep))
 
 
+def forward_step() -> int | None:
+    """Step of the forward under way, None outside the host's denoising loops."""
+    from sglang.multimodal_gen.runtime.managers.forward_context import get_forward_context_or_none
+
+    context = get_forward_context_or_none()
+    return None if context is None else int(context.current_timestep)
+
+
 def groups(stages: Sequence[Any], batch: Any, *, joint: bool = False, patch_size: Any = None) -> Groups:
     """Process groups of one request on the native backend.
 

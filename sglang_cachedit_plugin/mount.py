@@ -290,6 +290,11 @@ class CachedTransformer:
         self._outputs.clear()
         self.contexts.clear()
 
+    def forget(self) -> None:
+        """Drop what is kept of the steps so far; the request goes on."""
+        self._outputs.clear()
+        self.contexts.clear()
+
     def pause(self) -> None:
         """Run the original forward; keep the buffers until the next request."""
         self._identify = None
@@ -328,7 +333,7 @@ class ModelBackend:
 
     def __init__(self, modules: Mapping[str, nn.Module], identify: Identify, *, pipe: Any = None):
         self.modules = dict(modules)
-        self._identify = identify
+        self.identify = identify
         self._pipe = pipe
         self.groups = Groups()
         self.mounted: dict[str, CachedTransformer] = {}
@@ -357,7 +362,7 @@ class ModelBackend:
         self.bypass()
         for each in spec.transformers:
             stats = self.stats.transformers[each.name] = _transformer_stats(each.plan)
-            self.mounted[each.name].refresh(each, stats, self._identify, self.groups)
+            self.mounted[each.name].refresh(each, stats, self.identify, self.groups)
 
     def bypass(self) -> None:
         """Run the original forwards."""

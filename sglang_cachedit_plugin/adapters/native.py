@@ -153,10 +153,13 @@ NATIVE: dict[str, AdapterRow] = {
     "SanaWMTransformer3DModel": _row(
         family="Sana-WM", blocks=(_blocks("blocks", "x"),), note="the streaming variant is not cached"
     ),
-    "SanaWMLTX2VideoRefiner": _row(
-        family="Sana-WM refiner", blocks=(_blocks("transformer_blocks", "hidden_states"),), cfg="none"
+    "SanaWMLTX2VideoRefiner": AdapterRow(
+        family="Sana-WM refiner", refused="a distilled model of a few steps, sampled in a loop of its own"
     ),
-    "HeliosTransformer3DModel": _row(family="Helios", blocks=(_blocks("blocks", "hidden_states"),)),
+    "HeliosTransformer3DModel": AdapterRow(
+        family="Helios", refused="its loop says neither the step nor the branch of a forward, and starts anew with "
+        "each chunk",
+    ),
     "Flux3Transformer": AdapterRow(
         family="FLUX.3 action", refused="its stage calls the parts of the model one by one, not its forward"
     ),

@@ -14,10 +14,10 @@ from .image import _config
 from .video import SIZES
 
 
-def _volume_inputs(size: int, step: int, channels: int, text: int, scale: float = 1.0) -> dict[str, Any]:
+def _volume_inputs(size: int, step: int, channels: int, text: int) -> dict[str, Any]:
     return {
         "hidden_states": drift(1, step, 1, channels, *SIZES[size]), "encoder_hidden_states": noise(3, 1, 6, text),
-        "timestep": moment(step) * scale,
+        "timestep": moment(step),
     }
 
 
@@ -162,30 +162,6 @@ def _sana_wm() -> Any:
     return SanaWMTransformer3DModel(SanaWMConfig(arch_config=arch))
 
 
-def _sana_wm_refiner() -> Any:
-    from sglang.multimodal_gen.configs.models.dits.sana_wm_refiner import SanaWMRefinerArchConfig, SanaWMRefinerConfig
-    from sglang.multimodal_gen.runtime.models.dits.sana_wm_refiner_transformer import SanaWMLTX2VideoRefiner
-
-    arch = SanaWMRefinerArchConfig(
-        in_channels=8, out_channels=8, num_layers=4, num_attention_heads=2, attention_head_dim=16,
-        cross_attention_dim=32, caption_channels=12,
-    )
-    return SanaWMLTX2VideoRefiner(SanaWMRefinerConfig(arch_config=arch), {})
-
-
-def _helios() -> Any:
-    from sglang.multimodal_gen.configs.models.dits.helios import HeliosConfig
-    from sglang.multimodal_gen.runtime.models.dits.helios import HeliosTransformer3DModel
-
-    return HeliosTransformer3DModel(
-        _config(
-            HeliosConfig, num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=12,
-            freq_dim=16, ffn_dim=64, num_layers=4, rope_dim=(4, 6, 6),
-        ),
-        {},
-    )
-
-
 def _hunyuan3d() -> Any:
     from sglang.multimodal_gen.configs.models.dits.hunyuan3d import Hunyuan3DDiTConfig
     from sglang.multimodal_gen.runtime.models.dits.hunyuan3d import Hunyuan3D2DiT
@@ -324,9 +300,5 @@ CASES: dict[str, Case] = {
         build=_sana_video2, inputs=lambda size, step: _volume_inputs(size, step, 4, 8)
     ),
     "SanaWMTransformer3DModel": Case(build=_sana_wm, inputs=lambda size, step: _volume_inputs(size, step, 8, 32)),
-    "SanaWMLTX2VideoRefiner": Case(
-        build=_sana_wm_refiner, inputs=lambda size, step: _volume_inputs(size, step, 8, 12, scale=0.001)
-    ),
-    "HeliosTransformer3DModel": Case(build=_helios, inputs=lambda size, step: _volume_inputs(size, step, 4, 12)),
     "Hunyuan3D2DiT": Case(build=_hunyuan3d, inputs=_hunyuan3d_inputs),
 }

@@ -1,0 +1,109 @@
+"""Stages of the host with a denoising loop of their own, which never ask for caching.
+
+Where such a loop calls the transformer once for each step and branch, the plugin opens the request itself and
+names the forwards. Otherwise the stage is declined, and the report says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from . import host
+from .runtime import Identity
+from .stats import COND
+
+Identify = Callable[[str, Mapping[str, Any]], Identity | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnLoop:
+    """One stage class.
+
+    Args:
+        identify: makes what names the forwards of one request.
+        refused: why requests of this stage run uncached.
+    """
+
+    identify: Callable[[], Identify] | None = None
+    refused: str = ""
+
+
+def _by_context() -> Identify:
+    """The host's forward context names step and branch."""
+    return lambda name, kwargs: host.forward_identity()
+
+
+def _by_cache_key() -> Identify:
+    """Cosmos 3: the context names the step, the key of the prompt's cache the branch."""
+
+    def identify(name: str, kwargs: Mapping[str, Any]) -> Identity | None:
+        step, key = host.forward_step(), str(kwargs.get("cache_key", ""))
+        return None if step is None else Identity(COND if key == "cfg_batched" else key or COND, step)
+
+    return identify
+
+
+def _by_flag() -> Identify:
+    """Wan-Animate 2: the context names the step, a flag of the forward the branch."""
+
+    def identify(name: str, kwargs: Mapping[str, Any]) -> Identity | None:
+        step = host.forward_step()
+        return None if step is None else Identity("uncond" if kwargs.get("is_unconditional") else COND, step)
+
+    return identify
+
+
+def _by_count() -> Identify:
+    """Sana-Video 2: one forward a step for both branches, and nothing names the step."""
+    calls = 0
+
+    def identify(name: str, kwargs: Mapping[str, Any]) -> Identity:
+        nonlocal calls
+        calls += 1
+        return Identity(COND, calls - 1)
+
+    return identify
+
+
+_FEW = "a distilled model of a few steps, sampled in a loop of its own"
+_CHUNKS = "it samples chunk by chunk, and what each block keeps is read by the next chunk"
+
+OWN_LOOPS: Mapping[str, OwnLoop] = {
+    "Cosmos3DenoisingStage": OwnLoop(identify=_by_cache_key),
+    "SanaWMDenoisingStage": OwnLoop(identify=_by_context),
+    "WanAnimate2DenoisingStage": OwnLoop(identify=_by_flag),
+    "SanaVideo2DenoisingStage": OwnLoop(identify=_by_count),
+    "DmdDenoisingStage": OwnLoop(refused=_FEW),
+    "CausalDMDDenoisingStage": OwnLoop(refused=_CHUNKS),
+    "NomasDenoisingStage": OwnLoop(refused=_CHUNKS),
+    "CosmosDreamsRolloutStage": OwnLoop(refused=_CHUNKS),
+    "Cosmos3SimAutoRolloutStage": OwnLoop(refused=_CHUNKS),
+    "SanaWMLTX2RefinerStage": OwnLoop(refused=_FEW),
+    "SanaWMChunkedRefinerChainStage": OwnLoop(refused=_FEW),
+    "VLAActionDenoisingStage": OwnLoop(refused="an action model: its expert samples robot actions, not pictures"),
+    "HeliosChunkedDenoisingStage": OwnLoop(
+        refused="its loop says neither the step nor the branch of a forward, and starts anew with each chunk"
+    ),
+    "MOVADenoisingStage": OwnLoop(refused="it walks the blocks of its video and audio towers itself"),
+    "Flux3ActionDenoisingStage": OwnLoop(refused="it calls the parts of the model one by one, not its forward"),
+    "Hunyuan3DPaintTexGenStage": OwnLoop(
+        refused="its UNet has skip connections over its whole depth and fills its attention's memory on the way"
+    ),
+    "HunyuanImage3AR": OwnLoop(
+        refused="its autoregressive stage runs the denoising loop itself; it can mount stock cache-dit, from the "
+        "environment only"
+    ),
+}
+
+
+def of(cls: type) -> OwnLoop | None:
+    """What is known of a stage class or the nearest base that is known."""
+    return next((OWN_LOOPS[base.__name__] for base in cls.__mro__ if base.__name__ in OWN_LOOPS), None)
+
+
+def num_steps(batch: Any) -> int:
+    """Steps that the loop of ``batch`` takes."""
+    timesteps = getattr(batch, "timesteps", None)
+    return int(batch.num_inference_steps) if timesteps is None else len(timesteps)

@@ -1,0 +1,251 @@
+"""Stages with a denoising loop of their own: entered with the right identities, or declined with the reason."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sglang_cachedit_plugin import defaults, denoising, own_loops
+from sglang_cachedit_plugin.defaults import Defaults
+from sglang_cachedit_plugin.errors import MountError
+from sglang_cachedit_plugin.sources import read_environment
+
+from .harness import MASK, STEPS, Rig, batch, distance, noise, set_arguments
+from .test_native_models import rig
+
+STAGES = "sglang.multimodal_gen.runtime.pipelines_core.stages"
+LOOPS = re.compile(r"(Denois|Rollout|TexGen|Refine|AR$)")
+STATIC = {"steps_computation_mask": MASK, "scm_policy": "static", "max_warmup_steps": 0}
+
+
+@pytest.fixture(autouse=True)
+def nothing_open():
+    yield
+    denoising._open.clear()
+    denoising._running.clear()
+
+
+def stage_classes() -> dict[str, type]:
+    """Stages of the host whose name says that they denoise."""
+    package = importlib.import_module(STAGES)
+    found = {}
+    for info in pkgutil.walk_packages(package.__path__, f"{STAGES}."):
+        for name, cls in vars(importlib.import_module(info.name)).items():
+            if inspect.isclass(cls) and cls.__module__ == info.name and LOOPS.search(name):
+                found[name] = cls
+    base = importlib.import_module(f"{STAGES}.base").PipelineStage
+    return {name: cls for name, cls in found.items() if issubclass(cls, base) and "BeforeDenoising" not in name}
+
+
+def asks(cls: type) -> bool:
+    """Whether the forward of a stage leads to the host's own question for caching."""
+    base = importlib.import_module(f"{STAGES}.denoising").DenoisingStage
+    if not issubclass(cls, base):
+        return False
+    home = next(each for each in cls.__mro__ if "forward" in vars(each))
+    words = ("_maybe_enable_cache_dit", "super().forward(", "_prepare_denoising_loop(", "super()._prepare")
+    return home is base or any(word in inspect.getsource(home) for word in words)
+
+
+def test_every_stage_with_a_loop_of_its_own_is_known():
+    classes = stage_classes()
+    assert len(classes) > 25
+    unknown = {name for name, cls in classes.items() if own_loops.of(cls) is None and not asks(cls)}
+    assert unknown == {
+        # One holds a denoising stage, one decodes, one writes tokens: they do not denoise.
+        "ProgressiveDenoisingStageRouter", "SanaWMRefinerDecodingStage", "GlmImageAR",
+    }
+    assert set(own_loops.OWN_LOOPS) <= set(classes)
+
+
+def run(stage, request) -> dict:
+    """The report of one request that goes through the plugin's hook around stages."""
+    denoising.run_stage(type(stage).forward, stage, request, set_arguments())
+    return request.metrics.cache_dit
+
+
+def request(**knobs) -> SimpleNamespace:
+    made = batch(True, knobs)
+    made.metrics = SimpleNamespace()
+    made.num_inference_steps = STEPS
+    return made
+
+
+def on_host(name: str, module: str, forward, transformer=None):
+    """An instance of a stage class of the host with another loop."""
+    cls = getattr(importlib.import_module(f"{STAGES}.{module}"), name)
+    stage = type(name, (cls,), {"forward": forward}).__new__(type(name, (cls,), {"forward": forward}))
+    stage.transformer = transformer
+    return stage
+
+
+@torch.no_grad()
+def test_sana_video_2_forecasts_outputs_in_the_hosts_own_loop():
+    from sglang.multimodal_gen.runtime.pipelines_core.stages.model_specific_stages.sana_video2 import (
+        SanaVideo2DenoisingStage,
+    )
+
+    each = rig("SanaVideo2Transformer3DModel")
+    stage = SanaVideo2DenoisingStage(each.model)
+    stage.begin_declared_component_use = lambda **kwargs: None
+    forwards = []
+    hook = each.model.register_forward_hook(lambda *_: forwards.append(1))
+
+    def generate(**knobs):
+        made = request(**knobs) if knobs else batch(False, {})
+        made.timesteps, made.metrics, made.flow_shift = None, SimpleNamespace(), 3.0
+        made.num_inference_steps, made.do_classifier_free_guidance, made.guidance_scale = STEPS, True, 4.0
+        made.prompt_embeds, made.negative_prompt_embeds = [noise(3, 1, 6, 8)], [noise(4, 1, 6, 8)]
+        made.prompt_attention_mask = made.negative_attention_mask = [torch.ones(1, 6)]
+        made.latents = noise(5, 1, 4, 3, 4, 4)
+        report = run(stage, made)
+        return made.latents, report
+
+    plain, _ = generate()
+    cached, report = generate(forecast="output", **STATIC)
+    hook.remove()
+    assert report["transformers"]["transformer"]["branches"]["cond"]["cached"] == [2, 4]
+    assert 1e-4 < distance([cached], [plain]) < 1.0
+    _, report = generate(**STATIC)
+    assert not report["enabled"]
+    assert "forecast: output" in report["reason"]
+
+
+@torch.no_grad()
+def test_cosmos_3_branches_are_named_by_the_key_of_their_prompt():
+    each = rig("Cosmos3OmniTransformer")
+    inputs = each.case.inputs(0, 0)
+    each.case.fresh(each.model)
+
+    def forward(self, made, server_args):
+        for step in range(STEPS):
+            for key in ("cond", "uncond"):
+                self._run_transformer(
+                    latents=inputs["hidden_states"], timestep=inputs["timestep"], text_ids=inputs["text_ids"],
+                    text_mask=inputs["text_mask"], video_shape=None, fps=24.0, cache_key=key, current_timestep=step,
+                )
+        return made
+
+    stage = on_host("Cosmos3DenoisingStage", "model_specific_stages.cosmos3", forward, each.model)
+    stage._extra_transformer_kwargs = {}
+    branches = run(stage, request(**STATIC))["transformers"]["transformer"]["branches"]
+    assert {name: branch["cached"] for name, branch in branches.items()} == {"cond": [2, 4], "uncond": [2, 4]}
+
+
+@torch.no_grad()
+def test_wan_animate_branches_are_named_by_their_flag():
+    from sglang.multimodal_gen.runtime.distributed.cfg_policy import CFGBranch
+
+    each = rig("WanAnimate2Transformer3DModel")
+    keys = each.case.fresh(each.model)
+    inputs = each.case.inputs(0, 0, **keys)
+    branches = [
+        CFGBranch("conditional", True, {"encoder_hidden_states": inputs["encoder_hidden_states"]}),
+        CFGBranch(
+            "unconditional", False,
+            {"encoder_hidden_states": inputs["encoder_hidden_states"], "is_unconditional": True},
+        ),
+    ]
+
+    def forward(self, made, server_args):
+        for step in range(STEPS):
+            ctx = SimpleNamespace(
+                latents=inputs["hidden_states"], clip_condition=inputs["clip_cond"], context_by_branch={},
+                reference_kv=inputs["reference_kv"], cfg_parallel=False, guidance_scale=4.0,
+                reference_image_embeddings=inputs["encoder_hidden_states_image"],
+                cfg_policy=SimpleNamespace(branches=branches),
+                scheduler=SimpleNamespace(step=lambda noise, t, x, return_dict: (x,)),
+            )
+            state = SimpleNamespace(step_index=step, t_device=torch.tensor(500.0), current_guidance_scale=4.0)
+            self._run_denoising_step(ctx, state, made, server_args)
+        return made
+
+    stage = on_host("WanAnimate2DenoisingStage", "model_specific_stages.wan_animate_2.denoising", forward, each.model)
+    stage.transformer_2 = None
+    branches_seen = run(stage, request(**STATIC))["transformers"]["transformer"]["branches"]
+    assert {name: seen["cached"] for name, seen in branches_seen.items()} == {"cond": [2, 4], "uncond": [2, 4]}
+
+
+@pytest.mark.parametrize("name", [name for name, loop in own_loops.OWN_LOOPS.items() if loop.refused])
+def test_a_declined_stage_runs_with_the_reason_or_fails_with_strict(name):
+    ran = []
+    cls = stage_classes()[name]
+    stage = type(name, (cls,), {}).__new__(cls)
+
+    def forward(self, made, server_args):
+        ran.append(made)
+        return made
+
+    made = request()
+    denoising.run_stage(forward, stage, made, set_arguments())
+    assert made.metrics.cache_dit["reason"] == f"{name}: {own_loops.of(cls).refused}"
+    assert not made.metrics.cache_dit["enabled"]
+    with pytest.raises(MountError, match=name):
+        denoising.run_stage(forward, stage, request(strict=True), set_arguments())
+    assert ran == [made]
+
+
+@pytest.mark.parametrize(
+    ("where", "field", "reason"),
+    [("batch", "enable_teacache", "TeaCache"), ("batch", "enable_spectrum", "Spectrum"),
+     ("stage", "_disable_cache_dit_for_request", "LTX-2 with an image")],
+)
+def test_what_the_host_does_itself_is_not_done_twice(where, field, reason):
+    each = rig("LTX2VideoTransformer3DModel")
+    made = request(**STATIC)
+    setattr(each.stage if where == "stage" else made, field, True)
+    try:
+        denoising.CacheDitDenoisingMixin._maybe_enable_cache_dit(each.stage, STEPS, made)
+    finally:
+        if where == "stage":
+            delattr(each.stage, field)
+    assert reason in denoising._open.pop()[1].close().as_dict()["reason"]
+    assert not each.stage._cache_dit_enabled
+
+
+@torch.no_grad()
+def test_a_picture_that_grows_during_denoising_starts_anew():
+    each: Rig = rig("FluxTransformer2DModel")
+    made = request(steps_computation_mask=[1, 0, 0, 0, 0, 0], scm_policy="static", enable_taylorseer=True,
+                   max_warmup_steps=0, max_continuous_cached_steps=-1)
+    denoising.CacheDitDenoisingMixin._maybe_enable_cache_dit(each.stage, STEPS, made)
+    outputs = []
+    for step in range(STEPS):
+        if step == 3:
+            denoising.CacheDitDenoisingMixin._refresh_cache_dit_context(each.stage, 3, None)
+        outputs.append(each.step(made, int(step >= 3), step))
+    report = denoising._open.pop()[1].close().as_dict()
+    assert report["transformers"]["transformer"]["branches"]["cond"]["computed"] == [0, 3]
+    assert [output.shape[1] for output in outputs] == [16, 16, 16, 24, 24, 24]
+
+
+def test_a_worker_names_what_cannot_be_cached(monkeypatch):
+    each = rig("SanaVideo2Transformer3DModel")
+    worker = SimpleNamespace(pipeline=SimpleNamespace(modules={"transformer": each.model, "scheduler": object()}))
+    lines = []
+    monkeypatch.setattr("sglang_cachedit_plugin.host.logger", lambda: SimpleNamespace(
+        warning=lambda text, *args: lines.append(text % args)
+    ))
+
+    def install(**variables):
+        environment, _ = read_environment({f"SGLANG_CACHE_DIT_{name}": text for name, text in variables.items()})
+        monkeypatch.setattr(defaults, "_current", Defaults(environment=environment))
+
+    denoising.check_worker(None, worker)
+    assert lines == []
+    install(ENABLED="true")
+    denoising.check_worker(None, worker)
+    (line,) = lines
+    assert line.startswith("cache-dit: off: transformer (SanaVideo2Transformer3DModel): every block attends")
+    install(ENABLED="true", FORECAST="output")
+    denoising.check_worker(None, worker)
+    assert len(lines) == 1
+    install(ENABLED="true", STRICT="true")
+    with pytest.raises(MountError, match="SanaVideo2"):
+        denoising.check_worker(None, worker)
