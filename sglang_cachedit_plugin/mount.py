@@ -223,6 +223,8 @@ class CachedTransformer:
             error = relative_error(history.predict(position), output, self.contexts.groups.forward)
             history.guard.saw(identity.step, error)
         history.update(position, output)
+        if not history.ready:
+            self.contexts.poison(identity.branch, "its output holds no tensor that could be forecast")
         return output
 
     @torch.compiler.disable

@@ -35,8 +35,8 @@ class OutputHistory:
 
     @property
     def ready(self) -> bool:
-        """Whether anything was computed yet."""
-        return self._structure is not None
+        """Whether a tensor was computed yet; an output that hides its tensors from us never is."""
+        return any(len(known) for known in self._leaves)
 
     @torch.compiler.disable
     def update(self, position: float, output: Any) -> None:

@@ -147,11 +147,11 @@ NATIVE: dict[str, AdapterRow] = {
         family="Sana-Video", blocks=(_blocks("transformer_blocks", "hidden_states"),)
     ),
     "SanaVideo2Transformer3DModel": _row(
-        family="Sana-Video 2",
+        family="Sana-Video 2", cfg="batched",
         no_blocks="every block attends to the outputs of all blocks before it, so the middle cannot be left out",
     ),
     "SanaWMTransformer3DModel": _row(
-        family="Sana-WM", blocks=(_blocks("blocks", "x"),), note="the streaming variant is not cached"
+        family="Sana-WM", blocks=(_blocks("blocks", "x"),), cfg="batched", note="the streaming variant is not cached"
     ),
     "SanaWMLTX2VideoRefiner": AdapterRow(
         family="Sana-WM refiner", refused="a distilled model of a few steps, sampled in a loop of its own"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from hypothesis import given
@@ -14,6 +16,7 @@ from sglang_cachedit_plugin.runtime import TransformerSpec
 from sglang_cachedit_plugin.schedule import StepPlan, build_plan
 from sglang_cachedit_plugin.settings import CacheSettings
 from sglang_cachedit_plugin.stats import TransformerStats
+from tests.unit.blocks import Rig, TinyDiT, known_classes
 
 MASK = (1, 1, 1, 0, 1, 0, 0, 1)
 POSITIONS = (1000.0, 960.0, 900.0, 850.0, 700.0, 550.0, 300.0, 100.0)
@@ -146,3 +149,23 @@ def test_polynomials_are_exact_on_any_spacing(order, coefficients, places):
     assert forecast["note"] == "kept"
     scale = 1 + max(abs(value(x)).item() for x in xs) * (1 + max(abs(a - b) for a in xs for b in xs)) ** order * 400
     assert forecast["sample"].item() == pytest.approx(value(xs[4]).item(), abs=1e-6 * scale)
+
+
+def test_an_output_that_hides_its_tensors_is_computed_every_time_and_the_report_says_so():
+    @dataclass
+    class Hidden:
+        sample: torch.Tensor
+
+    class Model(TinyDiT):
+        def forward(self, hidden_states: torch.Tensor) -> Hidden:
+            return Hidden(super().forward(hidden_states))
+
+    with known_classes():
+        rig = Rig(Model()).begin(
+            4, forecast="output", steps_computation_mask=(1, 0, 0, 1), steps_computation_policy="static"
+        )
+        outputs = [rig.run("cond", step).sample for step in range(4)]
+        assert rig.stats.branches["cond"].computed == [0, 1, 2, 3]
+        assert any("no tensor" in note for note in rig.stats.notes)
+        rig.mounted.bypass()
+        assert all(torch.equal(rig.run("cond", step).sample, outputs[step]) for step in range(4))
