@@ -32,8 +32,9 @@ def answer(**changes):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs the command against a function instead of a server; returns status, bodies, stdout, stderr."""
+def run(monkeypatch, capsys, tmp_path):
+    """Runs the command in an empty folder against a function; returns status, bodies, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
 
     def run(*arguments, reply=lambda body: answer()):
         bodies, lock = [], threading.Lock()
