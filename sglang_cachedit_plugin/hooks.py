@@ -180,7 +180,7 @@ SEAMS: tuple[Seam, ...] = (
     ),
     Seam(
         target=f"{_RUNTIME}.entrypoints.http_server.create_app",
-        parameters=("server_args", "worker_pids", "disagg_server"),
+        parameters=(),
         kind="around",
         handler="serving.app:create",
         why="the field cache_dit in the host's response models; /v1/cache_dit, /generate and the page /cache_dit",

@@ -9,14 +9,16 @@ from .. import startup
 from . import answers, control, generate, page, requests
 
 
-def create(
-    original: Callable[..., Any], server_args: Any, worker_pids: tuple[int, ...] = (), disagg_server: Any = None
-) -> Any:
-    """Around ``create_app``; this process may be one of its own and reads the config file itself."""
+def create(original: Callable[..., Any], server_args: Any, **options: Any) -> Any:
+    """Around ``create_app``; this process may be one of its own and reads the config file itself.
+
+    Args:
+        options: of the host, which differ between its versions.
+    """
     startup.before_launch(server_args)
     requests.counting = bool(server_args.enable_metrics)
     answers.declare_field()
-    app = original(server_args, worker_pids=worker_pids, disagg_server=disagg_server)
+    app = original(server_args, **options)
     for router in (control.router, page.router, generate.router):
         app.include_router(router)
     return app

@@ -141,6 +141,7 @@ def _pipeline_arguments(model_path: str) -> frozenset[str] | None:
 def _prepare(
     request_id: str, body: GenerateRequest, arguments: dict[str, Any], folder: str, video: bool, raw_request: Request
 ) -> Any:
+    from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
     from sglang.multimodal_gen.configs.task_type import DataType
     from sglang.multimodal_gen.runtime.entrypoints.openai import protocol, utils
     from sglang.multimodal_gen.runtime.entrypoints.utils import prepare_request
@@ -159,7 +160,9 @@ def _prepare(
             request = protocol.VideoGenerationsRequest(prompt=body.prompt, **(body.model_extra or {}))
             arguments = model.lower_video_request_kwargs(request, arguments)
         else:
-            arguments |= {"num_frames": 1, "save_output": False, "return_image_bytes": True}
+            # Hosts before 0.5.23 hand pictures back as files only.
+            in_memory = hasattr(SamplingParams, "return_image_bytes")
+            arguments |= {"num_frames": 1} | ({"save_output": False, "return_image_bytes": True} if in_memory else {})
         sampling = utils.build_sampling_params(request_id, **arguments)
         return prepare_request(
             server_args=server_args, sampling_params=sampling,
@@ -184,7 +187,7 @@ async def _run(batch: Any, video: bool, resources: AsyncExitStack) -> tuple[list
         paths, result = await process_generation_batch(async_scheduler_client, batch, scheduler_batches=group)
     except (RuntimeError, TimeoutError) as error:
         raise HTTPException(status_code=500, detail=" ".join(str(error).split())) from None
-    return await asyncio.to_thread(_encoded, paths if video else result.output_image_bytes), result
+    return await asyncio.to_thread(_encoded, getattr(result, "output_image_bytes", None) or paths), result
 
 
 def _encoded(outputs: list[Any]) -> list[str]:
