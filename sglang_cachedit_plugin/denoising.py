@@ -54,8 +54,10 @@ class CacheDitDenoisingMixin:
         if session.decision.enabled and (reason := _declined(self, batch)):
             session.disable(reason)
         elif session.decision.enabled or self in _stages:
+            loop = own_loops.of(type(self))
+            identify = loop.identify(batch) if loop is not None and loop.identify is not None else _identify
             _open_request(
-                self, batch, session, _identify, _steps(self, num_inference_steps), joint=joint,
+                self, batch, session, identify, _steps(self, num_inference_steps), joint=joint,
                 one_config=self._cache_dit_secondary_uses_primary_config(),
             )
         # Some stages keep what a cached forward needs only while this is set.
@@ -125,7 +127,7 @@ def _enter_own_loop(stage: Any, batch: Any, server_args: Any, loop: OwnLoop) -> 
     if not reason and getattr(stage, "transformer", None) is None:
         reason = "its transformer is not loaded yet"
     if not reason:
-        _open_request(stage, batch, session, loop.identify(), {"transformer": (0, own_loops.num_steps(batch))})
+        _open_request(stage, batch, session, loop.identify(batch), {"transformer": (0, own_loops.num_steps(batch))})
     elif decision.resolved.primary.strict:
         raise MountError(f"{type(stage).__name__}: {reason}")
     else:
@@ -215,7 +217,7 @@ def run_stage(original: Callable[..., Any], stage: Any, batch: Any, server_args:
     before, failed = len(_open), True
     _running.append(stage)
     try:
-        if (loop := own_loops.of(type(stage))) is not None:
+        if (loop := own_loops.of(type(stage))) is not None and not loop.asks:
             _enter_own_loop(stage, batch, server_args, loop)
         result = original(stage, batch, server_args)
         for _, session in _open[before:]:

@@ -1,7 +1,8 @@
-"""Stages of the host with a denoising loop of their own, which never ask for caching.
+"""Stages of the host with a denoising loop of their own.
 
-Where such a loop calls the transformer once for each step and branch, the plugin opens the request itself and
-names the forwards. Otherwise the stage is declined, and the report says why.
+Most never ask for caching. Where such a loop calls the transformer once for each step and branch, the plugin opens
+the request itself and names the forwards. Otherwise the stage is declined, and the report says why. Others ask,
+but name the step or the branch of a forward in a way of their own.
 """
 
 from __future__ import annotations
@@ -22,20 +23,22 @@ class OwnLoop:
     """One stage class.
 
     Args:
-        identify: makes what names the forwards of one request.
+        identify: makes what names the forwards of one request, from the host's request.
         refused: why requests of this stage run uncached.
+        asks: the stage asks for caching by itself.
     """
 
-    identify: Callable[[], Identify] | None = None
+    identify: Callable[[Any], Identify] | None = None
     refused: str = ""
+    asks: bool = False
 
 
-def _by_context() -> Identify:
+def _by_context(batch: Any) -> Identify:
     """The host's forward context names step and branch."""
     return lambda name, kwargs: host.forward_identity()
 
 
-def _by_cache_key() -> Identify:
+def _by_cache_key(batch: Any) -> Identify:
     """Cosmos 3: the context names the step, the key of the prompt's cache the branch."""
 
     def identify(name: str, kwargs: Mapping[str, Any]) -> Identity | None:
@@ -45,7 +48,7 @@ def _by_cache_key() -> Identify:
     return identify
 
 
-def _by_flag() -> Identify:
+def _by_flag(batch: Any) -> Identify:
     """Wan-Animate 2: the context names the step, a flag of the forward the branch."""
 
     def identify(name: str, kwargs: Mapping[str, Any]) -> Identity | None:
@@ -55,7 +58,7 @@ def _by_flag() -> Identify:
     return identify
 
 
-def _by_count() -> Identify:
+def _by_count(batch: Any) -> Identify:
     """Sana-Video 2: one forward a step for both branches, and nothing names the step."""
     calls = 0
 
@@ -63,6 +66,27 @@ def _by_count() -> Identify:
         nonlocal calls
         calls += 1
         return Identity(COND, calls - 1)
+
+    return identify
+
+
+def _by_step(batch: Any) -> Identify:
+    """LTX-2: the context names the step alone; all branches are one forward."""
+
+    def identify(name: str, kwargs: Mapping[str, Any]) -> Identity | None:
+        step = host.forward_step()
+        return None if step is None else Identity(COND, step)
+
+    return identify
+
+
+def _by_remaining(batch: Any) -> Identify:
+    """Ideogram 4: the context names the steps that remain; the second transformer is the unconditional branch."""
+    last = num_steps(batch) - 1
+
+    def identify(name: str, kwargs: Mapping[str, Any]) -> Identity | None:
+        remaining = host.forward_step()
+        return None if remaining is None else Identity("uncond" if name == "transformer_2" else COND, last - remaining)
 
     return identify
 
@@ -75,6 +99,8 @@ OWN_LOOPS: Mapping[str, OwnLoop] = {
     "SanaWMDenoisingStage": OwnLoop(identify=_by_context),
     "WanAnimate2DenoisingStage": OwnLoop(identify=_by_flag),
     "SanaVideo2DenoisingStage": OwnLoop(identify=_by_count),
+    "LTX2DenoisingStage": OwnLoop(identify=_by_step, asks=True),
+    "Ideogram4DenoisingStage": OwnLoop(identify=_by_remaining, asks=True),
     "DmdDenoisingStage": OwnLoop(refused=_FEW),
     "CausalDMDDenoisingStage": OwnLoop(refused=_CHUNKS),
     "NomasDenoisingStage": OwnLoop(refused=_CHUNKS),

@@ -118,7 +118,8 @@ NATIVE: dict[str, AdapterRow] = {
     ),
     "LTX2VideoTransformer3DModel": _row(
         family="LTX-2", blocks=(_blocks("transformer_blocks", "hidden_states", "audio_hidden_states"),),
-        note="video and audio are forecast together, the decision is video's",
+        cfg="batched", note="video and audio are forecast together, the decision is video's; samplers or guidance "
+        "that run several forwards a step are computed",
     ),
     "Cosmos3OmniTransformer": _row(
         family="Cosmos 3", blocks=(_blocks("gen_layers", "hidden_states", "residual"),),
@@ -138,7 +139,7 @@ NATIVE: dict[str, AdapterRow] = {
     "Kandinsky6SRTransformer3DModel": _row(
         family="Kandinsky 6 SR", blocks=(_blocks("visual_transformer_blocks", "visual_embed"),), cfg="none"
     ),
-    "MiniMaxH3DiTModel": _row(family="MiniMax-H3", blocks=(_blocks("blocks", "x", overwrites=True),)),
+    "MiniMaxH3DiTModel": _row(family="MiniMax-H3", blocks=(_blocks("blocks", "x", overwrites=True),), cfg="none"),
     "LingBotVideoTransformer3DModel": _row(family="LingBot-Video", blocks=(_blocks("blocks", "x"),)),
     "LingBotWorldTransformer3DModel": _row(
         family="LingBot-World", blocks=(_blocks("blocks", "hidden_states"),), transformers=2

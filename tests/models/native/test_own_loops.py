@@ -16,6 +16,7 @@ from sglang_cachedit_plugin.defaults import Defaults
 from sglang_cachedit_plugin.errors import MountError
 from sglang_cachedit_plugin.sources import read_environment
 
+from .cases import CASES
 from .harness import MASK, STEPS, Rig, batch, distance, noise, set_arguments
 from .test_native_models import rig
 
@@ -170,6 +171,51 @@ def test_wan_animate_branches_are_named_by_their_flag():
     stage.transformer_2 = None
     branches_seen = run(stage, request(**STATIC))["transformers"]["transformer"]["branches"]
     assert {name: seen["cached"] for name, seen in branches_seen.items()} == {"cond": [2, 4], "uncond": [2, 4]}
+
+
+@torch.no_grad()
+def test_ltx_2_steps_are_named_though_its_context_holds_no_request():
+    each = rig("LTX2VideoTransformer3DModel")
+
+    def forward(self, made, server_args):
+        denoising.CacheDitDenoisingMixin._maybe_enable_cache_dit(self, STEPS, made)
+        for index in range(STEPS):
+            state = SimpleNamespace(step_index=index, current_model=self.transformer, attn_metadata=None)
+            with self._ltx2_model_forward_context(SimpleNamespace(use_ltx23_hq_timestep_semantics=False), state):
+                self.transformer(**each.case.inputs(0, index))
+        return made
+
+    stage = on_host("LTX2DenoisingStage", "model_specific_stages.ltx_2.denoising", forward, each.model)
+    stage.transformer_2, stage.server_args, stage._disable_cache_dit_for_request = None, set_arguments(), False
+    (branch,) = run(stage, request(**STATIC))["transformers"]["transformer"]["branches"].values()
+    assert branch["cached"] == [2, 4]
+
+
+@torch.no_grad()
+def test_ideogram_4_counts_its_steps_down():
+    from sglang.multimodal_gen.runtime.managers.forward_context import set_forward_context
+    from sglang.multimodal_gen.runtime.pipelines_core.stages.model_specific_stages.ideogram import Ideogram4Scheduler
+
+    positive, negative = (Rig(CASES["Ideogram4Transformer2DModel"]) for _ in range(2))
+    scheduler = Ideogram4Scheduler()
+    scheduler.set_timesteps(STEPS, device="cpu")
+
+    def forward(self, made, server_args):
+        made.timesteps = scheduler.timesteps
+        denoising.CacheDitDenoisingMixin._maybe_enable_cache_dit(self, STEPS, made)
+        for index, remaining in enumerate(scheduler.timesteps):
+            for module in (self.transformer, self.transformer_2):
+                with set_forward_context(current_timestep=int(remaining), attn_metadata=None, forward_batch=made):
+                    module(**positive.case.inputs(0, index))
+        return made
+
+    stage = on_host("Ideogram4DenoisingStage", "model_specific_stages.ideogram", forward, positive.model)
+    stage.unconditional_transformer = stage.transformer_2 = negative.model
+    stage.server_args = set_arguments()
+    transformers = run(stage, request(**STATIC))["transformers"]
+    cached = {name: {branch: seen["cached"] for branch, seen in each["branches"].items()}
+              for name, each in transformers.items()}
+    assert cached == {"transformer": {"cond": [2, 4]}, "transformer_2": {"uncond": [2, 4]}}
 
 
 @pytest.mark.parametrize("name", [name for name, loop in own_loops.OWN_LOOPS.items() if loop.refused])
