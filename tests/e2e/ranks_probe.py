@@ -20,7 +20,7 @@ import torch
 
 from .probe import count_blocks, record_latents, run_request, transformers
 
-LIMIT = 240
+LIMIT = 400
 """Seconds that a job may take."""
 
 
@@ -111,7 +111,12 @@ def main() -> None:
     with open(sys.argv[1]) as source:
         jobs = json.load(source)
     out = Path(sys.argv[2])
-    torch.save({job["name"]: run_job(job, out) for job in jobs}, out)
+    results = {}
+    for job in jobs:
+        started = time.monotonic()
+        results[job["name"]] = run_job(job, out)
+        print(f"{job['name']}: {time.monotonic() - started:.0f} s", flush=True)
+    torch.save(results, out)
 
 
 if __name__ == "__main__":
