@@ -229,8 +229,8 @@ class BranchContexts(CachedContextManager):
 
     @torch.compiler.disable
     def record(self, *, cached: bool) -> None:
-        """Note the forward under way, where no block list decided it."""
-        self._verify(cached)
+        """Note the forward under way, where no block list decided it: the branches' plans may differ."""
+        self._verify(cached, self.groups.forward)
         self.branch_stats.record(self._identity.step, cached)
 
     def computed_last(self, identity: Identity) -> bool:
@@ -286,7 +286,7 @@ class BranchContexts(CachedContextManager):
         if self.guarded and (self._coupled or self._joint):
             self.tell(None)
         cached = self._decide(states_tensor, prefix)
-        self._verify(cached)
+        self._verify(cached, self._group)
         context = self._current_context
         if not context.repeated:
             # A second forward that cannot be told from the first must not part ranks whose plans go by the run.
@@ -298,13 +298,13 @@ class BranchContexts(CachedContextManager):
             self.on_decision(cached)
         return cached
 
-    def _verify(self, cached: bool) -> None:
-        if not self.spec.settings.verify_ranks or self._group is None:
+    def _verify(self, cached: bool, group: Any) -> None:
+        if not self.spec.settings.verify_ranks or group is None:
             return
         step, context = self._identity.step, self._current_context
         measured = context is not None and context.last_diff is not None and context.last_diff[0] == step
         diff = context.last_diff[1] if measured else math.nan
-        agreement.verify(step, self._identity.branch, cached, self._group, diff=diff)
+        agreement.verify(step, self._identity.branch, cached, group, diff=diff)
 
     @property
     def guarded(self) -> bool:

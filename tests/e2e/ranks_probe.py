@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .probe import count_blocks, record_latents, run_request, transformers
+from .probe import BLOCK_LISTS, count_blocks, record_latents, run_request, transformers
 
 LIMIT = 400
 """Seconds that a job may take."""
@@ -53,7 +53,9 @@ def _fail_at(worker: Any, step: int) -> Any:
             raise RuntimeError("this block fails")
 
     # The first block runs on cached steps too.
-    return transformers(worker)["transformer"].get_submodule("transformer_blocks.0").register_forward_pre_hook(fail)
+    transformer = transformers(worker)["transformer"]
+    blocks = next(getattr(transformer, name) for name in BLOCK_LISTS if hasattr(transformer, name))
+    return blocks[0].register_forward_pre_hook(fail)
 
 
 def run_job(job: dict[str, Any], out: Path) -> list[list[dict[str, Any]]]:

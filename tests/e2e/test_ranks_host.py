@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from .conftest import ROOT, free_ports, host_environment
 
 BASE = {"width": 64, "height": 64, "num_inference_steps": 12, "prompt": "red apple", "seed": 1}
-CFG = {"negative_prompt": "green cat", "true_cfg_scale": 3.0}
+VIDEO = {"negative_prompt": "green cat", "num_frames": 9}
 KNOBS = {"residual_diff_threshold": 0.9, "max_warmup_steps": 2}
 
 
@@ -37,20 +38,14 @@ LAYOUTS = {
     "flux 1": ("flux", {}, {}, SHARED),
     "flux Ulysses": ("flux", {"ulysses_degree": 2, "sp_degree": 2}, {}, SHARED),
     "flux TP": ("flux", {"tp_size": 2}, {}, SHARED),
-    "qwen 1": ("qwen", {}, CFG, ("off", "cached", "following")),
-    "qwen CFG": (
-        "qwen", {"enable_cfg_parallel": True}, CFG,
+    "wan21 1": ("wan21", {}, VIDEO, ("off", "cached", "following")),
+    "wan21 CFG": (
+        "wan21", {"enable_cfg_parallel": True}, VIDEO,
         ("off", "cached", "following", "lockstep", "failing", "after it"),
     ),
-    "wan22 1": ("wan22", {}, {"negative_prompt": "green cat", "num_frames": 9}, ("off", "cached")),
-    "wan22 CFG": (
-        "wan22", {"enable_cfg_parallel": True}, {"negative_prompt": "green cat", "num_frames": 9},
-        ("off", "cached", "lockstep"),
-    ),
-    "wan22 Ulysses": (
-        "wan22", {"ulysses_degree": 2, "sp_degree": 2}, {"negative_prompt": "green cat", "num_frames": 9},
-        ("off", "cached"),
-    ),
+    "wan22 1": ("wan22", {}, VIDEO, ("off", "cached")),
+    "wan22 CFG": ("wan22", {"enable_cfg_parallel": True}, VIDEO, ("off", "cached", "lockstep")),
+    "wan22 Ulysses": ("wan22", {"ulysses_degree": 2, "sp_degree": 2}, VIDEO, ("off", "cached")),
 }
 
 
@@ -136,8 +131,8 @@ def test_the_steps_and_the_picture_are_those_of_one_rank(results, layout, reques
     if request_name != "off":
         assert _all_steps(together) == _all_steps(alone)
         changed = _distance(_latents(alone), _latents(results[single]["off"]))
-        assert changed > 0.01, "caching must show"
-    assert _distance(_latents(together), _latents(alone)) <= max(3 * uncached, 1e-3)
+        assert changed > max(1.3 * uncached, 4e-3), "caching must show"
+    assert _distance(_latents(together), _latents(alone)) <= max(1.3 * uncached, 1e-3)
 
 
 def test_verifying_changes_nothing(results):
@@ -146,22 +141,42 @@ def test_verifying_changes_nothing(results):
         assert torch.equal(_latents(plain), _latents(verified))
 
 
-@pytest.mark.parametrize("layout", ["qwen CFG", "wan22 CFG"])
+@pytest.mark.parametrize("layout", ["wan21 CFG", "wan22 CFG"])
 def test_each_cfg_rank_runs_its_own_branch(results, layout):
     cond, uncond = (set(branch for _, branch in _steps(each)) for each in results[layout]["cached"])
     assert (cond, uncond) == ({"cond"}, {"uncond"})
 
 
-@pytest.mark.parametrize("layout", ["qwen CFG", "wan22 CFG"])
+@pytest.mark.parametrize("layout", ["wan21 CFG", "wan22 CFG"])
 def test_lockstep_caches_the_same_steps_on_both_branches(results, layout):
     cond, uncond = (_steps(each) for each in results[layout]["lockstep"])
     assert sorted(cond.values()) == sorted(uncond.values())
 
 
 def test_a_failure_on_one_rank_ends_the_request_on_both_and_the_next_one_works(results):
-    first, second = results["qwen CFG"]["failing"]
+    first, second = results["wan21 CFG"]["failing"]
     assert "step 5 failed on rank 1: RuntimeError: this block fails" in first["error"]
     assert "this block fails" in second["error"]
-    before, after = results["qwen CFG"]["cached"], results["qwen CFG"]["after it"]
+    before, after = results["wan21 CFG"]["cached"], results["wan21 CFG"]["after it"]
     assert torch.equal(_latents(before), _latents(after))
     assert _all_steps(before) == _all_steps(after)
+
+
+def test_the_command_line_with_two_processes(models, tmp_path):
+    """The whole host: launcher, scheduler, two workers; the guard compares every step."""
+    master, scheduler, _ = free_ports(3)
+    done = subprocess.run(
+        [Path(sys.executable).with_name("sglang"), "generate", "--model-path", str(models["flux"]),
+         "--prompt", "red apple", "--width", "64", "--height", "64", "--num-inference-steps", "12", "--seed", "1",
+         "--num-gpus", "2", "--ulysses-degree", "2", "--sp-degree", "2", "--attention-backend", "torch_sdpa", "--warmup-mode", "off",
+         "--master-port", str(master), "--scheduler-port", str(scheduler), "--output-path", str(tmp_path)],
+        cwd=tmp_path, capture_output=True, text=True, timeout=600, errors="replace",
+        env=host_environment(
+            SGLANG_CACHE_DIT_ENABLED="true", SGLANG_CACHE_DIT_RDT="0.9", SGLANG_CACHE_DIT_WARMUP="2",
+            SGLANG_CACHE_DIT_VERIFY_RANKS="true",
+        ),
+    )
+    log = done.stdout + done.stderr
+    assert done.returncode == 0, log[-4000:]
+    assert log.count("12 steps, 4 computed, 8 cached (cond)") == 1, log[-4000:]
+    assert list(tmp_path.rglob("*.png")) + list(tmp_path.rglob("*.jpg")), log[-4000:]
