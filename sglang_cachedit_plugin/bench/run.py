@@ -101,6 +101,7 @@ def reading(reply: Mapping[str, Any]) -> dict[str, Any]:
         "denoising_s": denoising,
         "steps_ms": steps,
         "setup_s": denoising - sum(steps) / 1000.0 if steps and denoising is not None else None,
+        "enabled": enabled,
         "computed": report.get("computed_steps") if enabled else None,
         "cached": report.get("cached_steps") if enabled else None,
         "reason": report.get("reason") if report else None,

@@ -41,7 +41,7 @@ def computed_steps(record: Mapping[str, Any], variant: Variant, steps: int, full
 
     Stock says nothing of them: there a step counts as computed that takes more than half of an uncached one.
     """
-    if variant.kind == UNCACHED:
+    if variant.kind == UNCACHED or record.get("enabled") is False:
         return steps
     if variant.kind != STOCK:
         return record.get("computed")

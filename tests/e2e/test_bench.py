@@ -49,7 +49,7 @@ def test_every_variant_has_its_figures(run):
     assert (rows["static"]["computed"], rows["static"]["computed_is_estimated"]) == (sum(MASK), False)
     assert 0 < rows["stock"]["computed"] <= STEPS and rows["stock"]["computed_is_estimated"]
     assert all(row["peak_rss_mb"] > 100 for row in rows.values())
-    assert "Fn_compute_blocks 99" in rows["impossible"]["reason"]
+    assert "Fn_compute_blocks 99" in rows["impossible"]["reason"] and rows["impossible"]["computed"] == STEPS
 
 
 def test_quality_is_that_of_the_pictures(run):
