@@ -10,6 +10,7 @@ import numpy as np
 
 from . import candidates, verdict
 from .candidates import Candidate
+from .engine import EngineError
 from .evaluate import SHEET, Evaluator, Grid, Prompt
 from .polish import Say, Tuner
 from .verdict import Point
@@ -121,7 +122,12 @@ class _Grid:
 
     def _verify(self, candidate: Candidate) -> None:
         self.say(f"{self.grid.label}: {candidate.label} on {len(self.plan.heldout)} held-out prompts")
-        point = verdict.verify(self.evaluator, self.grid, self.plan.heldout, candidate)
+        try:
+            point = verdict.verify(self.evaluator, self.grid, self.plan.heldout, candidate)
+        except EngineError:
+            if candidate.kind != "peer":
+                raise
+            point = None
         if point is None:
             self.result.remarks.append(f"{candidate.label}: the model does not have it")
         else:

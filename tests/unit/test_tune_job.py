@@ -1,0 +1,181 @@
+"""A whole tuning run over a loop that stands for the host: Euler's method on known velocity fields."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from sglang_cachedit_plugin import quality
+from sglang_cachedit_plugin.tune import job, outcome, polish, report, verdict, write
+from sglang_cachedit_plugin.tune.engine import EngineError
+from sglang_cachedit_plugin.tune.evaluate import Grid, Prompt
+from sglang_cachedit_plugin.tune.job import Plan
+from sglang_cachedit_plugin.tune.trajectory import Trajectories, products
+
+from .test_tune_files import MODEL, PROVENANCE
+
+SIZE = (8, 8)
+WIDTH = 192
+
+
+def sigmas(steps: int) -> np.ndarray:
+    line = np.linspace(1.0, 1.0 / steps, steps)
+    return 3 * line / (1 + 2 * line)
+
+
+class Host:
+    """In place of the evaluator. Velocities bend most early and late, differently for each prompt.
+
+    Args:
+        curved: with 0 the output never changes, so that fewer steps lose nothing.
+    """
+
+    def __init__(self, curved: float = 1.0):
+        self.curved, self.served = curved, 0
+
+    def velocity(self, prompt: Prompt, sigma: float) -> np.ndarray:
+        a, b, c = np.random.default_rng(prompt.seed).normal(size=(3, WIDTH))
+        return a + self.curved * (b * np.cos(5 * sigma) + 0.4 * c * np.exp(-20 * sigma))
+
+    def start(self, prompt: Prompt) -> np.ndarray:
+        return np.random.default_rng(1000 + prompt.seed).normal(size=WIDTH)
+
+    def draw(self, prompt: Prompt, steps: int, row=None) -> np.ndarray:
+        places, x, known = sigmas(steps), self.start(prompt), []
+        change = np.append(places[1:], 0.0) - places
+        weights = iter((row or {}).get("weights", ()))
+        for step in range(steps):
+            if row is None or row["mask"][step] == "1":
+                output = self.velocity(prompt, places[step])
+                known.append((places[step], output))
+            elif "weights" in row:
+                used = next(weights)
+                output = sum(w * v for w, (_, v) in zip(used, known[-len(used):], strict=True))
+            else:
+                from sglang_cachedit_plugin.forecast import damped_weights
+
+                used = known[-(row["order"] + 1):]
+                factors = damped_weights([1000 * p for p, _ in used], 1000 * places[step], row.get("damping", 1.0))
+                output = sum(w * v for w, (_, v) in zip(factors, used, strict=True))
+            x = x + change[step] * output
+        return x
+
+    def trajectories(self, prompts, grid):
+        places = sigmas(grid.steps)
+        outputs = [np.stack([self.velocity(prompt, place) for place in places]) for prompt in prompts]
+        return Trajectories(
+            timesteps=1000 * places, change=np.append(places[1:], 0.0) - places,
+            gram=np.stack([products(each) for each in outputs]),
+            peak=np.array([np.ptp(self.draw(prompt, grid.steps)) for prompt in prompts]),
+        )
+
+    def reference(self, prompt, grid):
+        return {"denoising_s": 0.1 * grid.steps, "latents": self.draw(prompt, grid.steps), "picture": None}
+
+    def measure(self, prompt, grid, more, *, pictures, keep=False, steps=None):
+        self.served += 1
+        if more.get("enable_teacache"):
+            raise EngineError("this model has no such thing")
+        params = more.get("cache_dit_params") or {}
+        if more.get("enable_cache_dit"):
+            row = self.row(params, grid.steps)
+            final, computed = self.draw(prompt, grid.steps, row), row["mask"].count("1")
+        else:
+            final, computed = self.draw(prompt, steps or grid.steps), 0
+        value = quality.latent_psnr(self.draw(prompt, grid.steps), final)
+        return {
+            "latent_psnr": value, "psnr": value, "ssim": min(1.0, value / 80), "computed": computed,
+            "denoising_s": 0.1 * (computed or steps or grid.steps), "picture": np.zeros((8, 8, 3), np.uint8),
+        }
+
+    @staticmethod
+    def row(params, steps):
+        if "schedules" in params:
+            return params["schedules"][0]
+        mask = params.get("steps_computation_mask")
+        order = 1 if params.get("forecast") == "output" else 0
+        mask = mask if isinstance(mask, list) else [int(step % 2 == 0) for step in range(steps)]
+        return {"mask": "".join(map(str, mask)), "order": order}
+
+
+PLAN = Plan(
+    grids=[Grid(16, SIZE)], tune=[Prompt("a", 1), Prompt("b", 2), Prompt("c", 3)],
+    heldout=[Prompt("d", 11), Prompt("e", 12)], target={"budget": 6}, seed=1, evaluations=2,
+    peers=("fewer", "growing", "dbcache-0.24", "teacache"), shares=(0.25, 0.5),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short():
+    """A short search is enough for a small field."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(polish, "ROUNDS", 60)
+        yield
+
+
+@pytest.fixture(scope="module")
+def result():
+    return job.run(PLAN, Host(), lambda text: None)[0]
+
+
+def test_every_budget_is_tuned_and_the_asked_one_is_chosen(result):
+    points = {point["name"]: point for point in result.points}
+    assert {"tuned-4", "tuned-6", "tuned-8", "fewer-4", "fewer-8", "growing-6", "growing-output-6"} <= set(points)
+    assert result.chosen["name"] == "tuned-6"
+    assert {name: point["name"] for name, point in result.profiles.items()} == {
+        "tuned-25": "tuned-4", "tuned-50": "tuned-8", "chosen": "tuned-6",
+    }
+    assert any("TeaCache: the model does not have it" in remark for remark in result.remarks)
+
+
+def test_tuned_schedules_win_where_the_field_is_curved(result):
+    for budget in (4, 6, 8):
+        tuned = next(p for p in result.points if p["name"] == f"tuned-{budget}")
+        assert verdict.better(result.points, tuned) is None
+        best = max(p["psnr"]["mean"] for p in verdict.rivals(result.points, budget))
+        assert tuned["psnr"]["mean"] > best + 3.0
+
+
+def test_the_same_seed_finds_the_same(result):
+    again = job.run(PLAN, Host(), lambda text: None)[0]
+    assert again.points == result.points
+    assert again.rows == result.rows
+
+
+def test_a_quality_is_reached_with_the_fewest_steps(result):
+    least = next(p for p in result.points if p["name"] == "tuned-6")["psnr"]["mean"] - 0.5
+    plan = replace(PLAN, target={"min_psnr": least}, peers=())
+    found = job.run(plan, Host(), lambda text: None)[0]
+    tried = {p["computed"]: p["psnr"]["mean"] for p in found.points}
+    assert found.chosen["psnr"]["mean"] >= least
+    assert found.chosen["computed"] == min(computed for computed, value in tried.items() if value >= least)
+    assert found.chosen["computed"] <= 6
+
+
+def test_the_file_holds_the_better_one_where_nothing_can_be_gained(tmp_path):
+    straight = job.run(replace(PLAN, shares=(0.5,), target={"budget": 8}), Host(0.0), lambda text: None)[0]
+    write.write(tmp_path / "t.yaml", [straight], PROVENANCE, MODEL)
+    text = (tmp_path / "t.yaml").read_text()
+    tuned = straight.chosen
+    if verdict.better(straight.points, tuned) is None:
+        assert tuned["psnr"]["mean"] == quality.IDENTICAL_PSNR
+    else:
+        assert "was better" in text
+
+
+def test_the_outcome_is_what_the_report_takes(result, tmp_path):
+    figures = outcome.results(PLAN, [result], Pictures(), PROVENANCE, MODEL, tmp_path)
+    page = report.write_report(figures, tmp_path)
+    assert page.stat().st_size > 5000
+    assert figures["grids"][0]["verdict"].startswith("tuned, 6 computed")
+    assert (tmp_path / "pictures" / "0-chosen.png").is_file()
+    assert figures["grids"][0]["methods"][0]["method"].startswith("output")
+
+
+class Pictures(Host):
+    """With pictures, for the sheet."""
+
+    def reference(self, prompt, grid):
+        return super().reference(prompt, grid) | {"picture": np.full((8, 8, 3), 200, np.uint8)}
