@@ -169,7 +169,8 @@ def test_the_command_line_with_two_processes(models, tmp_path):
         [Path(sys.executable).with_name("sglang"), "generate", "--model-path", str(models["flux"]),
          "--prompt", "red apple", "--width", "64", "--height", "64", "--num-inference-steps", "12", "--seed", "1",
          "--num-gpus", "2", "--ulysses-degree", "2", "--sp-degree", "2", "--attention-backend", "torch_sdpa",
-         "--warmup-mode", "off", "--master-port", str(master), "--scheduler-port", str(scheduler), "--output-path", str(tmp_path)],
+         "--warmup-mode", "off", "--master-port", str(master), "--scheduler-port", str(scheduler),
+         "--output-path", str(tmp_path)],
         cwd=tmp_path, capture_output=True, text=True, timeout=600, errors="replace",
         env=host_environment(
             SGLANG_CACHE_DIT_ENABLED="true", SGLANG_CACHE_DIT_RDT="0.9", SGLANG_CACHE_DIT_WARMUP="2",
