@@ -217,7 +217,9 @@ def run_stage(original: Callable[..., Any], stage: Any, batch: Any, server_args:
     before, failed = len(_open), True
     _running.append(stage)
     try:
-        if (loop := own_loops.of(type(stage))) is not None and not loop.asks:
+        loop = own_loops.of(type(stage))
+        # Action models are served requests of another kind, which cannot ask for anything.
+        if loop is not None and not loop.asks and getattr(batch, "sampling_params", None) is not None:
             _enter_own_loop(stage, batch, server_args, loop)
         result = original(stage, batch, server_args)
         for _, session in _open[before:]:

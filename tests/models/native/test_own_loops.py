@@ -237,6 +237,13 @@ def test_a_declined_stage_runs_with_the_reason_or_fails_with_strict(name):
     assert ran == [made]
 
 
+def test_requests_of_another_kind_pass_through():
+    cls = stage_classes()["VLAActionDenoisingStage"]
+    answer = denoising.run_stage(lambda stage, made, args: made, cls.__new__(cls), "action", set_arguments())
+    assert answer == "action"
+    assert denoising._open == []
+
+
 @pytest.mark.parametrize(
     ("where", "field", "reason"),
     [("batch", "enable_teacache", "TeaCache"), ("batch", "enable_spectrum", "Spectrum"),
