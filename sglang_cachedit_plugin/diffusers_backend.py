@@ -37,6 +37,7 @@ class PipelineCache:
         self.backend = ModelBackend(self.modules, self.identify, pipe=pipe)
         self.runtime = Runtime(self.backend)
         self.session: Session | None = None
+        self.spread = False
         self._step = 0
         self._context_name: str | None = None
         self._embeddings: list[torch.Tensor] = []
@@ -218,6 +219,7 @@ def load(original: Callable[..., Any], pipeline: Any, pipe: Any, server_args: An
         startup.check_classes(sections, classes, file_label(server_args.cache_dit_config))
         engine.apply(pipe, sections)
         cache.backend.identify_outside()
+        cache.spread = "parallelism_config" in sections
     for module in cache.modules.values():
         host.ensure_one_replica(mesh_group(module))
     return pipe
@@ -229,6 +231,9 @@ def execute(original: Callable[..., Any], stage: Any, batch: Any, server_args: A
     decision = defaults.current().decide(params.enable_cache_dit, params.cache_dit_params)
     session = Session("diffusers", decision)
     cache = _pipes.get(stage.diffusers_pipe)
+    if cache is not None and cache.spread and batch.generator_device is None:
+        # The ranks share one picture: noise drawn on the CPU is the same on all, whatever their devices.
+        batch.generator_device = "cpu"
     failed = True
     try:
         with _request(cache, session, batch):

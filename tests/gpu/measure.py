@@ -82,10 +82,13 @@ class Job:
         config: path or mapping of a config file; an empty mapping leaves the pipeline alone.
         family: ``flux`` or ``qwen``.
         size: of the weights, see ``pipelines``.
+        stock: cache-dit's own ``enable_cache`` in the plugin's place.
     """
 
-    def __init__(self, config: str | Mapping[str, Any], family: str, size: str, device: torch.device):
-        self.device = device
+    def __init__(
+        self, config: str | Mapping[str, Any], family: str, size: str, device: torch.device, *, stock: bool = False
+    ):
+        self.device, self.family = device, family
         self.file = read_file(config)
         given = self.file.passed_on
         sections = preflight.fit(given, dist.get_world_size(), machine(device, given), "config")
@@ -93,11 +96,32 @@ class Job:
         self.pipe = pipelines.PIPELINES[family](size, device, dtype)
         self.pipe.set_progress_bar_config(disable=True)
         self.cache = PipelineCache(self.pipe)
+        self.call: dict[str, Any] = {}
+        if stock:
+            enable_stock(self.pipe, sections)
+            return
         self.cache.mount()
         if sections:
             engine.apply(self.pipe, sections)
             self.cache.backend.identify_outside()
-        self.call: dict[str, Any] = {}
+
+    def frame(self, width: int, height: int, frames: int = 1) -> None:
+        """What is drawn, by family."""
+        self.call = dict(prompt="a red apple", width=width, height=height)
+        if self.family == "flux":
+            self.call["max_sequence_length"] = 512
+        elif self.family == "qwen":
+            self.call |= dict(
+                prompt=self.prompt("a red apple"), negative_prompt=self.prompt("blurred"), true_cfg_scale=4.0
+            )
+        else:
+            self.call |= dict(num_frames=frames, guidance_scale=4.0)
+
+    def shape(self, width: int, height: int, frames: int = 1) -> tuple[int, int]:
+        """Tokens and width of the hidden states."""
+        config = self.pipe.transformer.config
+        latent = (frames - 1) // 4 + 1 if self.family == "wan" else 1
+        return latent * (width // 16) * (height // 16), config.num_attention_heads * config.attention_head_dim
 
     def prompt(self, text: str) -> str:
         """``text`` with as many tokens as 8 ranks divide; Ulysses without ``ulysses_anything`` needs that."""
@@ -113,10 +137,10 @@ class Job:
         )
         with torch.no_grad():
             if params is None:
-                return self.pipe(**call).images.float().cpu(), None
+                return _picture(self.pipe(**call)), None
             session = Session("diffusers", Defaults(file=self.file).decide(True, params))
             with self.cache.request(session, steps):
-                picture = self.pipe(**call).images.float().cpu()
+                picture = _picture(self.pipe(**call))
         return picture, session.close(self.device).as_dict()
 
     def measure(self, params: Mapping[str, Any] | None, steps: int) -> dict[str, Any]:
@@ -130,7 +154,11 @@ class Job:
         picture, report = self.draw(params, steps)
         seconds = time.perf_counter() - started
         peak = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0
-        branches = {} if report is None else report["transformers"]["transformer"]["branches"]
+        branches = {
+            (transformer, name): branch
+            for transformer, each in (report or {"transformers": {}})["transformers"].items()
+            for name, branch in each["branches"].items()
+        }
         decisions = {name: branch["cached"] for name, branch in branches.items()}
         own = {
             "seconds": seconds, "gib": peak, "picture": hashlib.sha256(picture.numpy().tobytes()).hexdigest(),
@@ -138,14 +166,14 @@ class Job:
         }
         ranks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(ranks, own)
-        first = branches.get("cond", {"computed": [], "cached": [], "residual_diffs": {}})
+        diffs = sorted(diff for branch in branches.values() for diff in branch["residual_diffs"].values())
         return {
             "picture": picture,
             "seconds": round(max(each["seconds"] for each in ranks), 3),
             "peak_gib": round(max(each["gib"] for each in ranks), 2),
-            "computed": len(first["computed"]) if report else steps,
-            "cached": len(first["cached"]),
-            "diffs": sorted(first["residual_diffs"].values())[:: max(1, len(first["residual_diffs"]) // 3)],
+            "computed": report["computed_steps"] if report else steps,
+            "cached": report["cached_steps"] if report else 0,
+            "diffs": diffs[:: max(1, len(diffs) // 3)],
             "reason": report["reason"] if report else None,
             "notes": report.get("notes") if report else None,
             "equal_pictures": len({each["picture"] for each in ranks}) == 1,
@@ -158,6 +186,22 @@ class Job:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _picture(output: Any) -> torch.Tensor:
+    return (output.images if hasattr(output, "images") else output.frames).float().cpu()
+
+
+def enable_stock(pipe: Any, sections: Mapping[str, Any]) -> None:
+    """cache-dit alone with the settings of ``CACHE``."""
+    import cache_dit
+
+    knobs = {name: value for name, value in CACHE.items() if not name.startswith("enable")}
+    given = cache_dit.load_configs(dict(sections)) if sections else {}
+    cache_dit.enable_cache(pipe, **given | {
+        "cache_config": cache_dit.DBCacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=0, **knobs),
+        "calibrator_config": cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=1),
+    })
 
 
 def difference(picture: torch.Tensor, reference: torch.Tensor) -> float:

@@ -12,7 +12,7 @@ from torch import nn
 from tests.tiny import build
 
 FLUX_SIZES: dict[str, dict[str, Any]] = {
-    "tiny": dict(num_layers=2, num_single_layers=4, num_attention_heads=4, attention_head_dim=32,
+    "tiny": dict(num_layers=2, num_single_layers=4, num_attention_heads=8, attention_head_dim=32,
                  joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(8, 12, 12)),
     "mid": dict(num_layers=4, num_single_layers=16, num_attention_heads=16, attention_head_dim=128,
                 joint_attention_dim=1024, pooled_projection_dim=768),
@@ -22,7 +22,7 @@ FLUX_SIZES: dict[str, dict[str, Any]] = {
 """Widths of ``FluxTransformer2DModel``: tiny, 1.6 billion parameters, and FLUX.1 (11.9 billion)."""
 
 QWEN_SIZES: dict[str, dict[str, Any]] = {
-    "tiny": dict(num_layers=4, num_attention_heads=4, attention_head_dim=32, joint_attention_dim=16,
+    "tiny": dict(num_layers=4, num_attention_heads=8, attention_head_dim=32, joint_attention_dim=16,
                  axes_dims_rope=(8, 12, 12)),
     "full": dict(num_layers=60, num_attention_heads=24, attention_head_dim=128, joint_attention_dim=3584),
 }
@@ -35,6 +35,14 @@ QWEN_TEXT: dict[str, dict[str, Any]] = {
                  num_key_value_heads=4, mrope=[16, 24, 24]),
 }
 
+WAN_SIZES: dict[str, dict[str, Any]] = {
+    "tiny": dict(num_attention_heads=8, attention_head_dim=24, text_dim=32, freq_dim=32, ffn_dim=128, num_layers=4),
+    "full": dict(
+        num_attention_heads=40, attention_head_dim=128, text_dim=4096, freq_dim=256, ffn_dim=13824, num_layers=40
+    ),
+}
+"""Widths of each ``WanTransformer3DModel``: tiny, and Wan2.2-A14B (14.3 billion parameters)."""
+
 
 def fill(module: nn.Module, seed: int, std: float = 0.02) -> nn.Module:
     """Normal weights of one seed, zero biases, ones elsewhere.
@@ -45,7 +53,7 @@ def fill(module: nn.Module, seed: int, std: float = 0.02) -> nn.Module:
     device = next(module.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in module.named_parameters():
-        if "timestep_embedder" in name:
+        if "timestep_embedder" in name or "time_embedder" in name:
             constant = name.endswith("linear_2.bias")
             parameter.data.normal_(0.0, 1.0 if constant else 0.1 * std, generator=generator)
         elif parameter.ndim >= 2:
@@ -148,4 +156,29 @@ def qwen_image(size: str, device: torch.device, dtype: torch.dtype) -> Any:
     )
 
 
-PIPELINES = {"flux": flux, "qwen": qwen_image}
+def wan(size: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """A ``WanPipeline`` with the two experts of Wan 2.2, and a text encoder of its width but few layers."""
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    tiny = size == "tiny"
+    widths = WAN_SIZES[size]
+    tokenizer = build.t5_tokenizer(512)
+    with On(device, dtype):
+        text_encoder = UMT5EncoderModel(UMT5Config(
+            vocab_size=len(tokenizer), d_model=widths["text_dim"], d_kv=8 if tiny else 64,
+            d_ff=2 * widths["text_dim"], num_layers=1, num_heads=4 if tiny else 64,
+        ))
+        experts = [WanTransformer3DModel(
+            patch_size=(1, 2, 2), in_channels=16, out_channels=16, cross_attn_norm=True,
+            qk_norm="rms_norm_across_heads", rope_max_seq_len=1024, **widths,
+        ) for _ in range(2)]
+        vae = AutoencoderKLWan(**(dict(base_dim=8, dim_mult=[1, 2, 2, 2], num_res_blocks=1) if tiny else {}))
+    return WanPipeline(
+        tokenizer=tokenizer, text_encoder=fill(text_encoder, 4, 0.05), vae=fill(vae, 5, 0.05),
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0),
+        transformer=fill(experts[0], 1), transformer_2=fill(experts[1], 2), boundary_ratio=0.875,
+    )
+
+
+PIPELINES = {"flux": flux, "qwen": qwen_image, "wan": wan}
