@@ -73,7 +73,7 @@ def decision_ms(job: Any, tokens: int, width: int) -> float:
     import torch
 
     from sglang_cachedit_plugin.parallel import mesh_group
-    from sglang_cachedit_plugin.similarity import residual_difference
+    from sglang_cachedit_plugin.similarity import reduced_differences, residual_difference, residual_sums
 
     group = mesh_group(job.pipe.transformer)
     ranks = torch.distributed.get_world_size(group) if group is not None else 1
@@ -81,7 +81,10 @@ def decision_ms(job: Any, tokens: int, width: int) -> float:
     for repeat in range(30):
         if repeat == 10:
             started = time.perf_counter()
-        residual_difference(pair[0], pair[1], group=group)
+        if group is None:
+            residual_difference(pair[0], pair[1])
+        else:
+            reduced_differences(residual_sums(pair[0], pair[1]), group, device=job.device)
     return (time.perf_counter() - started) / 20 * 1e3
 
 
