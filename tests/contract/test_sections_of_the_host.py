@@ -33,19 +33,40 @@ def folders(tmp_path_factory):
     ):
         folder = tmp_path_factory.mktemp("models") / name
         folder.mkdir()
-        index = {"_class_name": pipeline, "transformer": ["diffusers", transformer]}
+        index = {"_class_name": pipeline, "_diffusers_version": "0.37.0", "transformer": ["diffusers", transformer]}
         (folder / "model_index.json").write_text(json.dumps(index))
         found[pipeline] = folder
     return found
 
 
-def launch(folder, config, *, backend="diffusers", num_gpus=2, **flags) -> ServerArgs:
+def launch(folder, config, *, num_gpus=2, **flags) -> ServerArgs:
     args = ServerArgs.from_kwargs(
-        model_path=str(folder), model_id="FLUX.1-dev", backend=backend, num_gpus=num_gpus, cache_dit_config=config,
+        model_path=str(folder), model_id="FLUX.1-dev", backend="diffusers", num_gpus=num_gpus, cache_dit_config=config,
         warmup_mode="off", **flags,
     )
     startup.before_launch(args)
     return args
+
+
+def launch_native(config) -> None:
+    startup.before_launch(SimpleNamespace(backend="sglang", cache_dit_config=config))
+
+
+NATIVE = [
+    (ULYSSES := {"parallelism_config": {"ulysses_size": "auto"}}, "use --ulysses-degree N"),
+    ({"quantize_config": {"quant_type": "float8_per_row"}}, "use --quantization fp8"),
+    ({"attention_backend": "native"}, "use --attention-backend torch_sdpa"),
+]
+
+
+@pytest.mark.parametrize(("config", "words"), NATIVE)
+def test_native_pipelines_name_their_own_flags(capsys, config, words):
+    with pytest.raises(SystemExit):
+        launch_native(config)
+    line = capsys.readouterr().err
+    assert "only the diffusers backend takes this section" in line and words in line
+    launch_native({"cache_config": {"max_warmup_steps": 2}, "secondary": {"max_warmup_steps": 1}})
+    assert defaults.current().file.source.secondary["max_warmup_steps"].value == 1
 
 
 def refused(capsys, *arguments, **options) -> str:
@@ -61,7 +82,6 @@ def parallel(**values):
     return {"parallelism_config": values}
 
 
-ULYSSES = parallel(ulysses_size="auto")
 BAD = [
     (parallel(ulysses_size="auto", tp_size=3), {"num_gpus": 4}, "ulysses_size auto x tp_size 3 does not divide 4"),
     (parallel(tp_size=2), {"num_gpus": 4}, "tp_size 2 makes 2 ranks, but --num-gpus is 4"),
@@ -73,9 +93,6 @@ BAD = [
     (parallel(ulysses_size=2, ulysses_float8=True), {}, "needs CUDA devices, this machine has cpu"),
     ({"quantize_config": {"quant_type": "float8"}}, {"num_gpus": 1}, "quant_type = 'float8_per_row'"),
     ({"attention_backend": "flash"}, {"num_gpus": 1}, "needs cuda devices"),
-    (ULYSSES, {"backend": "sglang"}, "only the diffusers backend takes this section, use --ulysses-degree N"),
-    ({"quantize_config": {"quant_type": "float8_per_row"}}, {"backend": "sglang"}, "use --quantization fp8"),
-    ({"attention_backend": "native"}, {"backend": "sglang"}, "use --attention-backend torch_sdpa"),
 ]
 
 
