@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from cache_dit.distributed.core._hooks import HookRegistry, ModelHook
 from torch import nn
 
-from sglang_cachedit_plugin import engine
+from sglang_cachedit_plugin import diffusers_backend, engine
 from sglang_cachedit_plugin.errors import CacheDitError
 from sglang_cachedit_plugin.mount import CachedTransformer
 from sglang_cachedit_plugin.runtime import Identity, TransformerSpec
@@ -167,3 +168,23 @@ def test_what_cache_dit_cannot_do_with_a_model_is_one_error(monkeypatch):
     with pytest.raises(CacheDitError, match="cannot take parallelism_config of the config file: heads 3 do not"):
         engine.apply(SimpleNamespace(device="cpu"), {"parallelism_config": {}})
     assert torch.accelerator.current_accelerator.__module__.startswith("torch"), "nothing of cache-dit's stays replaced"
+
+
+@pytest.mark.parametrize(
+    ("asked", "spread", "device"), [(None, True, "cpu"), (None, False, None), ("cuda", True, "cuda")]
+)
+def test_ranks_that_share_a_picture_draw_its_noise_on_the_cpu(monkeypatch, asked, spread, device):
+    """The host would take the rank's own device, where nothing promises equal noise."""
+    params = SimpleNamespace(enable_cache_dit=None, cache_dit_params=None)
+    batch = SimpleNamespace(sampling_params=params, generator_device=asked, is_warmup=False)
+    cache = SimpleNamespace(spread=spread, modules={})
+    monkeypatch.setattr(diffusers_backend, "_pipes", {None: cache})
+    monkeypatch.setattr(diffusers_backend, "publish", lambda *args, **kwargs: None)
+    monkeypatch.setattr(diffusers_backend, "_request", lambda *args: nullcontext())
+    monkeypatch.setattr(diffusers_backend.host, "logger", lambda: SimpleNamespace(info=print))
+    seen = []
+    diffusers_backend.execute(
+        lambda stage, batch, server_args: seen.append(batch.generator_device), SimpleNamespace(diffusers_pipe=None),
+        batch, None,
+    )
+    assert seen == [device]
