@@ -73,10 +73,12 @@ class Chain:
         self._copies, self._settle = copies, settle
         self._first: nn.Module | None = None
         self._passes: list[_Pass] = []
+        self._skipping: _Pass | None = None
 
     def reset(self) -> None:
-        """Forget the passes of the last forward."""
+        """Forget the passes of the last forward, with the tensors they hold."""
         self._passes.clear()
+        self._skipping = None
 
     @property
     def unfinished(self) -> bool:
@@ -99,8 +101,14 @@ class Chain:
     @torch.compiler.disable
     def before(self, gate: Gate, args: Any, kwargs: Any) -> tuple[_Pass, bool, Any, Any]:
         """(pass, whether the block runs, its arguments); where it does not run, args is its output."""
-        current = self._pass_at(gate.index)
         first, last = self._middle()
+        skipping = self._skipping
+        if skipping is not None and skipping.position < gate.index < last - 1:
+            # Most gates of a cached step: nothing to decide, nothing to keep.
+            skipping.position = gate.index
+            streams = {name: gate.read(name, args, kwargs) for name in self.streams}
+            return skipping, False, self._packed(skipping, streams), None
+        current = self._pass_at(gate.index)
         if current.start is None:
             current.start = self._kept(self._settled(gate.read(self.measured, args, kwargs)))
         if first <= gate.index < last and current.entry is None:
@@ -152,11 +160,12 @@ class Chain:
             contexts.set_Fn_buffer(residual, prefix=f"{self.name}_Fn_residual")
         current.entry = entry if current.cached else {name: self._kept(value) for name, value in entry.items()}
         current.start, current.open = None, True
+        self._skipping = current if current.cached else None
         return gate.write(entry, args, kwargs) if self._settle is not None else (args, kwargs)
 
     def _close(self, current: _Pass, streams: Streams) -> Streams:
         """End the middle: note its residuals, or forecast its outcome."""
-        current.open = False
+        current.open, self._skipping = False, None
         context = self.contexts.set_context(current.key)
         if current.cached:
             return {name: self._forecast(context, name, current.entry[name]) for name in self.streams}

@@ -184,9 +184,12 @@ class CachedTransformer:
                 output = self._patched(*args, **kwargs)
             finally:
                 _set_forwards(own_forwards)
-        if any(chain.unfinished for chain in self._swaps.chains):
+            unfinished, lost = (
+                any(getattr(chain, what) for chain in self._swaps.chains) for what in ("unfinished", "lost")
+            )
+        if unfinished:
             self.contexts.poison(identity.branch, "the block loop left out its last block")
-        if any(chain.lost for chain in self._swaps.chains):
+        if lost:
             self.contexts.record(cached=False)
             return self._original(*args, **kwargs)
         self.contexts.end_forward()

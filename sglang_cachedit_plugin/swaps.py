@@ -51,6 +51,8 @@ class Swaps:
         finally:
             for each, module in zip(self.lists, own, strict=True):
                 each.parent._modules[each.name] = module
+            for chain in self.chains:
+                chain.reset()
 
 
 @contextmanager

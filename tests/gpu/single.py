@@ -14,6 +14,9 @@ import gc
 import json
 import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -238,67 +241,65 @@ def _peak(run: Callable[[], Any]) -> tuple[int, float]:
     return base, (torch.cuda.max_memory_allocated() - base) / 2**20
 
 
+COMPILED = ("uncached, blocks", "plugin, blocks", "stock, blocks", "stock, whole model", "plugin, whole model")
+
+
 def compiled(tiny: bool) -> list[dict[str, Any]]:
-    """First request, later requests, switching knobs; repeated blocks compiled after the mount."""
+    """First request, later requests, switching knobs; each in a process with an empty cache of compiled code."""
+    rows = []
+    for what in COMPILED:
+        with tempfile.TemporaryDirectory() as folder:
+            environment = os.environ | {
+                "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton",
+            }
+            command = [sys.executable, "-m", "tests.gpu.single", "--compile-one", what, *(["--tiny"] if tiny else [])]
+            try:
+                done = subprocess.run(
+                    command, env=environment, capture_output=True, text=True, timeout=200, check=True
+                )
+                rows.append(json.loads(done.stdout.splitlines()[-1]))
+            except (subprocess.SubprocessError, ValueError) as error:
+                rows.append({"what": what, "error": str(error)[:200] + str(getattr(error, "stderr", ""))[-200:]})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def compile_one(what: str, tiny: bool) -> dict[str, Any]:
+    """One row of ``compiled``."""
     from torch._dynamo.utils import counters
 
-    rows: list[dict[str, Any]] = []
     backend = {"backend": "eager"} if tiny else {}
     steps = 8
     knobs = {"steps_computation_mask": "medium", "steps_computation_policy": "static"}
-
-    def fresh() -> Work:
-        torch._dynamo.reset()
-        counters.clear()
-        return build("flux1024", tiny)
-
-    work = fresh()
+    variant, part = what.split(", ")
+    work = build("flux1024", tiny)
     work.loop(2)
-    work.module.compile_repeated_blocks(**backend)
-    first, later = work.loop(steps), min(work.loop(steps) for _ in range(3))
-    rows.append({"what": "uncached, blocks compiled", "first_s": first, "later_s": later})
-    print(rows[-1], flush=True)
-    del work
-    free()
+    side = _side(work, variant, knobs, steps) if variant != "uncached" else None
+    (work.module.compile if part == "whole model" else work.module.compile_repeated_blocks)(**backend)
+    run = (lambda: side.run(knobs, steps)[0]) if side is not None else (lambda: work.loop(steps))
+    row: dict[str, Any] = {"what": what, "first_s": run(), "later_s": min(run() for _ in range(3))}
+    graphs = counters["stats"]["unique_graphs"]
+    row |= {"graphs": graphs, "graph_breaks": sum(counters["graph_break"].values())}
+    if variant == "plugin":
+        row |= _switches(side, knobs, steps)
+    return row
 
-    work = fresh()
-    work.loop(2)
-    plugin = Plugin(work)
-    work.module.compile_repeated_blocks(**backend)
-    first = plugin.run(knobs, steps)[0]
-    later = min(plugin.run(knobs, steps)[0] for _ in range(3))
+
+def _switches(plugin: Plugin, knobs: dict[str, Any], steps: int) -> dict[str, Any]:
+    from torch._dynamo.utils import counters
+
     plugin.run(None, steps)
     plugin.run(dict(DYNAMIC), steps)
     graphs = counters["stats"]["unique_graphs"]
-    switches, mixed = [], [knobs, dict(DYNAMIC), None, *({**DYNAMIC, **c} for c in CALIBRATORS.values())] * 3
+    mixed = [knobs, dict(DYNAMIC), None, *({**DYNAMIC, **each} for each in CALIBRATORS.values())] * 3
+    switches = []
     for each in mixed[:20]:
         switches.append(plugin.begin(each, steps))
-        work.loop(steps)
-    rows.append({
-        "what": "plugin, blocks compiled", "first_s": first, "later_s": later, "graphs": graphs,
+        plugin.work.loop(steps)
+    return {
         "recompiled_in_20_requests": counters["stats"]["unique_graphs"] - graphs,
-        "graph_breaks": sum(counters["graph_break"].values()), "switch_ms": statistics.median(switches),
-        "switch_ms_max": max(switches),
-    })
-    print(rows[-1], flush=True)
-    plugin.close()
-    del plugin, work
-    free()
-
-    work = fresh()
-    work.loop(2)
-    stock = Stock(work, knobs, steps)
-    work.module.compile(**backend)
-    first = stock.run(knobs, steps)[0]
-    later = min(stock.run(knobs, steps)[0] for _ in range(2))
-    rows.append({
-        "what": "stock, whole model compiled", "first_s": first, "later_s": later,
-        "graphs": counters["stats"]["unique_graphs"], "graph_breaks": sum(counters["graph_break"].values()),
-    })
-    print(rows[-1], flush=True)
-    del stock, work
-    free()
-    return rows
+        "switch_ms": statistics.median(switches), "switch_ms_max": max(switches),
+    }
 
 
 def decision(tiny: bool) -> list[dict[str, Any]]:
@@ -381,7 +382,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tiny", action="store_true", help="small sizes, for a run without a GPU")
     parser.add_argument("--only", default="decision,flux1024,flux512,qwen1328,memory,compile,wan480,wan720")
+    parser.add_argument("--compile-one", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.compile_one:
+        print(json.dumps(compile_one(options.compile_one, options.tiny)))
+        return
     results: dict[str, Any] = {
         "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
