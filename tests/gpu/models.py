@@ -163,5 +163,5 @@ def build(name: str, tiny: bool) -> Work:
         "flux512": lambda: _flux(tiny, 32, 1),
         "qwen1328": lambda: _qwen(tiny),
         "wan480": lambda: _wan(tiny, 480, 832, 16),
-        "wan720": lambda: _wan(tiny, 720, 1280, 8),
+        "wan720": lambda: _wan(tiny, 720, 1280, 4),
     }[name]()
