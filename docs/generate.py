@@ -1,4 +1,4 @@
-"""Writes settings.md and patches.md from the code: ``python docs/generate.py``."""
+"""Writes settings.md, patches.md, models.md and the schema from the code: ``python docs/generate.py``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from dataclasses import fields
 from pathlib import Path
 
+from sglang_cachedit_plugin.adapters import DIFFUSERS, NATIVE, AdapterRow, Blocks
 from sglang_cachedit_plugin.hooks import SEAMS
 from sglang_cachedit_plugin.schema import config_schema
 from sglang_cachedit_plugin.section_knobs import PARALLELISM, QUANT_SPELLINGS, QUANTIZE, SPELLINGS
@@ -98,7 +99,74 @@ def schema() -> str:
     return json.dumps(config_schema(), indent=1) + "\n"
 
 
+_VERIFIED = {"run": "run", "structure": "structure only", None: "no"}
+_FORECASTS = {"blocks": "residual, output", "output": "output", "none": "none"}
+_MODELS = """# Models
+
+Generated from `adapters/` by `python docs/generate.py`. A test fails when the host's registry or a pipeline of
+diffusers brings a class without a row.
+
+- **blocks**: the block lists whose middle a cached step leaves out, with what their blocks hand from one to the next;
+  the decision looks at the one in bold. Lists joined by + share one decision, others decide one after the other.
+- **CFG**: `separate`, one forward for each branch; `batched`, one for all; `paired`, a transformer for each branch;
+  `none`, guidance is distilled into the model.
+- **forecast**: what a cached step may be made of: the blocks' `residual` (the default), the whole `output`
+  (`forecast: output`), or nothing.
+- **verified**: `run`: built tiny with random weights and run on the CPU by `tests/models`; computed steps are the
+  model's own bit for bit, a static schedule runs only the blocks that it should, and with unchanging inputs a cached
+  step is the computed one. `structure only`: block lists and signatures are looked at, nothing is run.
+
+On the first computed forward of a mount the plugin checks that the blocks are as declared here (the mount probe);
+where they are not, generation goes on uncached and the report says why. A class that is not listed is looked up in
+cache-dit's own register. [Adding a model](adding-a-model.md) is one row, in your own package if you like.
+"""
+
+
+def _list(blocks: Blocks) -> str:
+    if blocks.pattern is not None:
+        return f"`{blocks.name}` (pattern {blocks.pattern})"
+    measured = blocks.measured or blocks.streams[0]
+    streams = ", ".join(f"**{name}**" if name == measured else name for name in blocks.streams)
+    return f"`{blocks.name}` ({streams})"
+
+
+def _lists(row: AdapterRow) -> str:
+    text = ""
+    for blocks in row.blocks:
+        text += (" + " if blocks.joins else ", ") * bool(text) + _list(blocks)
+    return text
+
+
+def _class(name: str, row: AdapterRow) -> str:
+    why = row.no_blocks or row.refused
+    second = "a second transformer is cached for itself" if row.transformers > 1 and row.cfg != "paired" else ""
+    notes = "; ".join(part for part in (f"not cached: {why}" if why else "", row.note, second) if part)
+    cells = (
+        row.family, f"`{name}`", _lists(row), row.cfg if not row.refused else "", _FORECASTS[row.ability],
+        "" if row.refused else _VERIFIED[row.verified], notes,
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def models() -> str:
+    """The tables of model classes."""
+    lines = [_MODELS]
+    backends = {"SGLang's own classes": NATIVE, "Classes of diffusers (`--backend diffusers`)": DIFFUSERS}
+    for title, rows in backends.items():
+        cached = sum(bool(row.blocks) for row in rows.values())
+        output = sum(row.ability == "output" for row in rows.values())
+        lines += [
+            f"## {title}", "",
+            f"{len(rows)} classes: {cached} cached, {output} by their output only, "
+            f"{len(rows) - cached - output} not cached.", "",
+            "| family | class | blocks | CFG | forecast | verified | notes |", "|---|---|---|---|---|---|---|",
+            *(_class(name, row) for name, row in rows.items()), "",
+        ]
+    return "\n".join(lines)
+
+
 PAGES = {
+    "models.md": models,
     "settings.md": settings,
     "patches.md": patches,
     "cache-dit-config.schema.json": schema,

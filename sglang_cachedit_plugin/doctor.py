@@ -10,6 +10,7 @@ from importlib import metadata
 from typing import Any
 
 from . import defaults, hooks, host, preflight
+from .adapters import third_party
 from .defaults import Defaults
 from .errors import CacheDitError, HostContractError
 from .preflight import Machine
@@ -34,6 +35,7 @@ def examine(
     found["versions"] = _versions(found)
     found["seams"] = _seams(found)
     _entry_point(found)
+    found["warnings"] += [f"rows of other packages: {problem}" for problem in third_party.load().problems]
     settings, found["settings"] = _settings(config, num_gpus, found)
     if model_path is not None and settings is not None and all(found["versions"].values()):
         from . import model_check

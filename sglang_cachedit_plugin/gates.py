@@ -18,6 +18,7 @@ from torch import nn
 
 from .contexts import BranchContexts
 from .errors import MountError
+from .probe import ChainProbe
 from .sharding import first_residual
 
 Streams = dict[str, Any]
@@ -72,6 +73,7 @@ class Chain:
         self.size = 0
         self._copies, self._settle = copies, settle
         self._first: nn.Module | None = None
+        self.probe: ChainProbe | None = None
         self._passes: list[_Pass] = []
         self._skipping: _Pass | None = None
 
@@ -89,6 +91,14 @@ class Chain:
     def lost(self) -> bool:
         """Whether a cached pass is unfinished: the forecast never reached the output."""
         return any(each.open and each.cached for each in self._passes)
+
+    def watch(self, first: int, last: int) -> ChainProbe:
+        """A probe of the next forward with these first and last blocks."""
+        self.probe = ChainProbe(
+            self.name, self.size, (first, self.size - last), self.streams, self.measured, overwrites=self._copies,
+            settles=self._settle is not None,
+        )
+        return self.probe
 
     def gate(self, block: nn.Module) -> Gate:
         """The gate of the next block."""
@@ -119,6 +129,8 @@ class Chain:
             args, kwargs = gate.write(self._close(current, streams), args, kwargs)
         current.position = gate.index
         if gate.index < first or gate.index >= last or not current.cached:
+            if self.probe is not None:
+                self.probe.enter(gate.index, {name: gate.read(name, args, kwargs) for name in self.streams})
             return current, True, args, kwargs
         streams = {name: gate.read(name, args, kwargs) for name in self.streams}
         if gate.index == last - 1:
@@ -128,6 +140,8 @@ class Chain:
     @torch.compiler.disable
     def after(self, gate: Gate, current: _Pass, output: Any) -> Any:
         """The block's output, noted where it ends the middle."""
+        if self.probe is not None:
+            self.probe.leave(gate.index, output)
         current.outputs = None if self._is_bare(output) else len(output)
         if gate.index == self._middle()[1] - 1 and current.open:
             return self._packed(current, self._close(current, self._unpacked(output)), output)

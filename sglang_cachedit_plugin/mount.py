@@ -23,6 +23,7 @@ from .contexts import BranchContexts, Identity
 from .errors import MountError
 from .guard import ForecastGuard, relative_error
 from .output_forecast import OutputHistory
+from .probe import MountProbe
 from .runtime import Groups, RequestSpec, TransformerSpec
 from .schedule import Action, StepPlan
 from .sharding import hooked_forward
@@ -113,6 +114,7 @@ class CachedTransformer:
         self._identity_outside: tuple[Identity | None] | None = None
         self._outputs: dict[str, OutputHistory] = {}
         self.on_forward: OnForward | None = None
+        self.probe = MountProbe(self._swaps.watched)
         setattr(transformer, self._slot, self._wrapper())
 
     def _find_swaps(self, pipe: Any) -> Swaps:
@@ -138,6 +140,10 @@ class CachedTransformer:
         return forward
 
     def _run(self, identity: Identity, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.probe.problem is not None:
+            self.contexts.begin_forward(identity)
+            self.contexts.record(cached=False)
+            return self._original(*args, **kwargs)
         if self.contexts.spec.settings.forecast == "output":
             return self._forecast_forward(identity, args, kwargs)
         return self._cached_forward(identity, args, kwargs)
@@ -177,6 +183,36 @@ class CachedTransformer:
 
     @step_aside
     def _cached_forward(self, identity: Identity, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A forward on the cached lists. The first of its kind is looked at: what is wrong is wrong from then on.
+
+        Raises:
+            MountError: something is wrong with the mount, and the request is ``strict``.
+        """
+        settings = self.contexts.spec.settings
+        edges = settings.Fn_compute_blocks, settings.Bn_compute_blocks
+        if not self.probe.due(*edges):
+            return self._swapped_forward(identity, args, kwargs)
+        output = self.probe.run(
+            *edges, functools.partial(self._swapped_forward, identity, args, kwargs),
+            functools.partial(self._original, *args, **kwargs),
+        )
+        if self.probe.problem is not None:
+            if settings.strict:
+                raise MountError(self._problem(self.probe.problem))
+            if not self.contexts.computed_last(identity):
+                self.contexts.record(cached=False)
+        return output
+
+    def _problem(self, text: str) -> str:
+        return f"{type(self.module).__name__}: {text}"
+
+    def problem(self) -> str | None:
+        """What is wrong with the mount, as far as the forwards so far have shown. Waits for the device."""
+        found = self.probe.verdict()
+        return None if found is None else self._problem(found)
+
+    @step_aside
+    def _swapped_forward(self, identity: Identity, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.contexts.begin_forward(identity)
         with self._swaps.in_place():
             own_forwards = _set_forwards(self._block_forwards)
@@ -252,7 +288,8 @@ class CachedTransformer:
         """Serve the next forwards under ``spec``.
 
         Raises:
-            MountError: F and B do not fit the blocks, or only the whole output can be forecast.
+            MountError: F and B do not fit the blocks, only the whole output can be forecast, or an earlier
+                forward has shown that the blocks are not as declared.
         """
         self._check(spec)
         self._outputs.clear()
@@ -263,6 +300,8 @@ class CachedTransformer:
 
     def _check(self, spec: TransformerSpec) -> None:
         settings, name = spec.settings, type(self.module).__name__
+        if self.probe.problem is not None:
+            raise MountError(self._problem(self.probe.problem))
         if self._no_blocks:
             if settings.forecast != "output":
                 raise MountError(f"{name}: {self._no_blocks}; forecast: output can be used")
@@ -368,6 +407,10 @@ class ModelBackend:
         for each in spec.transformers:
             stats = self.stats.transformers[each.name] = _transformer_stats(each.plan)
             self.mounted[each.name].refresh(each, stats, self.identify, self.groups)
+
+    def problem(self) -> str | None:
+        """What the forwards so far have shown to be wrong with a mount, None for nothing. Waits for the device."""
+        return next((found for each in self.mounted.values() if (found := each.problem()) is not None), None)
 
     def bypass(self) -> None:
         """Run the original forwards."""

@@ -42,6 +42,7 @@ class Session:
             config=decision.resolved.config() if decision.enabled else {},
         )
         self._runtime: Runtime | None = None
+        self._backend: ModelBackend | None = None
         self._positions: Sequence[float] | None = None
         self.recording = Recording() if recording.folder() is not None else None
         self._started = time.perf_counter()
@@ -67,7 +68,7 @@ class Session:
         Raises:
             MountError: only with ``strict``; otherwise the reason goes to the report.
         """
-        self._runtime = runtime
+        self._runtime, self._backend = runtime, backend
         self._started = time.perf_counter()
         self._positions = positions
         if not self.decision.enabled:
@@ -169,11 +170,22 @@ class Session:
             torch.cuda.current_stream(device).synchronize()
         self.stats.denoising_s = time.perf_counter() - self._started
         if self._runtime is not None:
+            self._look_back()
             self._runtime.prepare(None)
         if self.recording is not None and host.is_first_rank():
             self.recording.path(self._positions)
             self.recording.save(recording.folder())
         return self.stats
+
+
+    def _look_back(self) -> None:
+        """Report what the first forwards of the request have shown to be wrong with the mount."""
+        if not self.stats.enabled or (problem := self._backend.problem()) is None:
+            return
+        if self.stats.count("cached"):
+            self.stats.note(f"{problem}; the picture may be wrong, later requests are not cached")
+        else:
+            self.disable(problem)
 
 
 def _uncond_plan(plan: StepPlan, row: Row | None, first: int) -> StepPlan | None:

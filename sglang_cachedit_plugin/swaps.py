@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +14,12 @@ from cache_dit.caching.cache_blocks import UnifiedBlocks
 from torch import nn
 
 from . import adapters
+from .adapters import third_party
 from .compiling import untraced
 from .contexts import BranchContexts
 from .errors import MountError
 from .gates import Chain, fits
+from .probe import ChainProbe, watch_list
 from .sharding import measure_parts
 
 
@@ -53,6 +55,28 @@ class Swaps:
                 each.parent._modules[each.name] = module
             for chain in self.chains:
                 chain.reset()
+
+
+    @contextmanager
+    def watched(self, first: int, last: int) -> Iterator[list[ChainProbe]]:
+        """Probes of all chains, for a forward inside with these first and last blocks."""
+        probes = [chain.watch(first, last) for chain in self.chains]
+        with ExitStack() as stack:
+            for swap in self.lists if not self.chains else ():
+                for stand_in in swap.cached:
+                    probes.append(_probe_of(swap.name, stand_in, first, last))
+                    stack.enter_context(watch_list(stand_in, probes[-1]))
+            try:
+                yield probes
+            finally:
+                for chain in self.chains:
+                    chain.probe = None
+
+
+def _probe_of(name: str, stand_in: Any, first: int, last: int) -> ChainProbe:
+    size, pattern = len(stand_in.transformer_blocks), stand_in.forward_pattern
+    streams = ("hidden_states",) if pattern.Return_H_Only else tuple(pattern.Out)
+    return ChainProbe(name, size, (first, size - last), streams, "hidden_states")
 
 
 @contextmanager
@@ -157,7 +181,7 @@ def find_blocks(transformer: nn.Module, pipe: Any = None) -> BlockAdapter:
             else:
                 adapter = BlockAdapterRegister.get_adapter(transformer)
             if adapter is None:
-                raise MountError(f"{name}: no adapter describes its blocks")
+                raise MountError("; ".join([f"{name}: no adapter describes its blocks", *third_party.load().problems]))
             return BlockAdapter.normalize(adapter)
     except MountError:
         raise

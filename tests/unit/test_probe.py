@@ -1,0 +1,237 @@
+"""The mount probe: blocks that break a rule are found on the first forward, and caching is off with the reason."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from sglang_cachedit_plugin import adapters
+from sglang_cachedit_plugin.adapters import AdapterRow, Blocks
+from sglang_cachedit_plugin.defaults import Defaults
+from sglang_cachedit_plugin.errors import MountError
+from sglang_cachedit_plugin.mount import ModelBackend
+from sglang_cachedit_plugin.probe import ChainProbe
+from sglang_cachedit_plugin.runtime import Identity, Runtime
+from sglang_cachedit_plugin.session import Session
+
+STEPS, SIZE, DIM = 5, 4, 8
+
+
+class Block(nn.Module):
+    """Adds a bounded function of its input."""
+
+    def __init__(self, seed: int):
+        super().__init__()
+        self.weight = torch.randn(DIM, DIM, generator=torch.Generator().manual_seed(seed)) / DIM**0.5
+
+    def change(self, hidden_states):
+        return 0.5 * torch.tanh(hidden_states @ self.weight)
+
+    def forward(self, hidden_states):
+        return hidden_states + self.change(hidden_states)
+
+
+class InPlace(Block):
+    def forward(self, hidden_states):
+        return hidden_states.add_(self.change(hidden_states))
+
+
+class Hidden(Block):
+    """Writes into its input as a foreign kernel does, past torch's count of writes."""
+
+    def forward(self, hidden_states):
+        result = super().forward(hidden_states)
+        hidden_states.numpy()[...] = 0.0
+        return result
+
+
+class Same(Block):
+    def forward(self, hidden_states):
+        return hidden_states
+
+
+class Wider(Block):
+    def forward(self, hidden_states):
+        return torch.cat([super().forward(hidden_states), hidden_states[:, :1]], dim=1)
+
+
+class Probed(nn.Module):
+    """Runs its blocks in the order that the test gives."""
+
+    def __init__(self, kind=Block, order=range(SIZE)):
+        super().__init__()
+        self.blocks = nn.ModuleList(kind(seed) for seed in range(SIZE))
+        self.order = list(order)
+
+    def forward(self, hidden_states):
+        hidden_states = hidden_states + 0.0
+        for index in self.order:
+            hidden_states = self.blocks[index](hidden_states)
+        return hidden_states
+
+
+class Listed(nn.Module):
+    """For a row with a pattern: the stand-in is one block."""
+
+    def __init__(self, kind=Block):
+        super().__init__()
+        self.blocks = nn.ModuleList(kind(seed) for seed in range(SIZE))
+
+    def forward(self, hidden_states):
+        hidden_states = hidden_states + 0.0
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        return hidden_states
+
+
+class Served:
+    """Requests to one model through a session."""
+
+    def __init__(self, model: nn.Module, row: AdapterRow, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setitem(adapters.NATIVE, type(model).__name__, row)
+        self.model, self.step = model, 0
+        self.plain = [self.forward(step) for step in range(STEPS)]
+        self.backend = ModelBackend({"transformer": model}, lambda name, kwargs: Identity("cond", self.step))
+        self.runtime = Runtime(self.backend)
+
+    @torch.no_grad()
+    def forward(self, step: int) -> torch.Tensor:
+        self.step = step
+        start = torch.randn(1, 3, DIM, generator=torch.Generator().manual_seed(9))
+        return self.model(start * (1 + 0.1 * step))
+
+    def request(self, **knobs) -> tuple[list[torch.Tensor], dict]:
+        wanted = {"steps_computation_mask": [1, 0, 1, 0, 0], "scm_policy": "static", "max_warmup_steps": 0, **knobs}
+        session = Session("native", Defaults().decide(True, wanted))
+        session.open(self.runtime, self.backend, {"transformer": (0, STEPS)}, None)
+        try:
+            return [self.forward(step) for step in range(STEPS)], session.stats.as_dict()
+        finally:
+            self.report = session.close().as_dict()
+
+    def is_plain(self, outputs: list[torch.Tensor]) -> bool:
+        return all(torch.equal(*pair) for pair in zip(outputs, self.plain, strict=True))
+
+
+GATED = AdapterRow(family="test", blocks=(Blocks(name="blocks", streams=("hidden_states",)),))
+LISTED = AdapterRow(family="test", blocks=(Blocks(name="blocks", pattern=3),))
+
+
+@pytest.mark.parametrize(("model", "row"), [(Probed, GATED), (Listed, LISTED)])
+@pytest.mark.parametrize("edges", [(1, 0), (1, 2), (2, 1)])
+def test_blocks_that_keep_the_rules_are_cached_from_the_first_step_on(model, row, edges, monkeypatch):
+    served = Served(model(), row, monkeypatch)
+    for _ in range(2):
+        outputs, _ = served.request(Fn_compute_blocks=edges[0], Bn_compute_blocks=edges[1])
+        assert served.report["reason"] is None
+        assert served.report["transformers"]["transformer"]["branches"]["cond"]["cached"] == [1, 3, 4]
+        assert [torch.equal(*pair) for pair in zip(outputs, served.plain, strict=True)] == [1, 0, 1, 0, 0]
+    assert not served.backend.mounted["transformer"].probe.due(*edges)
+
+
+BROKEN = [
+    (lambda: Probed(InPlace), GATED, "block 0 overwrites its input hidden_states"),
+    (lambda: Probed(Hidden), GATED, "is overwritten before its residual is made"),
+    (lambda: Probed(Same), GATED, "returned in its own place"),
+    (lambda: Probed(Wider), GATED, r"block 0 makes \(1, 4, 8\) of hidden_states \(1, 3, 8\)"),
+    (lambda: Probed(order=[3, 2, 1, 0]), GATED, "block 3 runs first"),
+    (lambda: Probed(order=[0, 1, 1, 2, 3]), GATED, "block 1 runs after block 1"),
+    (lambda: Probed(order=[]), GATED, "none of its blocks ran"),
+    (lambda: Listed(InPlace), LISTED, "block 0 overwrites its input hidden_states"),
+    (lambda: Listed(Hidden), LISTED, "is overwritten before its residual is made"),
+    (lambda: Listed(Wider), LISTED, r"block 0 makes \(1, 4, 8\) of hidden_states \(1, 3, 8\)"),
+    (lambda: Probed(), LISTED, "its blocks are not as declared: IndexError"),
+]
+
+
+@pytest.mark.parametrize(("model", "row", "reason"), BROKEN)
+def test_a_broken_rule_switches_caching_off_with_the_reason(model, row, reason, monkeypatch):
+    served = Served(model(), row, monkeypatch)
+    for _ in range(2):
+        outputs, _ = served.request()
+        assert served.is_plain(outputs)
+        assert served.report["enabled"] is False
+        assert served.report["cached_steps"] == 0
+        assert re.search(reason, served.report["reason"]), served.report["reason"]
+
+
+def test_the_first_request_reports_the_steps_that_it_computed(monkeypatch):
+    served = Served(Probed(InPlace), GATED, monkeypatch)
+    served.request()
+    assert served.report["transformers"]["transformer"]["branches"]["cond"]["computed"] == list(range(STEPS))
+
+
+@pytest.mark.parametrize(("model", "row"), [(Probed, GATED), (Listed, LISTED)])
+def test_strict_makes_it_an_error(model, row, monkeypatch):
+    served = Served(model(InPlace), row, monkeypatch)
+    with pytest.raises(MountError, match="overwrites its input"):
+        served.request(strict=True)
+    with pytest.raises(MountError, match="overwrites its input"):
+        served.request(strict=True)
+    assert served.is_plain([served.forward(step) for step in range(STEPS)])
+
+
+def test_a_row_that_says_so_may_overwrite(monkeypatch):
+    row = AdapterRow(family="test", blocks=(Blocks(name="blocks", streams=("hidden_states",), overwrites=True),))
+    served = Served(Probed(InPlace), row, monkeypatch)
+    outputs, _ = served.request()
+    assert served.report["reason"] is None
+    assert [torch.equal(*pair) for pair in zip(outputs, served.plain, strict=True)] == [1, 0, 1, 0, 0]
+
+
+def test_a_request_that_fails_by_itself_says_nothing_about_the_mount(monkeypatch):
+    served = Served(Probed(), GATED, monkeypatch)
+    own = served.model.blocks[2].forward
+    served.model.blocks[2].forward = lambda hidden_states: own(hidden_states) @ torch.zeros(3, 3)
+    with pytest.raises(RuntimeError):
+        served.request()
+    served.model.blocks[2].forward = own
+    served.request()
+    assert served.report["cached_steps"] == 3
+
+
+def test_a_new_number_of_first_blocks_is_looked_at_again(monkeypatch):
+    served = Served(Probed(), GATED, monkeypatch)
+    served.request()
+    assert served.backend.mounted["transformer"].probe.due(2, 0)
+    served.request(Fn_compute_blocks=2)
+    assert not served.backend.mounted["transformer"].probe.due(2, 0)
+
+
+def test_inference_tensors_have_no_count_of_writes_and_are_compared(monkeypatch):
+    served = Served(Probed(InPlace), GATED, monkeypatch)
+    with torch.inference_mode():
+        outputs, _ = served.request()
+    assert served.is_plain(outputs)
+    assert "is overwritten" in served.report["reason"]
+
+
+def test_nothing_is_read_from_the_device_before_the_end():
+    """Tensors of the meta device raise when their values are read."""
+    probe = ChainProbe("blocks", 2, (1, 2), ("hidden_states",), "hidden_states")
+    hidden = torch.empty(1, 3, DIM, device="meta")
+    for index in range(2):
+        probe.enter(index, {"hidden_states": hidden})
+        hidden = hidden + 1
+        probe.leave(index, hidden)
+    assert probe.finish() is None
+    assert [flag.device.type for _, flag in probe.flags] == ["meta", "meta"]
+
+
+def test_a_flag_of_the_device_is_read_when_the_request_ends(monkeypatch):
+    """A picture already cached: the request is told, the next ones are not cached."""
+    served = Served(Probed(), GATED, monkeypatch)
+    served.runtime.mount()
+    probe = served.backend.mounted["transformer"].probe
+    probe._flags.append(("blocks: hidden_states is overwritten", torch.tensor(True)))
+    served.request()
+    assert served.report["cached_steps"] == 3
+    assert "the picture may be wrong, later requests are not cached" in served.report["reason"]
+    outputs, _ = served.request()
+    assert served.is_plain(outputs)
+    assert (served.report["enabled"], served.report["reason"]) == (
+        False, "Probed: blocks: hidden_states is overwritten"
+    )
