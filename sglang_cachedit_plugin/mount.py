@@ -252,7 +252,9 @@ class CachedTransformer:
             else:
                 self.contexts.begin_forward(identity)
                 if self._cached_by_plan(identity, history):
-                    return history.predict(position, spec.weights.get(identity.step))
+                    # Fitted weights belong to the schedule's own computed steps.
+                    kept = history.guard is None or not history.guard.recomputed
+                    return history.predict(position, spec.weights.get(identity.step) if kept else None)
                 output = self._original(*args, **kwargs)
                 self.contexts.record(cached=False)
         except _SkipForward:
