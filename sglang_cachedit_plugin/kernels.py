@@ -55,3 +55,10 @@ def difference_sums(reference: torch.Tensor, current: torch.Tensor) -> torch.Ten
     out = torch.empty(programs, 2, dtype=torch.float32, device=reference.device)
     _partial_sums[(programs,)](reference, current, out, size, programs * _BLOCK, BLOCK=_BLOCK)
     return out.sum(0)
+
+
+def prepare(device: torch.device, dtype: torch.dtype) -> None:
+    """Compile the kernel for tensors of ``dtype`` now, instead of in the first decision."""
+    sample = torch.zeros(_BLOCK, device=device, dtype=dtype)
+    if usable(sample):
+        difference_sums(sample, sample)

@@ -17,7 +17,7 @@ import cache_dit
 import torch
 from torch import nn
 
-from . import adapters, swaps
+from . import adapters, kernels, swaps
 from .compiling import step_aside, with_own_code
 from .contexts import BranchContexts, Identity
 from .errors import MountError
@@ -391,6 +391,9 @@ class ModelBackend:
         try:
             for name, module in self.modules.items():
                 self.mounted[name] = CachedTransformer(name, module, self._pipe)
+                weights = next(module.parameters(), None)
+                if weights is not None and weights.is_floating_point():
+                    kernels.prepare(weights.device, weights.dtype)
         except BaseException:
             for transformer in self.mounted.values():
                 transformer.unmount()
