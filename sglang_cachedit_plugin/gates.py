@@ -19,7 +19,7 @@ from torch import nn
 from .contexts import BranchContexts
 from .errors import MountError
 from .probe import ChainProbe
-from .sharding import first_residual
+from .sharding import first_residual, is_respread
 
 Streams = dict[str, Any]
 """Value of each stream by parameter name: a tensor (batch, tokens, dim), or None."""
@@ -141,7 +141,7 @@ class Chain:
     def after(self, gate: Gate, current: _Pass, output: Any) -> Any:
         """The block's output, noted where it ends the middle."""
         if self.probe is not None:
-            self.probe.leave(gate.index, output)
+            self.probe.leave(gate.index, output, respread=is_respread(gate.block))
         current.outputs = None if self._is_bare(output) else len(output)
         if gate.index == self._middle()[1] - 1 and current.open:
             return self._packed(current, self._close(current, self._unpacked(output)), output)

@@ -20,6 +20,7 @@ from torch import nn
 
 from .compiling import step_aside
 from .errors import MountError
+from .sharding import is_respread
 
 Streams = Mapping[str, Any]
 STRUCTURAL = (MountError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
@@ -118,8 +119,12 @@ class ChainProbe:
         return self._rounds[-1]
 
     @torch.compiler.disable
-    def leave(self, index: int, output: Any) -> None:
-        """Block ``index`` returned ``output``."""
+    def leave(self, index: int, output: Any, *, respread: bool = False) -> None:
+        """Block ``index`` returned ``output``.
+
+        Args:
+            respread: hooks around the block split or gather the sequence over ranks.
+        """
         values = output if isinstance(output, tuple | list) and not self._alone else (output,)
         if len(values) < len(self._streams):
             self._blame(f"block {index} returns {len(values)} of {', '.join(self._streams)}")
@@ -127,7 +132,7 @@ class ChainProbe:
         outputs = dict(zip(self._streams, values, strict=False))
         for name, (value, version) in self._inputs.items():
             returned = outputs.get(name)
-            if isinstance(returned, torch.Tensor) and returned.shape != value.shape:
+            if isinstance(returned, torch.Tensor) and returned.shape != value.shape and not respread:
                 self._blame(f"block {index} makes {tuple(returned.shape)} of {name} {tuple(value.shape)}")
             if _version(value) != version and not self._overwrites:
                 self._blame(f"block {index} overwrites its input {name}")
@@ -173,7 +178,7 @@ class _Watched(nn.Module):
         """As the block's own."""
         self._probe.enter(self._index, dict(zip(self._taken, args, strict=False)))
         output = self.block(*args, **kwargs)
-        self._probe.leave(self._index, output)
+        self._probe.leave(self._index, output, respread=is_respread(self.block))
         return output
 
 

@@ -41,6 +41,11 @@ def _splits(block: nn.Module) -> Iterator[tuple[Any, Any]]:
                 yield hook, plan
 
 
+def is_respread(block: nn.Module) -> bool:
+    """Whether hooks of cache-dit or diffusers stand around a block: what it returns may have other tokens."""
+    return hasattr(block, "_cache_dit_hook") or hasattr(block, "_diffusers_hook")
+
+
 def measure_parts(cached_blocks: nn.Module, first_block: nn.Module) -> None:
     """Let cache-dit's ``cached_blocks`` take their first residual from ``first_residual``."""
     cached_blocks._get_Fn_residual = functools.partial(first_residual, first_block)
