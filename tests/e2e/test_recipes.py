@@ -21,7 +21,7 @@ EAGER = {"residual_diff_threshold": 0.9, "max_warmup_steps": 2, "verify_ranks": 
 
 CACHED = ("cache_taylorseer", "hybrid", "hybrid_tp")
 TORCHAO = importlib.util.find_spec("torchao") is not None
-GOOD = {"cache_taylorseer": 1, "hybrid": 2, "hybrid_tp": 2, **({"quantize_int8": 1} if TORCHAO else {})}
+GOOD = {"attention_native": 1, "cache_taylorseer": 1, "hybrid": 2, "hybrid_tp": 2, **({"quantize_int8": 1} if TORCHAO else {})}
 BAD = {"quantize": (1, "quant_type = 'float8_per_row'", "needs"), "parallel_3d": (8, "ring_size = 2", "log-sum-exp")}
 
 
@@ -30,7 +30,8 @@ def generate(recipe: str, gpus: int, model: Path, out: Path, *flags: str) -> sub
     return subprocess.run(
         [SGLANG, "generate", "--backend", "diffusers", "--model-path", str(model), "--prompt", "red apple",
          "--width", "64", "--height", "64", "--num-inference-steps", "12", "--seed", "1", "--output-path", str(out),
-         "--warmup-mode", "off", "--attention-backend", "torch_sdpa", "--master-port", str(next(PORTS)),
+         "--warmup-mode", "off", "--master-port", str(next(PORTS)),
+         *(() if recipe == "attention_native" else ("--attention-backend", "torch_sdpa")),
          "--num-gpus", str(gpus), "--cache-dit-config", str(ROOT / "configs" / f"{recipe}.yaml"), *flags],
         cwd=ROOT, env=host_environment(), capture_output=True, text=True, timeout=900, errors="replace",
     )
@@ -84,6 +85,10 @@ def test_two_ranks_cache_the_steps_that_one_would(runs, recipe):
 
 def test_two_ranks_draw_the_picture_that_one_would(runs):
     assert psnr(drawn(runs, "hybrid_tp"), drawn(runs, "cache_taylorseer")) > 40
+
+
+def test_the_attention_of_a_file_draws(runs):
+    assert drawn(runs, "attention_native").std() > 1
 
 
 @pytest.mark.skipif(not TORCHAO, reason="torchao is not installed")
