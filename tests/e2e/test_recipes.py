@@ -21,7 +21,8 @@ EAGER = {"residual_diff_threshold": 0.9, "max_warmup_steps": 2, "verify_ranks": 
 
 CACHED = ("cache_taylorseer", "hybrid", "hybrid_tp")
 TORCHAO = importlib.util.find_spec("torchao") is not None
-GOOD = {"attention_native": 1, "cache_taylorseer": 1, "hybrid": 2, "hybrid_tp": 2, **({"quantize_int8": 1} if TORCHAO else {})}
+GOOD = {"attention_native": 1, "cache_taylorseer": 1, "hybrid": 2, "hybrid_tp": 2}
+GOOD |= {"quantize_int8": 1} if TORCHAO else {}
 BAD = {"quantize": (1, "quant_type = 'float8_per_row'", "needs"), "parallel_3d": (8, "ring_size = 2", "log-sum-exp")}
 
 
