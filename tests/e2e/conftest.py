@@ -35,7 +35,7 @@ def host_environment(**extra: str) -> dict[str, str]:
 def models(tmp_path_factory) -> dict[str, Path]:
     """Folders of the tiny models by family."""
     folder = tmp_path_factory.mktemp("models")
-    names = ["flux", "qwen", "wan21", "wan22"]
+    names = ["flux", "qwen", "qwen_edit", "wan21", "wan22"]
     built = subprocess.run(
         [sys.executable, "-m", "tests.tiny.build", str(folder), *names],
         cwd=ROOT, env=host_environment(), check=True, capture_output=True, text=True,
@@ -114,18 +114,22 @@ def client_of(url: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=120)
 
 
-@pytest.fixture(scope="session")
-def video_server(models, tmp_path_factory):
-    """Wan; a distribution made for the test gives the host's processes the operators that Wan needs on a CPU."""
-    folder = tmp_path_factory.mktemp("video-server")
+def path_with_cpu_ops(folder: Path) -> str:
+    """A PYTHONPATH whose made-up distribution gives the host's processes operators that Wan and Qwen need on a CPU."""
     info = folder / "tiny_cpu_ops-0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tiny-cpu-ops\nVersion: 0\n")
     (info / "entry_points.txt").write_text(
         "[sglang.multimodal_gen.plugins]\ntiny_cpu_ops = tests.tiny.cpu_ops:register\n"
     )
-    path = os.pathsep.join([str(ROOT), str(folder)])
-    with serving(models["wan21"], folder, PYTHONPATH=path) as url:
+    return os.pathsep.join([str(ROOT), str(folder)])
+
+
+@pytest.fixture(scope="session")
+def video_server(models, tmp_path_factory):
+    """A server of tiny Wan."""
+    folder = tmp_path_factory.mktemp("video-server")
+    with serving(models["wan21"], folder, PYTHONPATH=path_with_cpu_ops(folder)) as url:
         yield url
 
 
