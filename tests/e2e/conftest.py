@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +23,21 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = "<script>window.taken = 1</script><img src=x onerror='window.taken = 1'>"
-PORTS = iter(range(43100, 43900))
+
+
+def _free_ports() -> Iterator[int]:
+    """Master ports that nobody listens on; two sessions of tests start at different ones."""
+    first = os.getpid() * 7 % 700
+    for port in (43100 + (first + step) % 800 for step in itertools.cycle(range(800))):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        yield port
+
+
+PORTS = _free_ports()
 
 
 def host_environment(**extra: str) -> dict[str, str]:
