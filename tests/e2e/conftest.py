@@ -10,8 +10,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,19 +25,29 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = "<script>window.taken = 1</script><img src=x onerror='window.taken = 1'>"
 
 
-def _free_ports() -> Iterator[int]:
+class _FreePorts:
     """Master ports that nobody listens on; two sessions of tests start at different ones."""
-    first = os.getpid() * 7 % 700
-    for port in (43100 + (first + step) % 800 for step in itertools.cycle(range(800))):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        yield port
+
+    def __init__(self, first: int, count: int):
+        self._ports = itertools.cycle(range(first, first + count))
+        for _ in range(os.getpid() * 7 % count):
+            next(self._ports)
+        # Several threads start hosts at the same time.
+        self._lock = threading.Lock()
+
+    def __next__(self) -> int:
+        with self._lock:
+            while True:
+                port = next(self._ports)
+                with socket.socket() as probe:
+                    try:
+                        probe.bind(("127.0.0.1", port))
+                    except OSError:
+                        continue
+                return port
 
 
-PORTS = _free_ports()
+PORTS = _FreePorts(43100, 800)
 
 
 def host_environment(**extra: str) -> dict[str, str]:
