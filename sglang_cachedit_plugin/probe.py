@@ -37,6 +37,12 @@ def _version(tensor: torch.Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
+def _widened(value: torch.Tensor, returned: torch.Tensor) -> bool:
+    """Whether the shape is the same, or a dimension of 1 was broadcast: one prompt's text for several pictures."""
+    same_rank = value.dim() == returned.dim()
+    return same_rank and all(old in (1, new) for old, new in zip(value.shape, returned.shape, strict=True))
+
+
 class _Kept:
     """A tensor from which a residual will be made, and a copy to tell whether it was overwritten."""
 
@@ -132,7 +138,7 @@ class ChainProbe:
         outputs = dict(zip(self._streams, values, strict=False))
         for name, (value, version) in self._inputs.items():
             returned = outputs.get(name)
-            if isinstance(returned, torch.Tensor) and returned.shape != value.shape and not respread:
+            if isinstance(returned, torch.Tensor) and not _widened(value, returned) and not respread:
                 self._blame(f"block {index} makes {tuple(returned.shape)} of {name} {tuple(value.shape)}")
             if _version(value) != version and not self._overwrites:
                 self._blame(f"block {index} overwrites its input {name}")

@@ -221,6 +221,17 @@ def test_nothing_is_read_from_the_device_before_the_end():
     assert [flag.device.type for _, flag in probe.flags] == ["meta", "meta"]
 
 
+@pytest.mark.parametrize(("given", "returned", "right"), [
+    ((1, 4, DIM), (2, 4, DIM), True), ((2, 4, DIM), (2, 4, DIM), True), ((2, 4, DIM), (1, 4, DIM), False),
+    ((1, 4, DIM), (1, 2, DIM), False), ((1, 4, DIM), (4, DIM), False),
+])
+def test_one_text_may_serve_several_pictures(given, returned, right):
+    probe = ChainProbe("blocks", 2, (1, 2), ("encoder_hidden_states",), "encoder_hidden_states")
+    probe.enter(0, {"encoder_hidden_states": torch.zeros(given)})
+    probe.leave(0, torch.zeros(returned))
+    assert (probe.finish() is None) == right
+
+
 def test_a_flag_of_the_device_is_read_when_the_request_ends(monkeypatch):
     """A picture already cached: the request is told, the next ones are not cached."""
     served = Served(Probed(), GATED, monkeypatch)
