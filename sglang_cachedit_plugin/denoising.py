@@ -50,6 +50,8 @@ class CacheDitDenoisingMixin:
             batch: the host's request.
         """
         joint = self._cache_dit_joint_cfg_decision()
+        # The file is read before the stage is asked: it may switch caching on.
+        startup.ensure_file(self.server_args)
         session = _begin(self, batch, self.server_args, self._cache_dit_requested())
         if session.decision.enabled and (reason := _declined(self, batch)):
             session.disable(reason)
