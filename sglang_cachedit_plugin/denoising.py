@@ -50,9 +50,7 @@ class CacheDitDenoisingMixin:
             batch: the host's request.
         """
         joint = self._cache_dit_joint_cfg_decision()
-        # The file is read before the stage is asked: it may switch caching on.
-        startup.ensure_file(self.server_args)
-        session = _begin(self, batch, self.server_args, self._cache_dit_requested())
+        session = _begin(self, batch, self.server_args, self._cache_dit_requested)
         if session.decision.enabled and (reason := _declined(self, batch)):
             session.disable(reason)
         elif session.decision.enabled or self in _stages:
@@ -77,12 +75,13 @@ class CacheDitDenoisingMixin:
                 transformer.forget()
 
 
-def _begin(stage: Any, batch: Any, server_args: Any, requested: bool) -> Session:
+def _begin(stage: Any, batch: Any, server_args: Any, requested: Callable[[], bool] | None = None) -> Session:
     """Decide on a request; ``requested``: what the stage would do where the request says nothing."""
     startup.ensure_file(server_args)
     enable = batch.sampling_params.enable_cache_dit
-    if enable is None and requested != defaults.current().enabled:
-        enable = requested
+    # Asked only now: the file may switch caching on.
+    if enable is None and requested is not None and requested() != defaults.current().enabled:
+        enable = requested()
     session = Session("native", defaults.current().decide(enable, batch.sampling_params.cache_dit_params))
     _open.append((stage, session))
     host.forget_branch()
@@ -119,7 +118,7 @@ def _open_request(
 
 def _enter_own_loop(stage: Any, batch: Any, server_args: Any, loop: OwnLoop) -> None:
     """Open the request of a stage that never asks; raises MountError for one that is declined and ``strict``."""
-    session = _begin(stage, batch, server_args, defaults.current().enabled)
+    session = _begin(stage, batch, server_args)
     decision = session.decision
     if not decision.enabled and stage not in _stages:
         return
