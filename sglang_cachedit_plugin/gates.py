@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .compiling import step_aside
 from .contexts import BranchContexts
 from .errors import MountError
 from .probe import ChainProbe
@@ -253,7 +254,7 @@ class Gate(nn.Module):
         return getattr(self.__dict__["block"], name)
 
     # The block under it is compiled where the host compiles; the decision is not.
-    @torch.compiler.disable(recursive=False)
+    @step_aside
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the block's own; values are the block's, or the inputs handed on."""
         current, runs, args, kwargs = self.chain.before(self, args, kwargs)
