@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SHELL := /bin/bash
+# Two hosts of tests at a time; each takes up to 3 GB.
+TEST_WORKERS ?= 2
 COMPILED := sglang torch transformers diffusers cache_dit accelerate fastapi pydantic openai scipy numpy sympy
 
 .PHONY: setup demo test lint browser requirements clean
@@ -35,7 +37,7 @@ browser:
 	  { echo "make test needs Chromium: install it, or name it in CHROMIUM" >&2; exit 1; }
 
 test: lint browser
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 # The pins, without registry addresses.
 requirements:

@@ -26,14 +26,21 @@ SCRIPT = "<script>window.taken = 1</script><img src=x onerror='window.taken = 1'
 
 
 class _FreePorts:
-    """Master ports that nobody listens on; two sessions of tests start at different ones."""
+    """Master ports that nobody listens on; what runs beside it, worker or session of tests, starts at others."""
 
     def __init__(self, first: int, count: int):
-        self._ports = itertools.cycle(range(first, first + count))
-        for _ in range(os.getpid() * 7 % count):
+        share = count // 8
+        mine = range(first + share * self._worker(), first + share * (self._worker() + 1))
+        self._ports = itertools.cycle(mine)
+        for _ in range(os.getpid() * 7 % share):
             next(self._ports)
         # Several threads start hosts at the same time.
         self._lock = threading.Lock()
+
+    @staticmethod
+    def _worker() -> int:
+        """Number of pytest-xdist's worker, 0 without."""
+        return int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
 
     def __next__(self) -> int:
         with self._lock:
