@@ -5,15 +5,12 @@ Precedence: request > file > environment > default. Each effective value carries
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
-import yaml
-
+from .config_file import MAX_FILE_BYTES, file_label, load_file, unique_keys
 from .errors import SettingError, nearest, shown
 from .rows import Row
 from .sections import read_sections
@@ -28,11 +25,16 @@ from .settings import (
     check_consistent,
 )
 
+__all__ = [
+    "BOOL", "CONTROL_KEY_VARIABLE", "ENABLED_VARIABLE", "FILE_SECTIONS", "MAX_FILE_BYTES", "PREFIX",
+    "SECONDARY_VARIABLES", "VARIABLES", "FileConfig", "Layer", "Resolved", "Source", "Value", "file_label",
+    "load_file", "read_environment", "read_file", "read_layer", "read_request", "resolve", "unique_keys",
+]
+
 PREFIX = "SGLANG_CACHE_DIT_"
 ENABLED_VARIABLE = PREFIX + "ENABLED"
 CONTROL_KEY_VARIABLE = PREFIX + "CONTROL_KEY"
 """Key that changes of a running server need; it is no setting of the cache and is shown nowhere."""
-MAX_FILE_BYTES = 1 << 20
 FILE_SECTIONS = (
     "cache_config", "secondary", "profiles", "parallelism_config", "quantize_config", "attention_backend",
 )
@@ -184,69 +186,6 @@ def _name(key: Any) -> str:
 def _known_keys(secondary: bool) -> list[str]:
     names = [name for name, knob in KNOBS.items() if knob.per_transformer or not secondary]
     return [*names, *(alias for alias, name in ALIASES.items() if name in names), *INERT_KNOBS]
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Safe YAML that refuses repeated keys and aliases (a small file can expand without bound)."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.events.AliasEvent):
-            raise yaml.YAMLError("aliases are not allowed")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.YAMLError(f"key {key!r} is given twice")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, refused when it repeats a key."""
-    mapping = dict(pairs)
-    if len(mapping) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in mapping if names.count(name) > 1)
-        raise ValueError(f"key {repeated!r} is given twice")
-    return mapping
-
-
-def _parse(text: str, is_json: bool) -> Any:
-    return json.loads(text, object_pairs_hook=unique_keys) if is_json else yaml.load(text, _UniqueKeyLoader)
-
-
-def load_file(path: str) -> Any:
-    """The parsed YAML or JSON of ``path``; SettingError for anything that is not one."""
-    origin, name = f"--cache-dit-config {path}", "--cache-dit-config"
-    try:
-        if not Path(path).is_file():
-            what = "a folder, expected a file" if Path(path).is_dir() else "no such file"
-            raise SettingError(name, path, "command line", what)
-        if Path(path).stat().st_size > MAX_FILE_BYTES:
-            raise SettingError(name, path, "command line", f"larger than {MAX_FILE_BYTES} bytes")
-        text = Path(path).read_bytes().decode("utf-8")
-        parsed = _parse(text, path.endswith(".json"))
-    except SettingError:
-        raise
-    except UnicodeDecodeError:
-        raise SettingError(name, path, "command line", "not UTF-8 text") from None
-    except OSError as error:
-        raise SettingError(name, path, "command line", error.strerror or "unreadable") from None
-    except Exception as error:
-        # Besides YAMLError: PyYAML's constructors raise KeyError, IndexError and AttributeError for
-        # scalars that are not what their tag says, such as ``!!bool maybe``.
-        raise SettingError(name, path, "command line", f"not valid YAML or JSON: {error}") from None
-    if parsed is None:
-        raise SettingError(name, path, origin, "the file is empty")
-    return parsed
-
-
-def file_label(path_or_mapping: str | Mapping[str, Any] | None) -> str:
-    """How origins name a config file."""
-    return os.path.basename(path_or_mapping) if isinstance(path_or_mapping, str) else "cache_dit_config"
 
 
 def read_file(path_or_mapping: str | Mapping[str, Any]) -> FileConfig:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from sglang_cachedit_plugin import host, parallel
 from sglang_cachedit_plugin.runtime import Groups
-from tests.unit.blocks import ROWS, Rig, sample
+from tests.unit.blocks import Rig, sample
 
 from .world import collectives
 
@@ -177,13 +177,6 @@ def mesh_over_replicas(rank: int) -> list[str]:
     return messages
 
 
-def _add_rows() -> None:
-    from sglang_cachedit_plugin import adapters
-
-    adapters.NATIVE.update(ROWS)
-
-
-_add_rows()
 SCENARIOS = {
     scenario.__name__: scenario
     for scenario in (

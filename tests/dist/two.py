@@ -10,7 +10,7 @@ import torch.distributed as dist
 from sglang_cachedit_plugin import agreement
 from sglang_cachedit_plugin.runtime import Groups
 from sglang_cachedit_plugin.similarity import reduced_differences, residual_difference, residual_sums
-from tests.unit.blocks import ROWS, Rig, sample
+from tests.unit.blocks import Rig, sample
 
 from .world import collectives
 
@@ -253,13 +253,6 @@ def _joint_failure(rank: int, groups: Groups) -> str:
     return "went through"
 
 
-def _add_rows() -> None:
-    from sglang_cachedit_plugin import adapters
-
-    adapters.NATIVE.update(ROWS)
-
-
-_add_rows()
 SCENARIOS = {
     scenario.__name__: scenario
     for scenario in (

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.unit.blocks import known_classes
+
 LIMIT = 30
 """Seconds that a rank waits for another before it gives up."""
 
@@ -71,12 +73,13 @@ def _rank(rank: int, size: int, out: str, scenarios: dict[str, Any]) -> None:
         timeout=datetime.timedelta(seconds=LIMIT),
     )
     results = {}
-    for name, scenario in scenarios.items():
-        try:
-            results[name] = scenario(rank)
-            dist.barrier()
-        except BaseException as error:
-            raise RuntimeError(f"rank {rank}: {name}") from error
+    with known_classes():
+        for name, scenario in scenarios.items():
+            try:
+                results[name] = scenario(rank)
+                dist.barrier()
+            except BaseException as error:
+                raise RuntimeError(f"rank {rank}: {name}") from error
     torch.save(results, f"{out}.{rank}")
 
 

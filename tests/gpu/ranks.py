@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from sglang_cachedit_plugin import contexts
+from sglang_cachedit_plugin import contexts, decisions
 from sglang_cachedit_plugin.settings import CacheSettings
 
 from . import stock
@@ -139,18 +139,18 @@ def decision_time(decide: Callable[[], Any], case: Case) -> float:
 def same_sums(plugin: stock.Plugin, case: Case, settings: CacheSettings, steps: int) -> dict[str, int]:
     """Of the decisions of a TP group, how many have the same sums to the last bit on all ranks before reducing."""
     seen: list[torch.Tensor] = []
-    own = contexts.residual_sums
+    own = decisions.residual_sums
 
     def recorded(*args: Any) -> torch.Tensor:
         seen.append(own(*args))
         return seen[-1]
 
-    contexts.residual_sums = recorded
+    decisions.residual_sums = recorded
     try:
         plugin.begin({"transformer": (0, steps)}, {"transformer": settings})
         case.run(steps, plugin.at)
     finally:
-        contexts.residual_sums = own
+        decisions.residual_sums = own
     if not seen:
         return {"decisions": 0, "equal": 0}
     mine = torch.stack(seen)

@@ -8,9 +8,6 @@ JSON lines. Weights are random. ``--device cpu --gpus 2 --size tiny`` tries it o
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,6 +15,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
+
+from tests.gpu import launch  # noqa: E402
 
 EXTRA: dict[str, dict[str, Any]] = {
     "ring": {"parallelism_config": {"ring_size": "auto", "attention_backend": "native"}},
@@ -46,19 +45,11 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def launch(args: argparse.Namespace) -> int:
+def start(args: argparse.Namespace) -> int:
     """Start the ranks and wait."""
     import torch
 
-    gpus = args.gpus or torch.cuda.device_count()
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus), __file__,
-        *sys.argv[1:],
-    ]
-    environment = os.environ | {
-        "RECIPES_DEVICE": args.device, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RECIPES_RANK": "1",
-    }
-    return subprocess.run(command, env=environment, cwd=ROOT, check=False).returncode
+    return launch.start(__file__, args.gpus or torch.cuda.device_count(), args.device)
 
 
 class Table:
@@ -69,13 +60,8 @@ class Table:
 
     def add(self, name: str, run: str, row: dict[str, Any]) -> None:
         """Print one row and keep it."""
-        if self._rank:
-            return
-        row = {"recipe": name, "run": run, **{key: value for key, value in row.items() if key != "picture"}}
-        print(json.dumps(row), flush=True)
-        if self._out:
-            with open(self._out, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+        if not self._rank:
+            launch.keep({"recipe": name, "run": run, **row}, self._out)
 
 
 def order(names: list[str]) -> list[str]:
@@ -159,14 +145,7 @@ def run_qwen(args: argparse.Namespace, device: Any, table: Table) -> None:
 def main() -> int:
     """Start the ranks, or be one."""
     args = arguments()
-    if "RECIPES_RANK" not in os.environ:
-        return launch(args)
-    run_all(args)
-    import torch.distributed as dist
-
-    dist.barrier()
-    dist.destroy_process_group()
-    return 0
+    return launch.be_rank_or(lambda: start(args), lambda: run_all(args))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,6 +16,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
+
+from tests.gpu import launch  # noqa: E402
 
 
 def arguments() -> argparse.Namespace:
@@ -34,24 +34,14 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def launch(args: argparse.Namespace) -> int:
-    """One torchrun for each number of processes."""
+def start(args: argparse.Namespace) -> int:
+    """One start for each number of processes."""
     import torch
 
     worlds = [int(each) for each in args.worlds.split(",")] if args.worlds else [
         2**power for power in range(7) if 2**power <= torch.cuda.device_count()
     ]
-    environment = os.environ | {
-        "RECIPES_DEVICE": args.device, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RECIPES_RANK": "1",
-    }
-    status = 0
-    for world in worlds:
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), __file__,
-            *sys.argv[1:],
-        ]
-        status |= subprocess.run(command, env=environment, cwd=ROOT, check=False).returncode
-    return status
+    return max(launch.start(__file__, world, args.device) for world in worlds)
 
 
 def layouts(world: int) -> dict[str, Any]:
@@ -109,12 +99,8 @@ def run(args: argparse.Namespace) -> None:
         alone = seconds_of_one(args.out, key)
         if alone is not None and row.get("seconds"):
             row["efficiency"] = round(alone / row["seconds"] / world, 3)
-        row = {"world": world, **key, **{name: value for name, value in row.items() if name != "picture"}}
         if rank == 0:
-            print(json.dumps(row), flush=True)
-            if args.out:
-                with open(args.out, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+            launch.keep({"world": world, **key, **row}, args.out)
         dist.barrier()
 
     for name, config in layouts(world).items():
@@ -162,14 +148,7 @@ def sizes(args: argparse.Namespace) -> dict[str, tuple[int, int]]:
 def main() -> int:
     """Start the ranks, or be one."""
     args = arguments()
-    if "RECIPES_RANK" not in os.environ:
-        return launch(args)
-    run(args)
-    import torch.distributed as dist
-
-    dist.barrier()
-    dist.destroy_process_group()
-    return 0
+    return launch.be_rank_or(lambda: start(args), lambda: run(args))
 
 
 if __name__ == "__main__":
