@@ -19,13 +19,19 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Spread:
-    """This rank's groups along each axis, None where the axis has one rank."""
+    """This rank's groups along each axis, None where the axis has one rank.
+
+    ``model`` are the ranks of one forward, ``row`` is this rank's CFG branch of ``rows`` that run side by side.
+    """
 
     name: str
     ulysses: Any = None
     ring: Any = None
     tp: Any = None
+    cfg: Any = None
     model: Any = None
+    row: int = 0
+    rows: int = 1
 
     @staticmethod
     def size(group: Any) -> int:
@@ -38,22 +44,25 @@ class Spread:
         return self.size(self.ulysses) * self.size(self.ring)
 
     @classmethod
-    def build(cls, ulysses: int = 1, ring: int = 1, tp: int = 1) -> Spread:
-        """Groups of a layout in the host's order of ranks: TP first, then Ulysses, then ring."""
+    def build(cls, ulysses: int = 1, ring: int = 1, tp: int = 1, cfg: int = 1) -> Spread:
+        """Groups of a layout in the host's order of ranks: TP first, then Ulysses, then ring, then CFG branches."""
         rank, world = dist.get_rank(), dist.get_world_size()
-        grid = torch.arange(world).reshape(ring, ulysses, tp)
-        found: dict[str, Any] = {}
+        grid = torch.arange(world).reshape(cfg, ring, ulysses, tp)
+        found: dict[str, Any] = {"model": dist.group.WORLD}
         for name, size, moved in (
             ("tp", tp, grid.reshape(-1, tp)),
-            ("ulysses", ulysses, grid.movedim(1, 2).reshape(-1, ulysses)),
-            ("ring", ring, grid.movedim(0, 2).reshape(-1, ring)),
+            ("ulysses", ulysses, grid.movedim(2, 3).reshape(-1, ulysses)),
+            ("ring", ring, grid.movedim(1, 3).reshape(-1, ring)),
+            ("cfg", cfg, grid.movedim(0, 3).reshape(-1, cfg)),
+            ("model", cfg, grid.reshape(cfg, -1)),
         ):
             for ranks in moved.tolist() if size > 1 else ():
                 group = dist.new_group(ranks)
                 if rank in ranks:
                     found[name] = group
-        words = [f"{label} {size}" for label, size in (("Ulysses", ulysses), ("ring", ring), ("TP", tp)) if size > 1]
-        return cls(name=" x ".join(words), model=dist.group.WORLD, **found)
+        sizes = (("CFG", cfg), ("Ulysses", ulysses), ("ring", ring), ("TP", tp))
+        words = [f"{label} {size}" for label, size in sizes if size > 1]
+        return cls(name=" x ".join(words) or "one GPU", row=rank * cfg // world, rows=cfg, **found)
 
     @property
     def sp_rank(self) -> int:

@@ -30,23 +30,25 @@ for _name, _number in PATTERNS.items():
 class HostLayout:
     """The host's own groups for a layout. ``error`` says why they are not to be had; then ours stand in."""
 
-    def __init__(self, spread: Spread, ulysses: int, ring: int, tp: int):
+    def __init__(self, spread: Spread, ulysses: int, ring: int, tp: int, cfg: int = 1):
         self.error: str | None = None
-        self.sizes = {"ulysses": ulysses, "ring": ring, "tp": tp}
+        self.sizes = {"ulysses": ulysses, "ring": ring, "tp": tp, "cfg": cfg}
         self.sp = spread.model if ulysses * ring > 1 else None
         self.tp = spread.tp
-        self.groups = Groups(forward=spread.model)
+        self.groups = Groups(
+            forward=spread.model, pair=dist.group.WORLD if cfg > 1 else None, row=spread.row, rows=cfg
+        )
         try:
-            self._build(ulysses, ring, tp)
+            self._build(ulysses, ring, tp, cfg)
         except Exception as error:
             self.error = f"{type(error).__name__}: {error}"
             print(f"[rank {dist.get_rank()}] host groups: {self.error}", file=sys.stderr, flush=True)
         # A communicator is made at its first use; none of the variants shall pay for it.
-        for group in (self.sp, self.tp, self.groups.forward):
+        for group in (self.sp, self.tp, self.groups.forward, self.groups.pair):
             if group is not None:
                 dist.all_reduce(torch.zeros(1, device=device()), group=group)
 
-    def _build(self, ulysses: int, ring: int, tp: int) -> None:
+    def _build(self, ulysses: int, ring: int, tp: int, cfg: int) -> None:
         from sglang.multimodal_gen.runtime.distributed import parallel_state as state
 
         from sglang_cachedit_plugin import host
@@ -63,7 +65,7 @@ class HostLayout:
                 setattr(state, name, None)
         state.initialize_model_parallel(
             sequence_parallel_degree=ulysses * ring, ulysses_degree=ulysses, ring_degree=ring,
-            tensor_parallel_degree=tp,
+            tensor_parallel_degree=tp, classifier_free_guidance_degree=cfg,
         )
         host.build_slices()
         self.groups = host.groups([], None)
@@ -129,7 +131,9 @@ def host_config(settings: CacheSettings, num_steps: int, mask: list[int] | None 
     )
 
 
-def mount_stock(model: nn.Module, settings: CacheSettings, num_steps: int, layout: HostLayout) -> None:
+def mount_stock(
+    model: nn.Module, settings: CacheSettings, num_steps: int, layout: HostLayout, mask: list[int] | None = None
+) -> None:
     """``enable_cache_on_transformer`` of the host."""
     import cache_dit
     from sglang.multimodal_gen.runtime.cache import cache_dit_integration as stock
@@ -141,7 +145,7 @@ def mount_stock(model: nn.Module, settings: CacheSettings, num_steps: int, layou
         blocks_attr="blocks", forward_pattern=pattern
     )
     stock.enable_cache_on_transformer(
-        model, host_config(settings, num_steps), name, sp_group=layout.sp, tp_group=layout.tp
+        model, host_config(settings, num_steps, mask), name, sp_group=layout.sp, tp_group=layout.tp
     )
 
 
@@ -158,13 +162,22 @@ def mount_stock_pair(
     )
 
 
+def refresh_stock(model: nn.Module, mask: list[int]) -> None:
+    """The host's refresh of a mounted transformer before a request."""
+    from sglang.multimodal_gen.runtime.cache import cache_dit_integration as stock
+
+    stock.refresh_context_on_transformer(
+        model, len(mask), steps_computation_mask=mask, steps_computation_policy="dynamic"
+    )
+
+
 def _prepare(stock: Any, layout: HostLayout) -> None:
     if layout.error:
         # The host's groups are not to be had: its integration is told ours.
         stock.get_ulysses_parallel_world_size = lambda: layout.sizes["ulysses"]
         stock.get_ring_parallel_world_size = lambda: layout.sizes["ring"]
         stock.get_tp_world_size = lambda: layout.sizes["tp"]
-        stock.get_classifier_free_guidance_world_size = lambda: 1
+        stock.get_classifier_free_guidance_world_size = lambda: layout.sizes["cfg"]
         stock.get_dit_group = lambda: dist.group.WORLD
     # cache-dit 1.5.1 keeps "is cached" on a class, and then mounts no second transformer in a process.
     from cache_dit.caching.block_adapters.block_adapters import FakeDiffusionPipeline
