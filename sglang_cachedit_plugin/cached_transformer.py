@@ -196,6 +196,7 @@ class CachedTransformer:
 
     def _check(self, spec: TransformerSpec) -> None:
         settings, name = spec.settings, type(self.module).__name__
+        self.probe.another_try()
         if self.probe.problem is not None:
             raise MountError(self._problem(self.probe.problem))
         if self._no_blocks:

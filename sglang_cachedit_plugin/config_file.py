@@ -1,4 +1,4 @@
-"""The text of a config file: YAML or JSON, read strictly."""
+"""Config files as they lie on disk: small regular files of UTF-8 YAML or JSON, without aliases and repeated keys."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from .errors import SettingError
+from .errors import SettingError, printable, shown
 
 MAX_FILE_BYTES = 1 << 20
 
@@ -28,18 +28,18 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise yaml.YAMLError(f"key {key!r} is given twice")
+                raise yaml.YAMLError(f"key {shown(key)} is given twice")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object, refused when it repeats a key."""
-    mapping = dict(pairs)
-    if len(mapping) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in mapping if names.count(name) > 1)
-        raise ValueError(f"key {repeated!r} is given twice")
+    mapping: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in mapping:
+            raise ValueError(f"key {shown(name)} is given twice")
+        mapping[name] = value
     return mapping
 
 
@@ -47,16 +47,25 @@ def _parse(text: str, is_json: bool) -> Any:
     return json.loads(text, object_pairs_hook=unique_keys) if is_json else yaml.load(text, _UniqueKeyLoader)
 
 
+def _read_bytes(path: str) -> bytes:
+    """What stands in a regular file; of anything else (a pipe would wait for a writer) nothing is read."""
+    name, file = "--cache-dit-config", Path(path)
+    if not file.is_file():
+        what = "a folder, expected a file" if file.is_dir() else "not a file" if file.exists() else "no such file"
+        raise SettingError(name, path, "command line", what)
+    with file.open("rb") as source:
+        content = source.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise SettingError(name, path, "command line", f"larger than {MAX_FILE_BYTES} bytes")
+    return content
+
+
 def load_file(path: str) -> Any:
     """The parsed YAML or JSON of ``path``; SettingError for anything that is not one."""
     origin, name = f"--cache-dit-config {path}", "--cache-dit-config"
     try:
-        if not Path(path).is_file():
-            what = "a folder, expected a file" if Path(path).is_dir() else "no such file"
-            raise SettingError(name, path, "command line", what)
-        if Path(path).stat().st_size > MAX_FILE_BYTES:
-            raise SettingError(name, path, "command line", f"larger than {MAX_FILE_BYTES} bytes")
-        text = Path(path).read_bytes().decode("utf-8")
+        # The mark that some editors put first is no part of the text.
+        text = _read_bytes(path).decode("utf-8-sig")
         parsed = _parse(text, path.endswith(".json"))
     except SettingError:
         raise
@@ -75,4 +84,7 @@ def load_file(path: str) -> Any:
 
 def file_label(path_or_mapping: str | Mapping[str, Any] | None) -> str:
     """How origins name a config file."""
-    return os.path.basename(path_or_mapping) if isinstance(path_or_mapping, str) else "cache_dit_config"
+    if not isinstance(path_or_mapping, str):
+        return "cache_dit_config"
+    # Reports carry it: a name that is not text must not spoil their encoding.
+    return printable(os.path.basename(path_or_mapping))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
@@ -230,8 +231,14 @@ def run_stage(original: Callable[..., Any], stage: Any, batch: Any, server_args:
         return result
     finally:
         _running.pop()
-        while len(_open) > before:
-            owner, session = _open.pop()
-            module = getattr(owner, "transformer", None)
-            device = next((p.device for p in module.parameters()), None) if module is not None else None
-            publish(batch, session.close(device), host.logger().info, failed=failed)
+        ended, _open[before:] = _open[before:], []
+        with ExitStack() as ends:
+            # Each is ended, whatever the end of another one raises.
+            for owner, session in ended:
+                ends.callback(_end, owner, session, batch, failed)
+
+
+def _end(owner: Any, session: Session, batch: Any, failed: bool) -> None:
+    module = getattr(owner, "transformer", None)
+    device = next((p.device for p in module.parameters()), None) if module is not None else None
+    publish(batch, session.close(device), host.logger().info, failed=failed)

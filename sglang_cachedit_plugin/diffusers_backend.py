@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from . import defaults, engine, host, startup
+from .config_file import file_label
 from .errors import MountError
 from .mount import ModelBackend
 from .parallel import mesh_group
 from .runtime import Groups, Identity, Runtime
 from .session import Session, publish
-from .sources import file_label
 from .stats import COND
 
 _NAMES = {"pred_cond": COND, "pred_uncond": "uncond", "conditional": COND, "unconditional": "uncond"}

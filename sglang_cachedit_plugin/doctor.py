@@ -11,10 +11,11 @@ from typing import Any
 
 from . import defaults, hooks, host, preflight
 from .adapters import third_party
+from .config_file import file_label
 from .defaults import Defaults
 from .errors import CacheDitError, HostContractError
 from .preflight import Machine
-from .sources import file_label, read_environment, read_file
+from .sources import read_environment, read_file
 
 _GROUP, _NAME = "sglang.multimodal_gen.plugins", "cachedit"
 _PACKAGES = ("sglang", "cache-dit", "torch", "sglang-cachedit-plugin")

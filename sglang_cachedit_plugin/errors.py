@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+MAX_LINE = 2000
+"""Longest message: whatever is quoted in one, a log stays readable."""
+
 
 class CacheDitError(Exception):
     """Anything this plugin refuses to do."""
@@ -33,7 +36,7 @@ class SettingError(CacheDitError, ValueError):
         line = f"{_shorten(self.field)} = {shown(self.value)} ({self.origin}): {self.allowed}"
         if self.near:
             line += f"; did you mean {self.near!r}?"
-        return _printable(" ".join(line.split()))
+        return _shorten(printable(" ".join(line.split())), MAX_LINE)
 
 
 class MountError(CacheDitError):
@@ -53,11 +56,11 @@ def shown(value: object) -> str:
         return f"<{type(value).__name__}>"
 
 
-def _shorten(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "..."
+def _shorten(text: str, length: int = 80) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """``text`` with control characters and lone surrogates escaped, safe for logs and for UTF-8."""
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text

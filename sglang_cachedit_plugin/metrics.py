@@ -17,6 +17,9 @@ NANS = "sglang_cache_dit_nan_diffs_total"
 BUCKETS = (0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.12, 0.16, 0.2, 0.24, 0.3, 0.4, 0.5, 0.75, 1.0)
 OUTCOMES = ("cached", "computed", "off", "failed", "refused")
 """Some steps cached; enabled, all steps computed; caching off; an exception; 400 for a bad setting."""
+MAX_SERIES = 32
+"""Most pairs of transformer and branch that get numbers of their own; a series once made is never given back."""
+OTHER = "other"
 
 
 class _Instruments(NamedTuple):
@@ -50,15 +53,28 @@ def outcome(report: Mapping[str, Any], failed: bool = False) -> str:
     return "cached" if any(branch["cached"] for branch in branches) else "computed"
 
 
+_series: set[tuple[str, str]] = set()
+
+
+def series(transformer: str, branch: str) -> tuple[str, str]:
+    """The labels under which a branch is counted: its own, or those of all that came too late for some."""
+    if (transformer, branch) not in _series:
+        if len(_series) >= MAX_SERIES:
+            return (OTHER, OTHER)
+        _series.add((transformer, branch))
+    return transformer, branch
+
+
 def observe(report: Mapping[str, Any], *, requests: int = 1, failed: bool = False) -> None:
     """Count one report, shared by ``requests`` requests that the host merged into one."""
     made = instruments()
     made.requests.labels(outcome(report, failed)).inc(requests)
     for transformer, each in report["transformers"].items():
         for branch, steps in each["branches"].items():
+            where = series(transformer, branch)
             for kind in ("computed", "cached"):
-                made.steps.labels(transformer, branch, kind).inc(len(steps[kind]))
-            diffs, nans = made.diffs.labels(transformer, branch), made.nans.labels(transformer, branch)
+                made.steps.labels(*where, kind).inc(len(steps[kind]))
+            diffs, nans = made.diffs.labels(*where), made.nans.labels(*where)
             for diff in steps["residual_diffs"].values():
                 diffs.observe(diff)
             nans.inc(steps["nan_diffs"])

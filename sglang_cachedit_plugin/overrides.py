@@ -7,8 +7,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .config_file import unique_keys
 from .errors import SettingError
-from .sources import BOOL, Source, Value, read_layer, read_request, unique_keys
+from .sources import BOOL, Source, Value, profile_name, read_layer, read_request
 
 ORIGIN = "control"
 SECTIONS = ("enabled", "profile", "cache_config", "secondary", "profiles")
@@ -81,4 +82,8 @@ def _profiles(raw: Any) -> dict[str, Source]:
         return {}
     if not isinstance(raw, Mapping):
         raise SettingError("profiles", raw, ORIGIN, "expected a mapping of profile name to settings")
-    return {name: read_request(knobs, origin=f"{ORIGIN}.profiles.{name}") for name, knobs in raw.items()}
+    return {
+        name: read_request(knobs, origin=f"{ORIGIN}.profiles.{name}")
+        for key, knobs in raw.items()
+        if (name := profile_name(key, ORIGIN))
+    }

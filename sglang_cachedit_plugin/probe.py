@@ -212,7 +212,13 @@ class MountProbe:
         self._watched = watched
         self._passed: set[tuple[int, int]] = set()
         self._flags: list[tuple[str, torch.Tensor]] = []
+        self._failures = 0
         self.problem: str | None = None
+
+    def another_try(self) -> None:
+        """A request begins: a forward that failed for no reason that the probe saw may be looked at once more."""
+        if self._failures == 1 and self.problem is not None:
+            self.problem = None
 
     def due(self, first: int, last: int) -> bool:
         """Whether a forward with these first and last blocks was not looked at yet."""
@@ -229,10 +235,13 @@ class MountProbe:
             if not is_structural(error):
                 raise
             output = original()
-            # The model alone could do it: the fault is the description's.
+            # The model alone could do it: the fault is the description's. Unless nothing was seen to be wrong and
+            # it does not happen again, such as an error of the machine.
             seen = next((f"{each.name}: {each.problem}" for each in chains if each.problem is not None), None)
+            self._failures = 2 if seen else self._failures + 1
             self.problem = seen or f"its blocks are not as declared: {type(error).__name__}: {error}"
             return output
+        self._failures = 0
         self._passed.add((first, last))
         self._flags += [flag for each in chains for flag in each.flags]
         self.problem = next((found for each in chains if (found := each.finish()) is not None), None)

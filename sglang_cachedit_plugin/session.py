@@ -166,17 +166,20 @@ class Session:
 
     def close(self, device: torch.device | None = None) -> RequestStats:
         """End the request: free its buffers and finish its report."""
-        if device is not None and device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()
-        self.stats.denoising_s = time.perf_counter() - self._started
-        if self._runtime is not None:
-            self._look_back()
-            self._runtime.prepare(None)
+        try:
+            if device is not None and device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
+            self.stats.denoising_s = time.perf_counter() - self._started
+            if self._runtime is not None:
+                self._look_back()
+        finally:
+            # A device that has failed says so at the next call, whatever that is.
+            if self._runtime is not None:
+                self._runtime.prepare(None)
         if self.recording is not None and host.is_first_rank():
             self.recording.path(self._positions)
             self.recording.save(recording.folder())
         return self.stats
-
 
     def _look_back(self) -> None:
         """Report what the first forwards of the request have shown to be wrong with the mount."""

@@ -35,6 +35,8 @@ PREFIX = "SGLANG_CACHE_DIT_"
 ENABLED_VARIABLE = PREFIX + "ENABLED"
 CONTROL_KEY_VARIABLE = PREFIX + "CONTROL_KEY"
 """Key that changes of a running server need; it is no setting of the cache and is shown nowhere."""
+MAX_NAME = 200
+"""Longest name of a profile."""
 FILE_SECTIONS = (
     "cache_config", "secondary", "profiles", "parallelism_config", "quantize_config", "attention_backend",
 )
@@ -220,9 +222,18 @@ def _read_profiles(raw: Any, label: str, warnings: list[str]) -> dict[str, Sourc
     if not isinstance(raw, Mapping):
         raise SettingError("profiles", raw, label, "expected a mapping of profile name to settings")
     return {
-        _name(name): read_request(knobs, origin=f"{label} profiles.{_name(name)}", warnings=warnings)
-        for name, knobs in raw.items()
+        name: read_request(knobs, origin=f"{label} profiles.{name}", warnings=warnings)
+        for key, knobs in raw.items()
+        if (name := profile_name(key, label))
     }
+
+
+def profile_name(key: Any, origin: str) -> str:
+    """A key of ``profiles``; reports and answers carry it, so it has to be text that can be shown."""
+    name = _name(key)
+    if not name or len(name) > MAX_NAME or not name.isprintable():
+        raise SettingError("profiles", name, origin, f"a profile's name is 1 to {MAX_NAME} printable characters")
+    return name
 
 
 def read_request(

@@ -8,8 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from . import defaults, host, preflight
+from .config_file import file_label
 from .errors import SettingError
-from .sources import file_label, read_environment, read_file
+from .sources import read_environment, read_file
 
 
 def fail(error: SettingError) -> None:

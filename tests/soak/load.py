@@ -80,6 +80,13 @@ class Load:
         self._change_every = change_every
         self._keep = keep
 
+    def settle(self) -> None:
+        """One request of each kind: libraries allocate what they keep for a kind when it comes for the first time."""
+        with httpx.Client(timeout=TIMEOUT_S) as plain:
+            for wish in self._mix.kinds():
+                status, answer = ask_plain(plain, self.url, wish)
+                self._judge(wish, status, answer, self.changes.possible(0.0, 0.0))
+
     def run(self, clients: int = 4, requests: int | None = None, seconds: float | None = None) -> Outcome:
         """Send until ``requests`` were answered or ``seconds`` have passed."""
         began = time.monotonic()

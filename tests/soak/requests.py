@@ -8,7 +8,8 @@ from typing import Any
 
 SIZES = ("64x64", "96x64", "64x96")
 PROMPTS = ("red apple", "blue moon", "small green house")
-STEPS = (5, 8, 9, 12)
+STEPS = tuple(range(2, 13))
+GUIDED = {"negative_prompt": "blue", "true_cfg_scale": 2.0}
 
 KNOBS: tuple[dict[str, Any], ...] = (
     {},
@@ -85,9 +86,20 @@ class Mix:
             fields["cache_dit_params"] = {"steps_computation_mask": mask, "scm_policy": "static", "max_warmup_steps": 0}
         else:
             fields["cache_dit_params"] = pick(KNOBS)
+        if self._random.random() < 0.3:
+            fields |= GUIDED
         if self._random.random() < 0.05:
             fields["n"] = 2
         return Wish(fields)
+
+    @staticmethod
+    def kinds() -> list[Wish]:
+        """One request of each kind: every set of knobs, every size, with and without guidance."""
+        plain = {"prompt": PROMPTS[0], "num_inference_steps": 9, "seed": 0, "output_format": "png",
+                 "response_format": "b64_json", "enable_cache_dit": True}
+        own = [plain | {"size": SIZES[0], "cache_dit_params": knobs} for knobs in KNOBS]
+        shapes = [plain | {"size": size, "n": n} | guided for size in SIZES for n in (1, 2) for guided in ({}, GUIDED)]
+        return [Wish(fields) for fields in own + shapes]
 
     def change(self) -> Change:
         """The next change of the server; its settings all follow from its number."""
@@ -111,6 +123,9 @@ def expect(wish: Wish, report: dict[str, Any], possible: list[Change]) -> str | 
     if not report["enabled"]:
         return _expect_off(wish, report, possible)
     steps = wish.fields["num_inference_steps"]
+    branches = {name for each in report["transformers"].values() for name in each["branches"]}
+    if branches != ({"cond", "uncond"} if "true_cfg_scale" in wish.fields else {"cond"}):
+        return f"branches {sorted(branches)}"
     if report["computed_steps"] + report["cached_steps"] != steps:
         return f"{report['computed_steps']} + {report['cached_steps']} steps, asked {steps}"
     if report["profile"] != wish.params.get("profile"):

@@ -11,57 +11,18 @@ import contextlib
 import json
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from tests.e2e.conftest import serving
 
-from .load import Load, differences, scrape
+from .load import Load, Outcome, differences, scrape
+from .memory import Memory, slope
 
-SAMPLE_S = 5.0
-SETTLED = 1 / 3
-"""The first part of a run is left out of the slope: allocators and caches still fill."""
-
-
-class Memory(threading.Thread):
-    """Resident bytes of a process and all its descendants, sampled until stopped."""
-
-    def __init__(self, root: psutil.Process):
-        super().__init__(daemon=True)
-        self._root = root
-        self._end = threading.Event()
-        self.samples: list[tuple[float, int]] = []
-
-    def run(self) -> None:
-        """Sample."""
-        while not self._end.wait(SAMPLE_S):
-            self.samples.append((time.monotonic(), self._resident()))
-
-    def _resident(self) -> int:
-        total = 0
-        for process in [self._root, *self._root.children(recursive=True)]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                total += process.memory_info().rss
-        return total
-
-    def stop(self) -> None:
-        """Stop sampling."""
-        self._end.set()
-        self.join()
-
-    def slope(self) -> float | None:
-        """MiB a minute over the settled part (least squares), None with too few samples."""
-        settled = self.samples[int(len(self.samples) * SETTLED):]
-        if len(settled) < 4:
-            return None
-        times = [(at - settled[0][0]) / 60 for at, _ in settled]
-        sizes = [size / 2**20 for _, size in settled]
-        mean_t, mean_s = sum(times) / len(times), sum(sizes) / len(sizes)
-        spread = sum((t - mean_t) ** 2 for t in times)
-        return sum((t - mean_t) * (s - mean_s) for t, s in zip(times, sizes, strict=True)) / spread
+LIMIT = 1.0
+"""MiB a minute by which memory may grow at most, with 95 % confidence."""
 
 
 def server_process(url: str) -> psutil.Process:
@@ -74,30 +35,42 @@ def server_process(url: str) -> psutil.Process:
     raise RuntimeError(f"no child process listens at {url}")
 
 
-def soak(model: Path, args: argparse.Namespace) -> dict:
-    """Run the load and return the report."""
-    with tempfile.TemporaryDirectory() as folder, serving(model, Path(folder), "--enable-metrics") as url:
+def soak(
+    model: Path, folder: Path, *, clients: int, requests: int | None = None, seconds: float | None = None, seed: int = 0
+) -> tuple[Outcome, list[str], Memory]:
+    """What came of a run, where ``/metrics`` differs from the reports, and the server's memory."""
+    with serving(model, folder, "--enable-metrics") as url:
         memory = Memory(server_process(url))
         before = scrape(url)
-        load = Load(url, seed=args.seed)
+        load = Load(url, seed=seed)
+        load.settle()
         memory.start()
-        outcome = load.run(args.clients, requests=args.requests, seconds=args.minutes and args.minutes * 60)
+        outcome = load.run(clients, requests=requests, seconds=seconds)
         memory.stop()
-        wrong = differences(before, scrape(url), outcome.counted)
+        return outcome, differences(before, scrape(url), outcome.counted), memory
+
+
+def report_of(outcome: Outcome, metrics_wrong: list[str], memory: Memory) -> dict[str, Any]:
+    """Figures of a run."""
+    sizes = {name: memory.sizes(name) for name in ("server", "worker", "helper")}
+    found = slope(memory.sizes())
     return {
         "seconds": round(outcome.seconds, 1), "answers": outcome.answers, "refused": outcome.refused,
-        "changes": outcome.changes, "problems": outcome.problems, "metrics_wrong": wrong,
-        "memory_mib": [round(size / 2**20, 1) for _, size in memory.samples],
-        "memory_slope_mib_per_minute": memory.slope(),
+        "changes": outcome.changes, "problems": outcome.problems, "metrics_wrong": metrics_wrong,
+        "memory_mib": {name: [round(size, 1) for _, size in each[:: max(1, len(each) // 40)]]
+                       for name, each in sizes.items()},
+        "slope_mib_per_minute": None if found is None else [round(each, 3) for each in found],
     }
 
 
-def verdict(report: dict, limit: float) -> list[str]:
+def verdict(report: dict[str, Any], limit: float = LIMIT) -> list[str]:
     """What is wrong with a run; ``limit`` in MiB a minute."""
     wrong = [*report["problems"][:20], *report["metrics_wrong"]]
-    slope = report["memory_slope_mib_per_minute"]
-    if slope is not None and slope > limit:
-        wrong.append(f"resident memory grew by {slope:.2f} MiB a minute, allowed {limit:g}")
+    found = report["slope_mib_per_minute"]
+    if found is None:
+        wrong.append("too short to tell whether memory grows")
+    elif sum(found) > limit:
+        wrong.append(f"resident memory grows by {found[0]:.2f} +- {found[1]:.2f} MiB a minute, allowed {limit:g}")
     if report["answers"] == 0:
         wrong.append("nothing was answered")
     return wrong
@@ -108,26 +81,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.soak.soak", description=__doc__)
     parser.add_argument("--minutes", type=float, help="stop after this time")
     parser.add_argument("--requests", type=int, help="stop after so many requests")
-    parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--slope-limit", type=float, help="MiB a minute of resident memory; 1, in runs under a quarter of an hour 20"
-    )
-    parser.add_argument("--model", type=Path, help="a FLUX folder; without it a tiny one is built")
+    parser.add_argument("--slope-limit", type=float, default=LIMIT, help="MiB a minute of resident memory")
+    parser.add_argument("--model", type=Path, help="a FLUX folder; without it one of six blocks is built")
     args = parser.parse_args()
     if args.minutes is None and args.requests is None:
-        args.minutes = 3.0
+        args.minutes = 15.0
     with tempfile.TemporaryDirectory() as folder:
         if args.model is None:
             from tests.tiny.build import flux
 
-            args.model = flux(Path(folder))
-        report = soak(args.model, args)
-    # In a short run the allocator's first steps for new sizes look like a slope.
-    limit = args.slope_limit or (1.0 if report["seconds"] >= 900 else 20.0)
-    wrong = verdict(report, limit)
-    print(json.dumps(report | {"wrong": wrong}, indent=2))
-    return 1 if wrong else 0
+            args.model = flux(Path(folder), 3, 3)
+        outcome, wrong, memory = soak(
+            args.model, Path(folder), clients=args.clients, requests=args.requests,
+            seconds=args.minutes and args.minutes * 60, seed=args.seed,
+        )
+    report = report_of(outcome, wrong, memory)
+    found = verdict(report, args.slope_limit)
+    print(json.dumps(report | {"wrong": found}, indent=2))
+    return 1 if found else 0
 
 
 if __name__ == "__main__":

@@ -80,15 +80,15 @@ def text_encoders(folder: Path, dim: int):
     return tokenizer, widen(clip, 3), tokenizer_2, widen(t5, 4)
 
 
-def flux(folder: Path) -> Path:
-    """FLUX.1 with 4 double and 8 single blocks."""
+def flux(folder: Path, double: int = 4, single: int = 8) -> Path:
+    """FLUX.1 with that many double and single blocks."""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
     torch.manual_seed(0)
     path = folder / "FLUX.1-dev"
     tokenizer, clip, tokenizer_2, t5 = text_encoders(folder, 32)
     transformer = FluxTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=4, num_single_layers=8, attention_head_dim=32,
+        patch_size=1, in_channels=16, num_layers=double, num_single_layers=single, attention_head_dim=32,
         num_attention_heads=4, joint_attention_dim=32, pooled_projection_dim=32, guidance_embeds=True,
         axes_dims_rope=(8, 12, 12),
     )

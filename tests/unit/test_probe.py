@@ -193,6 +193,38 @@ def test_a_request_that_fails_by_itself_says_nothing_about_the_mount(monkeypatch
     assert served.report["cached_steps"] == 3
 
 
+@pytest.mark.parametrize("failing", range(SIZE))
+def test_an_error_that_does_not_come_back_costs_one_request(failing, monkeypatch):
+    """The model alone gets through, but nothing was seen that the description has wrong."""
+    served = Served(Probed(), GATED, monkeypatch)
+    fails_once(served.model.blocks[failing])
+    outputs, _ = served.request()
+    assert served.is_plain(outputs)
+    assert served.report["enabled"] is False and "a fault of the machine" in served.report["reason"]
+    served.request()
+    assert (served.report["cached_steps"], served.report["reason"]) == (3, None)
+
+
+def test_an_error_that_comes_back_is_the_description_s(monkeypatch):
+    served = Served(Probed(), GATED, monkeypatch)
+    for _ in range(2):
+        fails_once(served.model.blocks[2])
+        served.request()
+    outputs, _ = served.request()
+    assert served.is_plain(outputs)
+    assert "a fault of the machine" in served.report["reason"]
+
+
+def fails_once(block):
+    own = block.forward
+
+    def forward(hidden_states):
+        block.forward = own
+        raise RuntimeError("a fault of the machine")
+
+    block.forward = forward
+
+
 def test_a_new_number_of_first_blocks_is_looked_at_again(monkeypatch):
     served = Served(Probed(), GATED, monkeypatch)
     served.request()

@@ -98,7 +98,7 @@ def accepted_or_one_line(read):
     hash(resolve(source).primary)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(name=NAMES, value=VALUES)
 @example(name="steps_computation_mask", value=[])
 def test_any_value_of_any_knob(name, value):
@@ -106,7 +106,7 @@ def test_any_value_of_any_knob(name, value):
     accepted_or_one_line(lambda: read_request({"secondary": {name: value}}))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(raw=st.dictionaries(KEYS, VALUES, max_size=4) | VALUES)
 @example(raw={"profile": [1]})
 def test_any_request(raw):
@@ -125,7 +125,7 @@ def test_what_python_does_not_print_is_refused_all_the_same(value):
         read_request({10**5000: value})
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     raw=st.dictionaries(
         st.sampled_from(["cache_config", "secondary", "profiles", "attention_backend"]) | KEYS,
@@ -136,7 +136,7 @@ def test_any_file(raw):
     accepted_or_one_line(lambda: read_file(raw).source)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(variable=st.sampled_from(sorted(VARIABLES)), text=st.text() | NUMBERS.map(str) | TEXTS)
 def test_any_text_of_any_variable(variable, text):
     accepted_or_one_line(lambda: read_environment({variable: text})[0])

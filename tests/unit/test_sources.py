@@ -6,9 +6,10 @@ import json
 
 import pytest
 
+from sglang_cachedit_plugin.config_file import load_file
 from sglang_cachedit_plugin.errors import SettingError
 from sglang_cachedit_plugin.settings import KNOBS, CacheSettings
-from sglang_cachedit_plugin.sources import load_file, read_environment, read_file, read_request, resolve
+from sglang_cachedit_plugin.sources import read_environment, read_file, read_request, resolve
 
 ENV = "SGLANG_CACHE_DIT_"
 
