@@ -120,7 +120,7 @@ class Chain:
             streams = {name: gate.read(name, args, kwargs) for name in self.streams}
             return skipping, False, self._packed(skipping, streams), None
         current = self._pass_at(gate.index)
-        if current.start is None:
+        if current.position < 0 < first:
             current.start = self._kept(self._settled(gate.read(self.measured, args, kwargs)))
         if first <= gate.index < last and current.entry is None:
             args, kwargs = self._decide(gate, current, args, kwargs)

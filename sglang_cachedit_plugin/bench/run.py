@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .hosts import HostError
-from .variants import PLUGIN, UNCACHED, Variant, changed
+from .variants import PLUGIN, UNCACHED, Variant, changed, steady
 
 
 class Host(Protocol):
@@ -214,4 +214,4 @@ def _measure(seats: Sequence[Seat], work: Work, progress: Progress) -> None:
         if seat.variant.kind != UNCACHED:
             for _ in range(work.switches):
                 ask(seat, 0, "switch", settings=changed(seat.variant))
-                ask(seat, 0, "switch back", settings=seat.variant.settings)
+                ask(seat, 0, "switch back", settings=steady(seat.variant))

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from ..errors import SettingError
-from ..settings import ALIASES, KNOBS
+from ..settings import ALIASES
 from ..sources import ENABLED_VARIABLE, VARIABLES, read_request
 
 UNCACHED, STOCK, PLUGIN = "uncached", "stock", "plugin"
@@ -158,10 +158,24 @@ def plan(
     return checked
 
 
-def changed(variant: Variant) -> dict[str, Any]:
-    """A request's settings that differ from the variant's in one knob without any effect on the picture.
+_OF_A_REQUEST: Mapping[str, str] = {
+    "steps_computation_mask": "scm_preset", "steps_computation_policy": "scm_policy",
+}
+"""Names under which SGLang takes in a request what its variables set."""
 
-    ``dmd_ridge`` does nothing unless DMD is on; both integrations take it, and it makes stock remount.
+
+def steady(variant: Variant) -> dict[str, Any]:
+    """A request's settings that say what the variant's host does anyway, in the names that this host knows."""
+    if variant.kind != STOCK:
+        return dict(variant.settings)
+    return {_OF_A_REQUEST.get(key, key): value for key, value in variant.settings.items()}
+
+
+def changed(variant: Variant) -> dict[str, Any]:
+    """The same with one knob changed so little that pictures and decisions stay.
+
+    Every host that takes settings in a request knows the threshold, and stock remounts for any change of it.
     """
-    ridge = float(variant.settings.get("dmd_ridge", KNOBS["dmd_ridge"].low or 0.0))
-    return {**variant.settings, "dmd_ridge": 2e-8 if ridge != 2e-8 else 3e-8}
+    default = STOCK_DEFAULTS["residual_diff_threshold"]
+    threshold = float(variant.settings.get("residual_diff_threshold", default))
+    return {**steady(variant), "residual_diff_threshold": threshold * (1 - 1e-6) or 1e-6}

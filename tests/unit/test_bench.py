@@ -15,6 +15,7 @@ from sglang_cachedit_plugin.bench.hosts import HostError
 from sglang_cachedit_plugin.bench.run import Work, requests_of, run
 from sglang_cachedit_plugin.bench.variants import Variant, changed, parse_settings, plan
 from sglang_cachedit_plugin.errors import SettingError
+from sglang_cachedit_plugin.settings import CacheSettings
 
 STEPS = 10
 
@@ -69,10 +70,12 @@ def test_bad_variants_are_refused_before_anything_starts(variants, message):
 
 
 def test_a_changed_knob_differs_and_has_no_effect():
-    assert changed(Variant(name="a", kind="plugin", settings={"scm_preset": "fast"})) == {
-        "scm_preset": "fast", "dmd_ridge": 2e-8,
-    }
-    assert changed(Variant(name="a", kind="plugin", settings={"dmd_ridge": 2e-8}))["dmd_ridge"] != 2e-8
+    plain = Variant(name="a", kind="plugin", settings={"scm_preset": "fast"})
+    assert changed(plain) == {"scm_preset": "fast", "residual_diff_threshold": pytest.approx(0.24, rel=1e-5)}
+    assert changed(plain)["residual_diff_threshold"] != CacheSettings().residual_diff_threshold
+    for threshold in (0.0, 1.0):
+        other = changed(Variant(name="a", kind="plugin", settings={"residual_diff_threshold": threshold}))
+        assert 0.0 < other["residual_diff_threshold"] < 1.0
 
 
 def test_stock_and_uncached_hosts_leave_this_plugin_out_and_keep_others(monkeypatch, tmp_path):
@@ -110,7 +113,7 @@ class FakeHost:
             raise HostError("the host left with status 1: Killed")
         cached = {"uncached": 0, "stock": 4, "plugin": 5}[self.variant.kind]
         params = request.get("cache_dit_params") or {}
-        if self.variant.kind == "stock" and "dmd_ridge" in params:
+        if self.variant.kind == "stock" and "residual_diff_threshold" in params:
             return {"error": "AssertionError"}
         if picture is not None:
             picture.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +121,7 @@ class FakeHost:
         steps = [100.0] * (STEPS - cached) + [2.0] * cached
         seconds = sum(steps) / 1000 + 0.1 + (2.0 if self.count == 1 else 0.0)
         report = {"enabled": True, "computed_steps": STEPS - cached, "cached_steps": cached, "reason": None}
-        setup = 3.0 if "dmd_ridge" in params else 1.0
+        setup = 3.0 if "residual_diff_threshold" in params else 1.0
         metrics = {"stages": {"DenoisingStage": sum(steps) + setup, "Decoding": 5.0}, "steps": steps,
                    "denoising_stages": ["DenoisingStage"],
                    **({"cache_dit": report} if self.variant.kind == "plugin" else {})}

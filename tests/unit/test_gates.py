@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -222,6 +223,26 @@ def test_a_stream_that_a_block_hands_on_unfinished_is_settled(monkeypatch):
     fixed = rig.plain(at=0)
     rig.begin(4, Bn_compute_blocks=1, **STATIC)
     assert close(rig.outputs(at=0), fixed)
+
+
+def test_a_computed_step_keeps_the_states_that_its_residual_needs_and_no_others():
+    inputs: list[weakref.ref] = []
+    alive: list[list[int]] = []
+
+    def look(block: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        inputs.append(weakref.ref(args[0]))
+        alive.append([index for index, each in enumerate(inputs) if each() is not None])
+
+    rig = Gated(Loop())
+    for block in rig.model.blocks:
+        block.register_forward_pre_hook(look)
+    rig.begin(4, **STATIC)
+    for step in (0, 2):
+        inputs.clear()
+        alive.clear()
+        rig.run("cond", step)
+        # Each block's own input, and from the second on the states at which the middle begins.
+        assert [set(each) - {0} for each in alive] == [set(), {1}, {1, 2}, {1, 3}, {1, 4}, {1, 5}], step
 
 
 def test_blocks_that_lack_a_declared_stream_are_refused():
