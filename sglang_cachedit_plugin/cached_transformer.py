@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from . import adapters, swaps
@@ -15,6 +16,7 @@ from .errors import MountError
 from .output_steps import OutputSteps
 from .own_forwards import set_forwards, undone
 from .probe import MountProbe
+from .rehearsal import Rehearsal, Request
 from .runtime import Groups, Identity, TransformerSpec
 from .stats import TransformerStats
 from .swaps import Swaps
@@ -54,6 +56,7 @@ class CachedTransformer:
         self._identity_outside: tuple[Identity | None] | None = None
         self._outputs = OutputSteps(self.contexts)
         self.on_forward: OnForward | None = None
+        self.rehearsal: Rehearsal | None = None
         self.probe = MountProbe(self._swaps.watched)
         setattr(transformer, self._slot, self._wrapper())
 
@@ -71,13 +74,25 @@ class CachedTransformer:
             identity = self._identity(kwargs)
             if identity is None:
                 return self._original(*args, **kwargs)
-            run = self._guarded if self.contexts.guarded else self._run
-            output = run(identity, args, kwargs)
-            if self.on_forward is not None and self.contexts.computed_last(identity):
-                self.on_forward(self.name, identity, (kwargs.get("hidden_states"), args), output)
-            return output
+            if self.rehearsal is not None:
+                self.rehearsal.run(self, identity, args, kwargs)
+            return self.run(identity, args, kwargs)
 
         return forward
+
+    @step_aside
+    def run(self, identity: Identity, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One forward of the request under way."""
+        run = self._guarded if self.contexts.guarded else self._run
+        output = run(identity, args, kwargs)
+        if self.on_forward is not None and self.contexts.computed_last(identity):
+            self.on_forward(self.name, identity, (kwargs.get("hidden_states"), args), output)
+        return output
+
+    @step_aside
+    def run_original(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One forward without the cache."""
+        return self._original(*args, **kwargs)
 
     def _run(self, identity: Identity, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.probe.problem is not None:
@@ -189,10 +204,24 @@ class CachedTransformer:
                 forward has shown that the blocks are not as declared.
         """
         self._check(spec)
-        self.on_forward = None
-        self.contexts.begin_request(spec, stats, groups or Groups())
-        self._outputs.begin_request(spec)
-        self._identify = identify
+        self.begin(Request(spec=spec, stats=stats, identify=identify, groups=groups or Groups()))
+
+    @torch.compiler.disable
+    def begin(self, request: Request) -> None:
+        """Start over under ``request``."""
+        self.on_forward, self.rehearsal = request.on_forward, None
+        self.contexts.begin_request(request.spec, request.stats, request.groups)
+        self._outputs.begin_request(request.spec)
+        self._identify = request.identify
+
+    @torch.compiler.disable
+    def request(self) -> Request:
+        """What the forwards under way are served under."""
+        contexts = self.contexts
+        return Request(
+            spec=contexts.spec, stats=contexts.stats, identify=self._identify, groups=contexts.groups,
+            on_forward=self.on_forward,
+        )
 
     def _check(self, spec: TransformerSpec) -> None:
         settings, name = spec.settings, type(self.module).__name__
@@ -227,7 +256,7 @@ class CachedTransformer:
 
     def bypass(self) -> None:
         """Run the original forward; drop all buffers."""
-        self._identify = None
+        self._identify = self.rehearsal = None
         self._outputs.clear()
         self.contexts.clear()
 
@@ -238,7 +267,7 @@ class CachedTransformer:
 
     def pause(self) -> None:
         """Run the original forward; keep the buffers until the next request."""
-        self._identify = None
+        self._identify = self.rehearsal = None
 
     def buffer_bytes(self) -> int:
         """Bytes of the tensors held for cached steps."""

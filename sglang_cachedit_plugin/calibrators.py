@@ -29,6 +29,12 @@ class _Forecaster:
         """The forecast at the current step."""
         return self._values[name].predict(self.position)
 
+    def repeat(self, step: int, position: float) -> None:
+        """The last values once more, as if another step had computed them."""
+        self.at(step, position)
+        for name, values in self._values.items():
+            self.update(values.latest, name)
+
     def make_room(self) -> None:
         """Drop what the next computed value will push out."""
         for values in self._values.values():
@@ -64,6 +70,12 @@ class _SteppedDMD:
     def approximate(self, name: str = "default") -> torch.Tensor:
         """The forecast at the current step."""
         return self._values[name].predict(*self._at)
+
+    def repeat(self, step: int, position: float) -> None:
+        """The last values once more, as if another step had computed them."""
+        self.at(step, position)
+        for name, values in self._values.items():
+            self.update(values.latest, name)
 
     def make_room(self) -> None:
         """Drop what the next computed value will push out."""

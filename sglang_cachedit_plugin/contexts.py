@@ -7,7 +7,7 @@ every forward, so a context can only ever see its own branch, whatever the order
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -47,6 +47,14 @@ class BranchContexts(Decisions, CachedContextManager):
         self.clear_contexts()
         self._current_context = None
         self.forget()
+
+    @torch.compiler.disable
+    def repeat_values(self, steps: Iterable[int]) -> None:
+        """As if ``steps`` had computed what the last one did: calibrators have the history that they ask for."""
+        for step in steps:
+            for context in self._cached_context_manager.values():
+                for calibrator in filter(None, context.get_calibrators()):
+                    calibrator.repeat(step, float(step))
 
     def held_bytes(self) -> int:
         """Bytes of the tensors in all contexts and their calibrators."""

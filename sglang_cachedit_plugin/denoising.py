@@ -115,6 +115,8 @@ def _open_request(
     session.open(
         mounted.runtime, mounted.backend, steps, _positions(batch), size=host.size_of(batch), one_config=one_config
     )
+    if batch.is_warmup:
+        session.rehearse(compiled=bool(stage.server_args.enable_torch_compile))
 
 
 def _enter_own_loop(stage: Any, batch: Any, server_args: Any, loop: OwnLoop) -> None:

@@ -37,7 +37,7 @@ class PipelineCache:
         self.backend = ModelBackend(self.modules, self.identify, pipe=pipe)
         self.runtime = Runtime(self.backend)
         self.session: Session | None = None
-        self.spread = False
+        self.spread = self.compiled = False
         self._step = 0
         self._context_name: str | None = None
         self._embeddings: list[torch.Tensor] = []
@@ -84,7 +84,9 @@ class PipelineCache:
         return COND
 
     @contextmanager
-    def request(self, session: Session, num_steps: int, size: tuple[int, ...] | None = None) -> Iterator[None]:
+    def request(
+        self, session: Session, num_steps: int, size: tuple[int, ...] | None = None, *, warmup: bool = False
+    ) -> Iterator[None]:
         """Run one pipeline call under ``session``."""
         self.session, self._step, self._embeddings = session, 0, []
         self.backend.groups = Groups(forward=next(map(mesh_group, self.modules.values()), None))
@@ -92,6 +94,8 @@ class PipelineCache:
             try:
                 places = _Timesteps(self.pipe.scheduler)
                 session.open(self.runtime, self.backend, self._split(num_steps), places, size=size)
+                if warmup:
+                    session.rehearse(compiled=self.compiled)
                 yield
             finally:
                 self.session, self._embeddings = None, []
@@ -205,6 +209,7 @@ def load(original: Callable[..., Any], pipeline: Any, pipe: Any, server_args: An
     current = defaults.current()
     sections = current.file.passed_on
     cache = _pipes[pipe] = PipelineCache(pipe)
+    cache.compiled = bool(server_args.enable_torch_compile)
     # Mounted first: cache-dit's patches of single models are not for a transformer that is split already.
     if current.enabled or server_args.enable_torch_compile or sections:
         try:
@@ -252,7 +257,7 @@ def _request(cache: PipelineCache | None, session: Session, batch: Any) -> Abstr
     if cache.refusal is not None:
         session.refuse(cache.refusal)
         return nullcontext()
-    return cache.request(session, batch.num_inference_steps, host.size_of(batch))
+    return cache.request(session, batch.num_inference_steps, host.size_of(batch), warmup=batch.is_warmup)
 
 
 def _device(cache: PipelineCache | None) -> torch.device | None:

@@ -102,6 +102,11 @@ class DMDForecaster:
         self._known = [*(k for k in self._known if k[0] != step), (step, position, value)][-self._history :]
         self._fits = None
 
+    @property
+    def latest(self) -> torch.Tensor:
+        """The last value."""
+        return self._known[-1][2]
+
     def make_room(self) -> None:
         """Drop the value that the next one will push out."""
         del self._known[: len(self._known) - self._history + 1]

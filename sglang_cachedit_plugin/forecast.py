@@ -67,6 +67,11 @@ class Extrapolator:
         """Shape of the values, None before the first."""
         return self._known[-1][1].shape if self._known else None
 
+    @property
+    def latest(self) -> torch.Tensor:
+        """The last value."""
+        return self._known[-1][1]
+
     def update(self, position: float, value: torch.Tensor) -> None:
         """Add a computed value; a value of another shape starts anew, one at a known position replaces it."""
         if self._known and self.shape != value.shape:

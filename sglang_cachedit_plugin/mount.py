@@ -16,6 +16,7 @@ from torch import nn
 
 from . import kernels
 from .cached_transformer import CachedTransformer, Identify, OnForward
+from .rehearsal import Rehearsal
 from .runtime import Groups, RequestSpec
 from .stats import RequestStats, TransformerStats
 
@@ -86,6 +87,12 @@ class ModelBackend:
                 transformer.pause()
             else:
                 transformer.bypass()
+
+    def rehearse(self, rehearsal: Rehearsal) -> None:
+        """Before the request's own forwards, run what later requests will run."""
+        for transformer in self.mounted.values():
+            if transformer.contexts.spec is not None:
+                transformer.rehearsal = rehearsal
 
     def watch(self, on_forward: OnForward) -> None:
         """Tell ``on_forward`` of each computed forward until the request ends."""

@@ -15,6 +15,7 @@ from .defaults import Decision
 from .errors import MountError
 from .mount import ModelBackend, preset_mask
 from .recording import Recording
+from .rehearsal import Rehearsal
 from .rows import Row
 from .runtime import Groups, RequestSpec, Runtime, TransformerSpec
 from .schedule import StepPlan, build_plan
@@ -85,6 +86,11 @@ class Session:
             self.refuse(str(problem))
         elif self.recording is not None:
             backend.watch(self.recording.forward)
+
+    def rehearse(self, *, compiled: bool) -> None:
+        """This is a warmup request: beside its own steps, run what later ones will run."""
+        if self.stats.enabled and self._backend is not None:
+            self._backend.rehearse(Rehearsal(host.logger().warning, compiled=compiled))
 
     def _verify_ranks(self, groups: Groups, spec: RequestSpec, problem: MountError | None) -> None:
         group = groups.pair or groups.forward
