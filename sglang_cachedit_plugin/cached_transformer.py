@@ -89,6 +89,18 @@ class CachedTransformer:
             self.on_forward(self.name, identity, (kwargs.get("hidden_states"), args), output)
         return output
 
+    def run_around(self, forward: Callable[..., Any], identity: Identity, args: Any, kwargs: dict[str, Any]) -> Any:
+        """One forward of the request under way, where computed steps are ``forward``: what the host made of it.
+
+        Only static schedules with ``forecast: output`` cache any step here.
+        """
+        computed = functools.partial(forward, *args, **kwargs)
+        if self.contexts.spec.plan.static:
+            return self._outputs.forward(identity, computed, computed)
+        self.contexts.begin_forward(identity)
+        self.contexts.record(cached=False)
+        return computed()
+
     @step_aside
     def run_original(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One forward without the cache."""

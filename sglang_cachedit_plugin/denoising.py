@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from . import defaults, host, own_loops, startup
+from . import defaults, graphs, host, own_loops, startup
 from .adapters import find_row
 from .errors import MountError
 from .mount import ModelBackend
@@ -52,7 +52,7 @@ class CacheDitDenoisingMixin:
         """
         joint = self._cache_dit_joint_cfg_decision()
         session = _begin(self, batch, self.server_args, self._cache_dit_requested)
-        if session.decision.enabled and (reason := _declined(self, batch)):
+        if session.decision.enabled and (reason := _declined(self, batch, session)):
             session.disable(reason)
         elif session.decision.enabled or self in _stages:
             loop = own_loops.of(type(self))
@@ -91,10 +91,18 @@ def _begin(stage: Any, batch: Any, server_args: Any, requested: Callable[[], boo
     return session
 
 
-def _declined(stage: Any, batch: Any) -> str | None:
+def _outside_graphs(session: Session, batch: Any) -> str | None:
+    """Why a request cannot be cached around the host's CUDA graphs."""
+    if batch.is_warmup:
+        return graphs.CAPTURING
+    resolved = session.decision.resolved
+    return None if graphs.fits(resolved.primary) and graphs.fits(resolved.secondary) else graphs.REFUSED
+
+
+def _declined(stage: Any, batch: Any, session: Session) -> str | None:
     """Why a request of a stage that asks for caching runs uncached all the same."""
-    if stage.server_args.enable_breakable_cuda_graph:
-        return "breakable CUDA graphs are on"
+    if stage.server_args.enable_breakable_cuda_graph and (reason := _outside_graphs(session, batch)):
+        return reason
     for switch, name in (("enable_teacache", "TeaCache"), ("enable_spectrum", "Spectrum")):
         if getattr(batch, switch, False):
             return f"{name} is on: the host leaves out steps itself"
@@ -108,14 +116,17 @@ def _open_request(
     joint: bool = False, one_config: bool = False,
 ) -> None:
     mounted = _mounted(stage)
-    mounted.backend.identify = identify
+    with_graphs = bool(stage.server_args.enable_breakable_cuda_graph)
+    mounted.backend.identify = graphs.nobody if with_graphs else identify
     mounted.backend.groups = host.groups(
         _running or [stage], batch, joint=joint, patch_size=getattr(stage.transformer, "patch_size", None)
     )
     session.open(
         mounted.runtime, mounted.backend, steps, _positions(batch), size=host.size_of(batch), one_config=one_config
     )
-    if batch.is_warmup:
+    if with_graphs and session.stats.enabled:
+        graphs.serve(mounted.backend.mounted.values(), identify)
+    elif batch.is_warmup:
         session.rehearse(compiled=bool(stage.server_args.enable_torch_compile))
 
 
@@ -127,7 +138,7 @@ def _enter_own_loop(stage: Any, batch: Any, server_args: Any, loop: OwnLoop) -> 
         return
     reason = loop.refused
     if decision.enabled and server_args.enable_breakable_cuda_graph:
-        reason = reason or "breakable CUDA graphs are on"
+        reason = reason or _outside_graphs(session, batch)
     if not reason and getattr(stage, "transformer", None) is None:
         reason = "its transformer is not loaded yet"
     if not reason:
@@ -241,6 +252,8 @@ def run_stage(original: Callable[..., Any], stage: Any, batch: Any, server_args:
 
 
 def _end(owner: Any, session: Session, batch: Any, failed: bool) -> None:
+    if owner in _stages:
+        graphs.stop(_stages[owner].backend.modules.values())
     module = getattr(owner, "transformer", None)
     device = next((p.device for p in module.parameters()), None) if module is not None else None
     publish(batch, session.close(device), host.logger().info, failed=failed)

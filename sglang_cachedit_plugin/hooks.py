@@ -136,6 +136,14 @@ SEAMS: tuple[Seam, ...] = (
         why="the name of the branch whose forward comes next; the request itself carries only a boolean",
     ),
     Seam(
+        target=f"{_DENOISING}._maybe_get_bcg_runner",
+        parameters=("self", "current_model"),
+        kind="around",
+        handler="graphs:runner_of",
+        why="static schedules of the whole output around breakable CUDA graphs: a computed step replays the host's "
+        "graph, a cached one replays nothing; stock caches nothing where graphs are on",
+    ),
+    Seam(
         target=f"{_DIFFUSERS}.DiffusersPipeline._apply_cache_dit",
         parameters=("self", "pipe", "server_args"),
         kind="around",

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.multimodal_gen.runtime.breakable_cuda_graph import runner
 from sglang.multimodal_gen.runtime.managers.forward_context import set_forward_context
 from sglang.multimodal_gen.runtime.pipelines_core.stages.denoising import (
     DenoisingStage,
     DualTransformerExecutionMode,
 )
 
-from sglang_cachedit_plugin import denoising
+from sglang_cachedit_plugin import denoising, graphs
 from sglang_cachedit_plugin.denoising import CacheDitDenoisingMixin
 from tests.unit.blocks import DIM, TOKENS, TinyDiT, known_classes
 
@@ -77,13 +79,99 @@ def test_outside_the_loop_the_original_runs(stage):
     assert session.close().as_dict()["transformers"]["transformer"]["branches"] == {}
 
 
-def test_breakable_cuda_graphs_are_named_as_the_reason(stage):
+class Replayed:
+    """Stands for a captured graph on a machine without one: the same forward on the static buffers."""
+
+    def __init__(self, module, static):
+        self.module, self.static, self.output, self.replays = module, static, module(**static), 0
+
+    def replay(self):
+        self.replays += 1
+        self.output.copy_(self.module(**self.static))
+
+
+@pytest.fixture
+def graphed(stage, monkeypatch):
+    """A stage with one transformer whose host runner "captures" in a warmup request."""
+    own = DenoisingStage._maybe_get_bcg_runner
+
+    def capture(self, kwargs, key):
+        static = {name: value.clone() for name, value in kwargs.items()}
+        graph = Replayed(self.transformer, static)
+        return runner._CaptureEntry(
+            graph=graph, static_kwargs=static, static_leaves=runner._flatten_kwargs(static), output=graph.output,
+            num_segments=1,
+        )
+
+    monkeypatch.setattr(runner.BaseBreakableCudaGraphRunner, "_capture", capture)
+    monkeypatch.setattr(torch.cpu, "graph_pool_handle", object, raising=False)
+    monkeypatch.setattr(runner, "replay_token_scope", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cpu, "Stream", lambda device: None)
+    monkeypatch.setattr("sglang.multimodal_gen.runtime.pipelines_core.stages.denoising.get_local_torch_device",
+                        lambda: torch.device("cpu"))
+    monkeypatch.setattr(DenoisingStage, "_maybe_get_bcg_runner", lambda *given: graphs.runner_of(own, *given))
+    stage.transformer_2, stage._bcg_runners, stage._mounted_quality = None, {}, "lossless"
+    monkeypatch.setattr(PairedStage, "_dual_transformer_execution_mode", lambda self: None)
     stage.server_args.enable_breakable_cuda_graph = True
-    CacheDitDenoisingMixin._maybe_enable_cache_dit(stage, STEPS, batch())
-    (_, session), *_ = denoising._open
-    report = session.close().as_dict()
-    assert not report["enabled"]
-    assert report["reason"] == "breakable CUDA graphs are on"
+    return stage
+
+
+def denoised(stage, request) -> tuple[list[torch.Tensor], dict]:
+    """Outputs of all steps of a request, and its report."""
+    outputs = []
+
+    def loop(stage, request, server_args):
+        CacheDitDenoisingMixin._maybe_enable_cache_dit(stage, STEPS, request)
+        for step in range(STEPS):
+            with set_forward_context(current_timestep=step, attn_metadata=None, forward_batch=request):
+                given = {"hidden_states": torch.full((1, TOKENS, DIM), 1.0 + 0.1 * step)}
+                replayed = stage._maybe_get_bcg_runner(stage.transformer)
+                outputs.append(
+                    stage.transformer(**given) if replayed is None
+                    else stage._bcg_run(replayed, given, stage.transformer)
+                )
+
+    request.extra = {}
+    with torch.no_grad():
+        denoising.run_stage(loop, stage, request, stage.server_args)
+    return outputs, request.extra["cache_dit"]
+
+
+OUTPUT = {"forecast": "output", "forecast_order": 1}
+
+
+def test_a_static_schedule_of_the_output_is_cached_around_the_hosts_graphs(graphed):
+    warmup = batch(**OUTPUT)
+    warmup.is_warmup = True
+    plain, report = denoised(graphed, warmup)
+    assert not report["enabled"] and "captured by this warmup request" in report["reason"]
+    (own,) = graphed._bcg_runners.values()
+    (entry,) = own.entries.values()
+    before = entry.graph.replays
+    outputs, report = denoised(graphed, batch(**OUTPUT))
+    cached = [step for step, computed in enumerate(MASK) if not computed]
+    assert report["transformers"]["transformer"]["branches"]["cond"]["cached"] == cached
+    assert entry.graph.replays - before == sum(MASK) and len(own.entries) == 1
+    assert all(torch.equal(outputs[step], plain[step]) for step, computed in enumerate(MASK) if computed)
+    # Without graphs the same request is the same picture.
+    graphed.server_args.enable_breakable_cuda_graph = False
+    eager, _ = denoised(graphed, batch(**OUTPUT))
+    assert all(map(torch.equal, outputs, eager))
+    graphed.server_args.enable_breakable_cuda_graph = True
+    assert graphed._maybe_get_bcg_runner(graphed.transformer) is own
+
+
+@pytest.mark.parametrize("params", [
+    {}, {"forecast": "output", "scm_policy": "dynamic"}, {"forecast": "output", "steps_computation_mask": None},
+])
+def test_what_needs_a_decision_inside_a_graph_is_named_as_the_reason(graphed, params):
+    _, report = denoised(graphed, batch(**params))
+    assert not report["enabled"] and "breakable CUDA graphs are on" in report["reason"]
+
+
+def test_a_mask_of_another_length_computes_every_step_around_graphs(graphed):
+    _, report = denoised(graphed, batch(forecast="output", steps_computation_mask=[1, 0, 1]))
+    assert report["computed_steps"] == STEPS and "the mask has 3 entries" in report["reason"]
 
 
 def test_a_model_nobody_describes_runs_uncached_with_the_reason_or_fails_with_strict(stage):
