@@ -130,7 +130,8 @@ def _judge(model: dict[str, Any], found: dict[str, Any]) -> None:
     if model["native"] and model["native"]["graphs_by_default"]:
         found["warnings"].append(
             f"{model['pipeline']}: SGLang may switch breakable CUDA graphs on by itself; then only static "
-            "schedules with forecast: output are cached; pass --enable-breakable-cuda-graph false, or set SGLANG_CACHE_DIT_ENABLED=true"
+            "schedules with forecast: output are cached; pass --enable-breakable-cuda-graph false, or set "
+            "SGLANG_CACHE_DIT_ENABLED=true"
         )
 
 

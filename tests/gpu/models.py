@@ -22,6 +22,8 @@ class Work:
     timestep: Any
     scale: int = 1
     """Uncached, one step in so many is run and the time multiplied."""
+    result: torch.Tensor | None = None
+    """The latents that the last loop ended with."""
     branch: str = "cond"
     step: int = 0
     latents: torch.Tensor = field(init=False)
@@ -54,11 +56,15 @@ class Work:
         half = steps // 2
         return {"transformer": (0, half), "transformer_2": (half, steps - half)}
 
+    def warm(self) -> None:
+        """Two steps untimed; where a step takes long, on a corner of the latents."""
+        self.loop(2, self.latents if self.scale == 1 else self.latents[..., :16, :16])
+
     @torch.no_grad()
-    def loop(self, steps: int) -> float:
+    def loop(self, steps: int, latents: torch.Tensor | None = None) -> float:
         """Denoise; seconds."""
         parts = self.split(steps)
-        latents = self.latents.clone()
+        latents = (self.latents if latents is None else latents).clone()
         if latents.is_cuda:
             torch.cuda.synchronize()
         started = time.perf_counter()
@@ -75,6 +81,7 @@ class Work:
             latents = latents - velocity / steps
         if latents.is_cuda:
             torch.cuda.synchronize()
+        self.result = latents
         return time.perf_counter() - started
 
 
@@ -94,8 +101,8 @@ def _random(*shape: int) -> torch.Tensor:
     return torch.randn(shape, device="cuda" if cuda else "cpu", dtype=torch.bfloat16 if cuda else torch.float32)
 
 
-def _flux(tiny: bool, side: int, branches: int) -> Work:
-    config: dict[str, Any] = {"guidance_embeds": True}
+def _flux(tiny: bool, side: int, branches: int, **layers: int) -> Work:
+    config: dict[str, Any] = {"guidance_embeds": True, **layers}
     tokens, text, dims = side * side, 512, (4096, 768)
     if tiny:
         config |= {
@@ -142,26 +149,30 @@ def _qwen(tiny: bool) -> Work:
     )
 
 
-def _wan(tiny: bool, height: int, width: int, steps: int) -> Work:
+def _wan(tiny: bool, height: int, width: int, steps: int, scale: int = 2) -> Work:
     config: dict[str, Any] = {}
     shape, text, dim = (1, 16, 21, height // 8, width // 8), 512, 4096
     if tiny:
         config = {"num_layers": 3, "attention_head_dim": 12, "num_attention_heads": 2, "text_dim": 16, "ffn_dim": 32,
                   "freq_dim": 16}
-        shape, text, dim = (1, 16, 2, 8, 8), 8, 16
+        shape, text, dim = (1, 16, 2, 16, 16), 8, 16
     modules = {name: _make(WanTransformer3DModel, config) for name in ("transformer", "transformer_2")}
     given = {"hidden_states": _random(*shape), "encoder_hidden_states": _random(1, text, dim)}
-    return Work(modules, {"cond": given}, steps=steps, repeats=1, scale=2,
+    return Work(modules, {"cond": given}, steps=steps, repeats=1, scale=scale,
                 timestep=lambda t: torch.tensor([1000 * t]).long())
 
 
 def build(name: str, tiny: bool) -> Work:
-    """A model by name: flux1024, flux1024cfg, flux512, qwen1328, wan480, wan720."""
+    """A model by name: flux1024, flux1024cfg, flux512, fluxpart, qwen1328, wan480, wan720.
+
+    ``fluxpart`` has FLUX's widths and 16 of its 57 blocks.
+    """
     return {
         "flux1024": lambda: _flux(tiny, 64, 1),
         "flux1024cfg": lambda: _flux(tiny, 64, 2),
         "flux512": lambda: _flux(tiny, 32, 1),
         "qwen1328": lambda: _qwen(tiny),
         "wan480": lambda: _wan(tiny, 480, 832, 16),
-        "wan720": lambda: _wan(tiny, 720, 1280, 4),
+        "wan720": lambda: _wan(tiny, 720, 1280, 8, scale=4),
+        "fluxpart": lambda: _flux(tiny, 64, 1, num_layers=2 if tiny else 4, num_single_layers=2 if tiny else 12),
     }[name]()

@@ -1,6 +1,8 @@
 """One GPU: the host's integration against the plugin on full-size transformers with random weights, in one run.
 
-    python -m tests.gpu.single [--tiny] [--only flux1024,flux512,qwen1328,wan480,wan720,memory,compile,decision]
+    python -m tests.gpu.single [--tiny] [--only flux1024,flux512,qwen1328,wan480,wan720,memory,compile,decision,works]
+
+A model's name may end in ":static" or ":dynamic" for one kind of schedule. "works" is works.py.
 
 The transformers are diffusers' own, the loop is driven in process: time and memory are real, pictures are not.
 Stock is ``enable_cache_on_transformer`` of SGLang. Prints tables and writes single.json to $OUT.
@@ -27,6 +29,7 @@ import torch
 
 from sglang_cachedit_plugin import kernels
 from sglang_cachedit_plugin.mount import ModelBackend, preset_mask
+from sglang_cachedit_plugin.rehearsal import Rehearsal
 from sglang_cachedit_plugin.runtime import Groups, Identity, RequestSpec, Runtime, TransformerSpec
 from sglang_cachedit_plugin.schedule import build_plan
 from sglang_cachedit_plugin.settings import CacheSettings
@@ -82,6 +85,14 @@ class Plugin:
         self.runtime.prepare(None)
         branches = [b for t in self.stats.transformers.values() for b in t.branches.values()]
         return seconds, sum(len(b.cached) for b in branches)
+
+    def warmup(self, knobs: dict[str, Any], steps: int = 2) -> float:
+        """A warmup request as the host makes it: a few steps, and what the plugin runs beside them. Seconds."""
+        self.begin(knobs, steps)
+        self.backend.rehearse(Rehearsal(print, compiled=True))
+        seconds = self.work.loop(steps)
+        self.runtime.prepare(None)
+        return seconds
 
     def close(self) -> None:
         """Give the transformers back."""
@@ -154,20 +165,20 @@ def efficiency(work: Work, full_s: float, seconds: float, cached: int, steps: in
     return ideal / seconds
 
 
-def speed(name: str, tiny: bool) -> list[dict[str, Any]]:
+def speed(name: str, tiny: bool, only: str = "") -> list[dict[str, Any]]:
     """Uncached, stock and plugin, static and dynamic, interleaved twice."""
     work = build(name, tiny)
     steps = work.steps
-    work.loop(2)
+    work.warm()
     uncached = work.scale * min(work.loop(steps // work.scale) for _ in range(work.repeats))
     rows = [{"model": name, "variant": "uncached", "seconds": uncached, "forwards": steps * len(work.branches)}]
     kinds = {"static": {"steps_computation_mask": "medium", "steps_computation_policy": "static"}}
     kinds["dynamic"] = dict(DYNAMIC)
-    if steps < 8:
+    if min(count for _, count in work.split(steps).values()) < 8:
         # Too few steps for a preset.
         kinds = {"dynamic": {**DYNAMIC, "max_warmup_steps": 1}}
     for label, knobs in kinds.items():
-        for variant in ("stock", "plugin"):
+        for variant in ("stock", "plugin") if only in ("", label) else ():
             try:
                 rows.append(_speed_row(work, variant, label, knobs, uncached, steps) | {"model": name})
             except Exception as error:
@@ -243,7 +254,7 @@ def _peak(run: Callable[[], Any]) -> tuple[int, float]:
     return base, (torch.cuda.max_memory_allocated() - base) / 2**20
 
 
-COMPILED = ("uncached, blocks", "plugin, blocks", "stock, whole model")
+COMPILED = ("uncached, blocks", "plugin, blocks", "plugin, blocks, warmed", "stock, whole model")
 
 
 def compiled(tiny: bool) -> list[dict[str, Any]]:
@@ -273,13 +284,17 @@ def compile_one(what: str, tiny: bool) -> dict[str, Any]:
     backend = {"backend": "eager"} if tiny else {}
     steps = 8
     knobs = {"steps_computation_mask": "medium", "steps_computation_policy": "static"}
-    variant, part = what.split(", ")
+    variant, part, *warmed = what.split(", ")
     work = build("flux1024", tiny)
     work.loop(2)
     side = _side(work, variant, knobs, steps) if variant != "uncached" else None
     (work.module.compile if part == "whole model" else work.module.compile_repeated_blocks)(**backend)
     run = (lambda: side.run(knobs, steps)[0]) if side is not None else (lambda: work.loop(steps))
-    row: dict[str, Any] = {"what": what, "first_s": run(), "later_s": min(run() for _ in range(3))}
+    row: dict[str, Any] = {"what": what}
+    if warmed:
+        row["warmup_s"] = side.warmup(knobs)
+    row |= {"first_s": run(), "later_s": min(run() for _ in range(3))}
+    row["first_over_later"] = row["first_s"] / row["later_s"]
     graphs = counters["stats"]["unique_graphs"]
     row |= {"graphs": graphs, "graph_breaks": sum(counters["graph_break"].values())}
     if variant == "plugin":
@@ -379,6 +394,16 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
+def show(results: dict[str, Any]) -> None:
+    """Every row on a line, short."""
+    for part, rows in results.items():
+        for row in rows if isinstance(rows, list) else ():
+            cells = [
+                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+            ]
+            print(f"{part:16} {'; '.join(cells)}")
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser()
@@ -393,11 +418,14 @@ def main() -> None:
         "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
     }
-    parts = {"memory": memory, "compile": compiled, "decision": decision}
+    from .works import works
+
+    parts = {"memory": memory, "compile": compiled, "decision": decision, "works": works}
     for name in options.only.split(","):
         started = time.perf_counter()
         try:
-            results[name] = parts[name](options.tiny) if name in parts else speed(name, options.tiny)
+            model, _, kind = name.partition(":")
+            results[name] = parts[name](options.tiny) if name in parts else speed(model, options.tiny, kind)
         except Exception as error:
             results[name] = [{"error": f"{error!r}"[:400]}]
             free()
@@ -405,6 +433,7 @@ def main() -> None:
         if out := os.environ.get("OUT"):
             Path(out, "single.json").write_text(json.dumps(results, indent=1))
     print(json.dumps(results))
+    show(results)
 
 
 if __name__ == "__main__":
