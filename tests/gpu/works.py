@@ -70,7 +70,9 @@ def cpu_offload(work: Work) -> Iterator[dict[str, Any]]:
 def layerwise(work: Work) -> Iterator[dict[str, Any]]:
     """SGLang's own layerwise offload of both block lists; counts the layers that it brings."""
     from sglang.multimodal_gen.runtime.managers.memory_managers.layerwise_offload import LayerwiseOffloadManager
+    from sglang.multimodal_gen.runtime.platforms import initialize_current_platform
 
+    initialize_current_platform()
     brought: Counter[str] = Counter()
     own = LayerwiseOffloadManager.prefetch_layer
 
@@ -87,10 +89,9 @@ def layerwise(work: Work) -> Iterator[dict[str, Any]]:
             )
             for name in ("transformer_blocks", "single_transformer_blocks")
         ]
+        if not all(manager.enabled for manager in managers):
+            raise RuntimeError("the host has no layerwise offload on this device")
         yield {"count": brought}
-        for manager in managers:
-            manager.remove_forward_hooks()
-            manager.load_all_layers()
     finally:
         LayerwiseOffloadManager.prefetch_layer = own
 
@@ -127,8 +128,12 @@ def attention(backend: str, module: str) -> Callable[[Work], Any]:
     def setup(work: Work) -> Iterator[dict[str, Any]]:
         if importlib.util.find_spec(module) is None:
             raise ModuleNotFoundError(f"{module} is not installed here")
-        work.module.set_attention_backend(backend)
-        yield {}
+        try:
+            work.module.set_attention_backend(backend)
+            yield {}
+        finally:
+            # diffusers remembers the last one for every model.
+            work.module.set_attention_backend("native")
 
     return setup
 
