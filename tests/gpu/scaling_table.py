@@ -30,7 +30,8 @@ class Part:
     """One process group on GPUs of its own.
 
     Args:
-        seconds: what it takes on H200; it is not begun with less time left, and ended at 1.6 times that.
+        seconds: what it takes on H200; it is not begun with less time left, and ended at 1.6 times that, or 8 times
+            where gloo processes share a CPU.
     """
 
     name: str
@@ -54,15 +55,15 @@ def parts(gpus: int) -> list[Part]:
     found += [loops(f"wan-1-{each}", 1, 105, "--variants", each) for each in ("uncached", "plugin", "stock")]
     sizes = [2**power for power in range(1, 7) if 2**power <= gpus]
     for count in sorted(sizes, reverse=True):
-        # Two groups of half the machine fill it: Wan's layouts are shared out among them.
-        halves = [("ulysses",), ("cfg", "tp")] if count < gpus else [("ulysses", "cfg", "tp")]
+        names = [name for name in ("ulysses", "cfg", "tp") if count > 2 or name != "tp"]
+        # Where several groups fit side by side, each takes one layout of the slow model.
+        shares = [[name] for name in names] if count < gpus else [names]
         found.append(loops(f"flux-{count}", count, 40 + 100 / count))
         found += [
-            loops(f"wan-{count}-{'-'.join(each)}", count, 35 + 65 * 2 * len(each) / count, "--layouts", ",".join(each))
-            for each in halves
+            loops(f"wan-{count}-{'-'.join(each)}", count, 45 + 160 * len(each) / count, "--layouts", ",".join(each))
+            for each in shares
         ]
-    doubted = ("--only", "ulysses,ring", "--seconds", "45")
-    return [*found, Part("ranks", max(sizes, default=1), 75, "tests.gpu.ranks", doubted)]
+    return [*found, Part("ranks", max(sizes, default=1), 45, "tests.gpu.ranks", ("--only", "ring", "--seconds", "40"))]
 
 
 @dataclass
@@ -93,7 +94,7 @@ class Machine:
             "NCCL_NVLS_ENABLE": "0", **os.environ, "CUDA_VISIBLE_DEVICES": visible, "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1", "OUT": str(own),
         }
-        part.ends = min(time.monotonic() + 1.6 * part.seconds, self.deadline)
+        part.ends = min(time.monotonic() + (8 if self.tiny else 1.6) * part.seconds, self.deadline)
         print(f"# {part.name} begins on {part.on}", flush=True)
         with open(own / "errors.txt", "w") as errors:
             part.process = subprocess.Popen(
@@ -109,15 +110,28 @@ class Machine:
                 continue
             if status is None:
                 part.outcome = "ended at its time limit"
-                os.killpg(part.process.pid, signal.SIGKILL)
-                part.process.wait()
+                self.end(part)
             else:
                 part.outcome = "done" if status == 0 else f"exit status {status}: {last_line(self.out / part.name)}"
             print(f"# {part.name}: {part.outcome}", flush=True)
             self.running.remove(part)
 
+    @staticmethod
+    def end(part: Part) -> None:
+        """End a part's processes."""
+        os.killpg(part.process.pid, signal.SIGKILL)
+        part.process.wait()
+
     def run(self, todo: Iterable[Part]) -> None:
-        """All parts that fit."""
+        """All parts that fit; none outlives this process."""
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))
+        try:
+            self._run(todo)
+        finally:
+            for part in self.running:
+                self.end(part)
+
+    def _run(self, todo: Iterable[Part]) -> None:
         for part in todo:
             while part.gpus > self.gpus - sum(each.gpus for each in self.running):
                 self.reap()
