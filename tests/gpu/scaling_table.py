@@ -11,6 +11,7 @@ over gloo.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -97,9 +98,7 @@ class Machine:
         part.ends = min(time.monotonic() + (8 if self.tiny else 1.6) * part.seconds, self.deadline)
         print(f"# {part.name} begins on {part.on}", flush=True)
         with open(own / "errors.txt", "w") as errors:
-            part.process = subprocess.Popen(
-                command, env=environment, cwd=ROOT, stderr=errors, start_new_session=True
-            )
+            part.process = subprocess.Popen(command, env=environment, cwd=ROOT, stderr=errors)
         self.running.append(part)
 
     def reap(self) -> None:
@@ -118,8 +117,10 @@ class Machine:
 
     @staticmethod
     def end(part: Part) -> None:
-        """End a part's processes."""
-        os.killpg(part.process.pid, signal.SIGKILL)
+        """End a part's processes; its ranks have sessions of their own."""
+        for pid in [*descendants(part.process.pid), part.process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         part.process.wait()
 
     def run(self, todo: Iterable[Part]) -> None:
@@ -141,6 +142,15 @@ class Machine:
         while self.running:
             self.reap()
             time.sleep(0.1)
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes that ``pid`` started, and those that they started."""
+    found = []
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, children.read_text().split()):
+            found += [*descendants(child), child]
+    return found
 
 
 def last_line(folder: Path) -> str:
