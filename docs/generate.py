@@ -1,4 +1,4 @@
-"""Writes settings.md, patches.md, models.md and the schema from the code: ``python docs/generate.py``."""
+"""Writes the generated pages and the README's table of versions from the code: ``python docs/generate.py``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from dataclasses import fields
 from pathlib import Path
 
+from sglang_cachedit_plugin import versions
 from sglang_cachedit_plugin.adapters import DIFFUSERS, NATIVE, AdapterRow, Blocks
 from sglang_cachedit_plugin.hooks import SEAMS
 from sglang_cachedit_plugin.schema import config_schema
@@ -165,7 +166,22 @@ def models() -> str:
     return "\n".join(lines)
 
 
+_HOW = {"run": "tests run against it", "read": "has all that the plugin needs (read from its wheel, not run)"}
+
+
+def readme() -> str:
+    """The README with its table of versions."""
+    text = (HERE / ".." / "README.md").read_text()
+    begin, end = "<!-- versions -->\n", "<!-- /versions -->"
+    lines = ["| library | version | |", "|---|---|---|"]
+    for library, found in versions.TRIED.items():
+        lines += [f"| {library} | {version} | {_HOW[how]} |" for version, how in found.items()]
+    head, _, rest = text.partition(begin)
+    return head + begin + "\n".join(lines) + "\n" + end + rest.partition(end)[2]
+
+
 PAGES = {
+    "../README.md": readme,
     "models.md": models,
     "settings.md": settings,
     "patches.md": patches,

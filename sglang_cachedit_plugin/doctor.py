@@ -9,13 +9,14 @@ import os
 from importlib import metadata
 from typing import Any
 
-from . import defaults, hooks, host, preflight
+from . import defaults, hooks, host, host_names, preflight
 from .adapters import third_party
 from .config_file import file_label
 from .defaults import Defaults
 from .errors import CacheDitError, HostContractError
 from .preflight import Machine
 from .sources import read_environment, read_file
+from .versions import untried
 
 _GROUP, _NAME = "sglang.multimodal_gen.plugins", "cachedit"
 _PACKAGES = ("sglang", "cache-dit", "torch", "sglang-cachedit-plugin")
@@ -49,10 +50,7 @@ def examine(
 def _versions(found: dict[str, Any]) -> dict[str, str | None]:
     versions = {name: host.version(name) for name in _PACKAGES}
     found["problems"] += [f"{name} is not installed" for name, version in versions.items() if version is None]
-    if versions["sglang"] is not None and versions["sglang"] not in host.SUPPORTED_HOSTS:
-        found["warnings"].append(
-            f"sglang {versions['sglang']} was not tried, expected one of: {', '.join(host.SUPPORTED_HOSTS)}"
-        )
+    found["warnings"] += untried(host.version)
     return versions
 
 
@@ -67,6 +65,7 @@ def _seams(found: dict[str, Any]) -> list[dict[str, Any]]:
         seams.append({"target": seam.target, "found": problem is None, "problem": problem})
         if problem is not None:
             found["problems"].append(f"seam {problem}")
+    found["problems"] += [f"host {problem}" for problem in host_names.missing(root)]
     return seams
 
 

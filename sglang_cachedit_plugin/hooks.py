@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import host_names
 from .errors import HostContractError
 
 _RUNTIME = "sglang.multimodal_gen.runtime"
@@ -30,7 +31,8 @@ class Seam:
     Args:
         target: dotted path of the function or method that is hooked.
         defined_in: dotted path where it is defined, if a base class defines it.
-        parameters: names of its parameters.
+        parameters: names of its parameters; empty: any.
+        older: the same in hosts before, whose calls the handler takes too.
         kind: the host's hook type: around, after or replace.
         handler: ``module:attribute`` in this package, imported on first call.
         why: what the hook is for.
@@ -43,6 +45,7 @@ class Seam:
     handler: str
     why: str
     defined_in: str = ""
+    older: tuple[tuple[str, ...], ...] = ()
     until: str = "never: this is the plugin's work"
 
     def hook(self) -> Callable[..., Any]:
@@ -110,6 +113,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         target=f"{_PROGRESSIVE}.denoising.ProgressiveDenoisingStage._refresh_cache_dit_context",
         parameters=("self", "n_remaining", "scm_preset", "ctx"),
+        older=(("self", "n_remaining", "scm_preset"),),
         kind="replace",
         handler="denoising:CacheDitDenoisingMixin._refresh_cache_dit_context",
         why="the picture grows during denoising; the stock method refreshes what stock caching mounted",
@@ -117,6 +121,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         target=f"{_PROGRESSIVE}.ideogram.Ideogram4ProgressiveDenoisingStage._refresh_cache_dit_context",
         parameters=("self", "n_remaining", "scm_preset", "ctx"),
+        older=(("self", "n_remaining", "scm_preset"),),
         kind="replace",
         handler="denoising:CacheDitDenoisingMixin._refresh_cache_dit_context",
         why="the same for Ideogram 4, which has a method of its own",
@@ -251,13 +256,27 @@ def host_root() -> Path:
 
 def check(seam: Seam, root: Path) -> str | None:
     """What is wrong with a seam in the host under ``root``, None where it is as expected."""
+    source, name = _place(seam, root)
+    if source is None:
+        return f"{name}: no such module"
+    return difference(seam, _functions(source).get(name))
+
+
+def parameters_of(seam: Seam, root: Path) -> tuple[str, ...] | None:
+    """Parameters of a seam in the host under ``root``, None where it is not there."""
+    source, name = _place(seam, root)
+    return None if source is None else _functions(source).get(name)
+
+
+def _place(seam: Seam, root: Path) -> tuple[Path | None, str]:
+    """The host's file of a seam and the qualified name in it; None and the whole path where there is no file."""
     path = seam.defined_in or seam.target
     parts = path.split(".")
     for split in range(len(parts) - 1, 0, -1):
         source = root.joinpath(*parts[:split]).with_suffix(".py")
         if source.is_file():
-            return _check_source(seam, _functions(source), ".".join(parts[split:]))
-    return f"{path}: no such module"
+            return source, ".".join(parts[split:])
+    return None, path
 
 
 @functools.lru_cache(maxsize=32)
@@ -278,18 +297,19 @@ def _functions(source: Path) -> Mapping[str, tuple[str, ...]]:
     return found
 
 
-def _check_source(seam: Seam, functions: Mapping[str, tuple[str, ...]], name: str) -> str | None:
-    if name not in functions:
+def difference(seam: Seam, found: tuple[str, ...] | None) -> str | None:
+    """How the parameters found differ from those of a seam, None where they do not."""
+    if found is None:
         return f"{seam.target}: not found"
-    if seam.parameters and functions[name] != seam.parameters:
-        expected, actual = ", ".join(seam.parameters), ", ".join(functions[name])
+    if seam.parameters and found not in (seam.parameters, *seam.older):
+        expected, actual = ", ".join(seam.parameters), ", ".join(found)
         return f"{seam.target}: expected ({expected}), found ({actual})"
     return None
 
 
 def mismatches(root: Path) -> list[str]:
-    """All seams that are not as expected."""
-    return [problem for seam in SEAMS if (problem := check(seam, root)) is not None]
+    """All seams that are not as expected, and everything else that the host lacks."""
+    return [problem for seam in SEAMS if (problem := check(seam, root)) is not None] + host_names.missing(root)
 
 
 def register(registry: Any, hook_type: Any) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Collection
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,26 +25,18 @@ from .host_ranks import (
 from .preflight import Machine
 from .runtime import Identity
 from .stats import COND
+from .versions import version
 
 __all__ = [
-    "SUPPORTED_HOSTS", "answer", "branch_comes", "build_slices", "connected", "ensure_one_replica", "explicit_flags",
+    "answer", "branch_comes", "build_slices", "connected", "ensure_one_replica", "explicit_flags",
     "forget_branch", "forward_identity", "forward_step", "gather_replica", "groups", "groups_ready", "is_first_rank",
     "known_variables", "layout", "logger", "machine", "prefer_regional_compile", "publishes_metrics", "rank", "size_of",
     "tell_replicas", "transformer_classes", "version",
 ]
 
-SUPPORTED_HOSTS = ("0.5.21", "0.5.22", "0.5.23")
 _BRANCH_NAMES = {"conditional": COND, "unconditional": "uncond"}
 
 _branch_name: str | None = None
-
-
-def version(distribution: str) -> str | None:
-    """Installed version, None where it is not installed."""
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def known_variables() -> Collection[str]:

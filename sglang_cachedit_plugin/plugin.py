@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 
-from . import hooks
+from . import hooks, versions
 
 
 def register() -> None:
@@ -12,18 +13,20 @@ def register() -> None:
 
     A host whose seams differ is left alone altogether, with one line saying which seam.
     """
-    problems = hooks.mismatches(hooks.host_root())
+    problems, unknown = hooks.mismatches(hooks.host_root()), "; ".join(versions.untried())
     if problems:
-        print(
-            "cache-dit: warning: this host is not one the plugin knows, it is left unpatched: "
-            + "; ".join(problems),
-            file=sys.stderr,
-            flush=True,
-        )
+        _warn("this host is not one the plugin knows, it is left unpatched: " + "; ".join(problems))
         return
+    if unknown and multiprocessing.parent_process() is None:
+        # Workers are spawned: once is enough.
+        _warn(f"{unknown}; all that the plugin needs is there, so it works")
     from . import startup
 
     startup.read_settings()
     from sglang.multimodal_gen.runtime.platforms.plugins import HookRegistry, HookType
 
     hooks.register(HookRegistry, HookType)
+
+
+def _warn(text: str) -> None:
+    print(f"cache-dit: warning: {text}", file=sys.stderr, flush=True)

@@ -31,22 +31,31 @@ class LastError(logging.Handler):
         self.text = str(cause or record.getMessage())
 
 
+def _server_args(arguments: list[str]) -> Any:
+    """The host's server arguments of a command line, as its own commands make them."""
+    from sglang.multimodal_gen.runtime.entrypoints.cli import utils
+    from sglang.multimodal_gen.runtime.server_args import ServerArgs
+    from sglang.multimodal_gen.runtime.utils.argparse import FlexibleArgumentParser
+
+    sys.argv[1:] = arguments  # the host looks at it while it builds its parser
+    parser = ServerArgs.add_cli_args(FlexibleArgumentParser())
+    # The pipeline's own flags came with 0.5.23.
+    add_flags = getattr(utils, "add_resolved_pipeline_config_cli_args", None)
+    if add_flags is None:
+        return ServerArgs.from_cli_args(*parser.parse_known_args(arguments))
+    add_flags(parser)
+    known, rest = parser.parse_known_args(arguments)
+    return ServerArgs.from_cli_args(known, rest, argv=arguments)
+
+
 class Host:
     """The host's offline engine in this process, its workers in children."""
 
     def __init__(self, arguments: list[str]):
-        from sglang.multimodal_gen.runtime.entrypoints.cli.utils import add_resolved_pipeline_config_cli_args
         from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import DiffGenerator, logger
-        from sglang.multimodal_gen.runtime.server_args import ServerArgs
-        from sglang.multimodal_gen.runtime.utils.argparse import FlexibleArgumentParser
 
-        sys.argv[1:] = arguments  # the host looks at it while it builds its parser
-        parser = ServerArgs.add_cli_args(FlexibleArgumentParser())
-        add_resolved_pipeline_config_cli_args(parser)
-        known, rest = parser.parse_known_args(arguments)
-        server_args = ServerArgs.from_cli_args(known, rest, argv=arguments)
         self.errors = LastError()
-        self.generator = DiffGenerator.from_server_args(server_args)
+        self.generator = DiffGenerator.from_server_args(_server_args(arguments))
         logger.addHandler(self.errors)
         self.workers = [process.pid for process in self.generator.local_scheduler_process or ()]
 

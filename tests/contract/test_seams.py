@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_cachedit_plugin import hooks
+from sglang_cachedit_plugin import hooks, host_names
 from sglang_cachedit_plugin.errors import HostContractError
 
 ROOT = hooks.host_root()
@@ -88,7 +88,7 @@ def test_a_missing_module_is_reported(seam, tmp_path):
 
 
 def test_all_mismatches_are_listed(tmp_path):
-    assert len(hooks.mismatches(tmp_path)) == len(hooks.SEAMS)
+    assert len(hooks.mismatches(tmp_path)) == len(hooks.SEAMS) + len(host_names.NAMES)
 
 
 def test_a_host_that_is_not_installed_is_said_so(monkeypatch):

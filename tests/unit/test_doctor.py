@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from sglang_cachedit_plugin import cli, doctor, hooks
+from sglang_cachedit_plugin import cli, doctor, hooks, host_names
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +68,7 @@ def test_a_host_that_differs_is_status_1(capsys, monkeypatch, tmp_path):
     status, found = run(capsys)
     assert status == 1
     assert not any(seam["found"] for seam in found["seams"])
-    assert len(found["problems"]) == len(hooks.SEAMS)
+    assert len(found["problems"]) == len(hooks.SEAMS) + len(host_names.NAMES)
 
 
 def test_what_is_not_installed_is_said(capsys, monkeypatch):
