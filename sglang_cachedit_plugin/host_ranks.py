@@ -99,18 +99,25 @@ class _Layout:
                     group = dist.new_group(ranks)
                     if dist.get_rank() in members:
                         self._groups[members] = group
-                        _connect(group)
                 if dist.get_rank() in members:
                     setattr(self, kind, members)
+        for members in dict.fromkeys((self.model, self.pair)):
+            if members in self._groups:
+                _connect(self._groups[members])
 
 
 def _connect(group: Any) -> None:
-    """Open a group's connections now: with NCCL the first collective takes a third of a second to do so."""
+    """Open a group's connections now: with NCCL the first collective of each kind takes up to a third of a second.
+
+    Decisions are reduced, ``verify_ranks`` gathers.
+    """
     import torch
     import torch.distributed as dist
 
     if dist.get_backend(group) == "nccl":
-        dist.all_reduce(torch.zeros(1, device=torch.cuda.current_device()), group=group)
+        own = torch.zeros(1, device=torch.cuda.current_device())
+        dist.all_reduce(own, group=group)
+        dist.all_gather([torch.empty_like(own) for _ in range(dist.get_world_size(group))], own, group=group)
 
 
 _layout = _Layout()

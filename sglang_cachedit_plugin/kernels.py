@@ -58,7 +58,10 @@ def difference_sums(reference: torch.Tensor, current: torch.Tensor) -> torch.Ten
 
 
 def prepare(device: torch.device, dtype: torch.dtype) -> None:
-    """Compile the kernel for tensors of ``dtype`` now, instead of in the first decision."""
+    """Compile the kernel for tensors of ``dtype`` now, and load the others of a decision, instead of in the first."""
     sample = torch.zeros(_BLOCK, device=device, dtype=dtype)
     if usable(sample):
-        difference_sums(sample, sample)
+        sums = difference_sums(sample, sample - sample)
+        packed = torch.zeros(1, 5, device=device)
+        packed[0, :4] = torch.cat([sums, sums])
+        packed.tolist()

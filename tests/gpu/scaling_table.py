@@ -64,8 +64,8 @@ def parts(gpus: int) -> list[Part]:
             loops(f"wan-{count}-{'-'.join(each)}", count, 45 + 160 * len(each) / count, "--layouts", ",".join(each))
             for each in shares
         ]
-    doubted = ("--only", "ulysses,ring", "--seconds", "60")
-    return [*found, Part("ranks", max(sizes, default=1), 60, "tests.gpu.ranks", doubted)]
+    doubted = ("--only", "ulysses,ring", "--seconds", "45")
+    return [*found, Part("ranks", max(sizes, default=1), 40, "tests.gpu.ranks", doubted)]
 
 
 @dataclass
