@@ -109,7 +109,7 @@ class DMDForecaster:
 
     def make_room(self) -> None:
         """Drop the value that the next one will push out."""
-        del self._known[: len(self._known) - self._history + 1]
+        del self._known[: max(0, len(self._known) - self._history + 1)]
         self._fits = None
 
     def predict(self, step: int, position: float) -> torch.Tensor:

@@ -81,34 +81,51 @@ def growing(steps: int, budget: int) -> list[Candidate]:
     ]
 
 
-def stock(thresholds: tuple[float, ...] = (0.12, 0.24, 0.4)) -> list[Candidate]:
+def every(steps: int, interval: int) -> list[int]:
+    """Every ``interval``-th step computed after three to begin with: the masks of TaylorSeer's authors."""
+    return [int(step < 3 or (step - 2) % interval == 0) for step in range(steps)]
+
+
+def stock(steps: int) -> list[Candidate]:
     """What Cache-DiT offers: thresholds, presets, calibrators."""
     found = [
         cached(f"dbcache-{value:g}", "baseline", f"DBCache, threshold {value:g}", {"residual_diff_threshold": value},
                family="DBCache")
-        for value in thresholds
+        for value in (0.08, 0.12, 0.24)
     ]
-    for policy in ("static", "dynamic"):
-        for preset in ("medium", "fast"):
+    settings: dict[str, Any] = {"residual_diff_threshold": 0.4, "max_continuous_cached_steps": -1}
+    found.append(cached("dbcache-0.4-long", "baseline", "DBCache, threshold 0.4, runs of any length", settings,
+                        family="DBCache"))
+    for policy, presets in (("static", ("medium", "fast", "ultra")), ("dynamic", ("fast",))):
+        for preset in presets:
             settings = {"steps_computation_mask": preset, "steps_computation_policy": policy}
             found.append(cached(f"scm-{preset}-{policy}", "baseline", f"SCM {preset}, {policy}", settings,
                                 family=f"SCM {policy}"))
-    calibrators: dict[str, dict[str, Any]] = {
-        "TaylorSeer 1": {"enable_taylorseer": True, "taylorseer_order": 1},
-        "DMD": {"enable_dmd": True},
-    }
-    for label, settings in calibrators.items():
-        name = label.lower().replace(" ", "-")
-        found.append(cached(name, "baseline", label, settings, family=label))
-        fixed = {**settings, "steps_computation_mask": "fast", "steps_computation_policy": "static"}
-        found.append(cached(f"{name}-fast", "baseline", f"{label}, SCM fast, static", fixed, family=label))
+    for name, label, settings, presets, intervals in (
+        ("taylorseer-1", "TaylorSeer 1", {"enable_taylorseer": True, "taylorseer_order": 1},
+         ("medium", "fast", "ultra"), (2, 3)),
+        ("dmd", "DMD", {"enable_dmd": True}, ("fast",), (2,)),
+    ):
+        found.append(cached(name, "baseline", f"{label}, threshold 0.24", settings, family=label))
+        for preset in presets:
+            fixed = {**settings, "steps_computation_mask": preset, "steps_computation_policy": "static"}
+            found.append(cached(f"{name}-{preset}", "baseline", f"{label}, SCM {preset}, static", fixed,
+                                family=f"{label}, SCM"))
+        for interval in intervals:
+            fixed = {**settings, **STATIC, "steps_computation_mask": every(steps, interval)}
+            found.append(cached(f"{name}-every-{interval}", "baseline", f"{label}, every {_nth(interval)} step", fixed,
+                                family=f"{label}, even"))
     return found
+
+
+def _nth(interval: int) -> str:
+    return {2: "second", 3: "third"}[interval]
 
 
 def host_peers(steps: int) -> list[Candidate]:
     """The host's own caches; models without them answer with the uncached picture."""
     found = [Candidate(name="teacache", kind="peer", label="TeaCache", request={**OFF, "enable_teacache": True})]
-    for window, flex in ((2.0, 0.25), (2.0, 0.75)):
+    for window, flex in ((2.0, 0.25), (2.0, 0.75), (2.0, 3.0)):
         params = {"window_size": window, "flex_window": flex, "warmup_steps": 5}
         found.append(Candidate(
             name=f"spectrum-{flex:g}", kind="peer", label=f"Spectrum, flex {flex:g}", family="Spectrum",

@@ -135,11 +135,11 @@ class _Grid:
 
     def _others(self, budgets: Sequence[int]) -> list[Candidate]:
         steps = self.grid.steps
-        beside = {round(steps * share) for share in (0.43, 0.7)}
+        beside = {round(steps * share) for share in (0.7, 0.85)}
         found = [candidates.fewer_steps(budget) for budget in sorted(beside | set(budgets))]
         for budget in budgets:
             found += candidates.growing(steps, budget)
-        found += [*candidates.stock(), *candidates.host_peers(steps)]
+        found += [*candidates.stock(steps), *candidates.host_peers(steps)]
         return [each for each in found if each.name.startswith(tuple(self.plan.peers))]
 
     def _choose(self) -> None:

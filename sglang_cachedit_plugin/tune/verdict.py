@@ -18,13 +18,14 @@ CACHE_KINDS = ("tuned", "growing_window", "baseline")
 
 def verify(evaluator: Evaluator, grid: Grid, prompts: Sequence[Prompt], candidate: Candidate) -> Point | None:
     """The candidate's point of the report, None where the model does not know what it asks for."""
-    each = [
-        evaluator.measure(prompt, grid, candidate.request, pictures=True, keep=number < SHEET, steps=candidate.steps)
-        for number, prompt in enumerate(prompts)
-    ]
+    each: list[dict[str, Any]] = []
+    for number, prompt in enumerate(prompts):
+        each.append(evaluator.measure(
+            prompt, grid, candidate.request, pictures=True, keep=number < SHEET, steps=candidate.steps
+        ))
+        if candidate.kind == "peer" and each[0]["latent_psnr"] >= quality.IDENTICAL_PSNR:
+            return None
     latents = [figures["latent_psnr"] for figures in each]
-    if candidate.kind == "peer" and min(latents) >= quality.IDENTICAL_PSNR:
-        return None
     uncached = [evaluator.reference(prompt, grid)["denoising_s"] for prompt in prompts]
     spent = [figures["denoising_s"] for figures in each]
     computed = candidate.computed

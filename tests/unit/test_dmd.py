@@ -105,3 +105,15 @@ def test_gram_is_every_inner_product(count, size, batch, seed):
         for i, left in enumerate(values):
             expected = [float(left[item].double() @ right[item].double()) for right in values]
             assert products[item, i].tolist() == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+def test_room_made_before_every_value_costs_nothing_but_the_oldest():
+    values = series(ROOTS["damped"], 8)
+    for count in range(1, 9):
+        plain, roomy = DMDForecaster(6), DMDForecaster(6)
+        for step, value in enumerate(values[:count]):
+            plain.update(step, -float(step), value)
+            roomy.make_room()
+            roomy.update(step, -float(step), value)
+        assert roomy.held_bytes() == plain.held_bytes()
+        torch.testing.assert_close(roomy.predict(count, -float(count)), plain.predict(count, -float(count)))
