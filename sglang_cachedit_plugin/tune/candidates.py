@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from .evaluate import OFF
@@ -12,6 +12,15 @@ from .search import growing_window
 from .surrogate import Mask, Method
 
 STATIC = {"steps_computation_policy": "static", "max_warmup_steps": 0}
+OUTPUT = {"forecast": "output", **STATIC}
+RESIDUAL: Mapping[str, Mapping[str, Any]] = {
+    "last residual": {},
+    "TaylorSeer 1": {"enable_taylorseer": True, "taylorseer_order": 1},
+    "TaylorSeer 2": {"enable_taylorseer": True, "taylorseer_order": 2},
+    "DMD": {"enable_dmd": True},
+    "TaylorSeer 1, F 2": {"enable_taylorseer": True, "taylorseer_order": 1, "Fn_compute_blocks": 2},
+}
+"""Ways to forecast the blocks' residual, in which a schedule is tried beside forecasts of the output."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +34,8 @@ class Candidate:
         steps: steps of the request, where they are fewer than the grid's.
         computed: computed steps where the host's report does not say.
         family: points that belong on one line.
+        mask: computed steps as 1; by CFG branch where each has its own.
+        row: the schedule's row of the config file, ``knobs`` the settings beside it.
     """
 
     name: str
@@ -35,10 +46,15 @@ class Candidate:
     steps: int | None = None
     computed: float | None = None
     family: str | None = None
-    mask: Mask | None = None
+    mask: Mask | Mapping[str, Mask] | None = None
     method: Method | None = None
     drift: tuple[float, ...] | None = None
-    row: Mapping[str, Any] | None = field(default=None)
+    row: Mapping[str, Any] | None = None
+
+    @property
+    def knobs(self) -> dict[str, Any]:
+        """The settings without the schedule's row."""
+        return {name: value for name, value in (self.settings or {}).items() if name != "schedules"}
 
 
 def cached(name: str, kind: str, label: str, settings: Mapping[str, Any], **more: Any) -> Candidate:
@@ -47,11 +63,19 @@ def cached(name: str, kind: str, label: str, settings: Mapping[str, Any], **more
     return Candidate(name=name, kind=kind, label=label, request=request, settings=dict(settings), **more)
 
 
-def row(steps: int, size: tuple[int, ...], timesteps: Any, mask: Mask, method: Method, weights: Any) -> dict[str, Any]:
-    """A schedule's row as the config file carries it."""
-    found: dict[str, Any] = {
-        "steps": steps, "size": "x".join(map(str, size)), "mask": "".join(map(str, mask)), "order": method.order,
-    }
+def row(
+    steps: int, size: tuple[int, ...], timesteps: Any, masks: Sequence[Mask], method: Method, weights: Any
+) -> dict[str, Any]:
+    """A schedule's row as the config file carries it.
+
+    Args:
+        masks: one for all CFG branches, or the conditional and the unconditional one.
+    """
+    texts = ["".join(map(str, mask)) for mask in masks]
+    found: dict[str, Any] = {"steps": steps, "size": "x".join(map(str, size)), "mask": texts[0]}
+    if texts[-1] != texts[0]:
+        found["uncond_mask"] = texts[-1]
+    found["order"] = method.order
     if method.damping != 1.0:
         found["damping"] = method.damping
     if method.fitted:

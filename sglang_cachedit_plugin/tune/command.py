@@ -171,7 +171,7 @@ def _finish(args: argparse.Namespace, plan: Plan, results: Sequence[Result], eva
     versions = _versions()
     provenance = {
         "command": _command(), "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        "machine": _machine(),
         "host": versions["sglang"], "cache_dit": versions["cache-dit"], "seed": args.seed,
         "prompts": {"tune": len(plan.tune), "heldout": len(plan.heldout)},
     }
@@ -181,6 +181,13 @@ def _finish(args: argparse.Namespace, plan: Plan, results: Sequence[Result], eva
     if args.report is not None:
         figures = outcome.results(plan, results, evaluator, provenance, model, args.report)
         print(f"Report: {report.write_report(figures, args.report)}")
+
+
+def _machine() -> str:
+    import torch
+
+    cores = f"{os.cpu_count()} CPU cores, {platform.machine()}"
+    return f"{torch.cuda.get_device_name()}, {cores}" if torch.cuda.is_available() else cores
 
 
 def _command() -> str:

@@ -115,21 +115,22 @@ class Evaluator:
             timesteps=found[0]["timesteps"], change=np.mean([each["change"] for each in found], axis=0),
             gram=np.stack([each["gram"] for each in found]), peak=np.array([each["peak"] for each in found]),
             starts=frozenset(found[0]["starts"]),
+            parts=tuple(np.mean([each["parts"] for each in found], axis=0).tolist()),
         )
 
     def _trajectory(self, prompt: Prompt, grid: Grid) -> dict[str, Any]:
         row = {"steps": grid.steps, "mask": "1" * grid.steps}
         knobs = {"forecast": "output", "schedules": [row], "steps_computation_policy": "static", "max_warmup_steps": 0}
         request = self._sampling(prompt, grid, {"enable_cache_dit": True, "cache_dit_params": knobs})
-        key = self._store.key({"trajectory": request})
+        key = self._store.key({"trajectory": request, "format": 2})
         found = self._store.get(key)
         self._progress.step(found=found is not None)
         if found is None:
             outcome = self._engine.run(request)
-            velocity, change, timesteps = read_trajectory(outcome, grid.steps)
+            velocity, change, timesteps, parts = read_trajectory(outcome, grid.steps)
             counts = [each["steps"] for each in outcome.report["transformers"].values()]
             starts = [0, *np.cumsum(counts)[:-1].tolist()] if sum(counts) == grid.steps else [0]
-            figures = {"peak": float(np.ptp(outcome.latents)), "starts": starts}
+            figures = {"peak": float(np.ptp(outcome.latents)), "starts": starts, "parts": parts}
             arrays = {"gram": products(velocity), "change": change, "timesteps": timesteps}
             self._store.put(key, figures, arrays)
             found = {**figures, **arrays}
@@ -177,8 +178,8 @@ def _figures(uncached: Mapping[str, Any], outcome: Outcome, pictures: bool) -> d
     return figures
 
 
-def read_trajectory(outcome: Outcome, steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Velocity (T, N), its part in the latents' change (T,) and the timesteps out of a recorded request."""
+def read_trajectory(outcome: Outcome, steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[float, ...]]:
+    """Velocity (B, T, N), its part in the latents' change (T,), timesteps and the branches' parts of a recording."""
     timesteps = outcome.tensors["timesteps"][:steps]
     by_branch: dict[str, dict[int, tuple[np.ndarray, np.ndarray]]] = {}
     for name, value in outcome.tensors.items():
@@ -193,5 +194,5 @@ def read_trajectory(outcome: Outcome, steps: int) -> tuple[np.ndarray, np.ndarra
     order = sorted(whole, key=lambda branch: (branch != "cond", branch))
     outputs = {branch: np.stack([whole[branch][step][1] for step in range(steps)]) for branch in order}
     inputs = np.stack([whole[order[0]][step][0] for step in range(steps)])
-    velocity, change = combine(outputs, inputs, outcome.latents.ravel(), timesteps)
-    return velocity, change, timesteps
+    velocity, change, parts = combine(outputs, inputs, outcome.latents.ravel(), timesteps)
+    return velocity, change, timesteps, parts

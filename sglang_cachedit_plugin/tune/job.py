@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from . import candidates, verdict
 from .candidates import Candidate
 from .engine import EngineError
 from .evaluate import SHEET, Evaluator, Grid, Prompt
-from .polish import Say, Tuner
+from .polish import RESIDUAL_LEAD, Say, Tuner
 from .verdict import Point
 
 PEERS = {"none": (), "plain": ("fewer", "growing"), "all": ("",)}
@@ -48,11 +48,13 @@ class Result:
     Args:
         profiles: profile name -> point that serves it.
         rows: point name -> its row of the config file.
+        knobs: point name -> the settings beside the row.
     """
 
     grid: Grid
     points: list[Point] = field(default_factory=list)
     rows: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    knobs: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     profiles: dict[str, Point] = field(default_factory=dict)
     chosen: Point | None = None
     remarks: list[str] = field(default_factory=list)
@@ -68,7 +70,7 @@ def run(plan: Plan, evaluator: Evaluator, say: Say) -> list[Result]:
 class _Grid:
     def __init__(self, plan: Plan, evaluator: Evaluator, grid: Grid, say: Say):
         self.plan, self.evaluator, self.grid, self.say = plan, evaluator, grid, say
-        self.result = Result(grid=grid)
+        self.result, self._residual = Result(grid=grid), False
         self.tuner = Tuner(
             evaluator, grid, plan.tune, seed=plan.seed, evaluations=plan.evaluations, say=say
         )
@@ -88,7 +90,7 @@ class _Grid:
         return self.result
 
     def _budgets(self) -> dict[str, int]:
-        least = len(self.tuner.fixed)
+        least = len(self.tuner.starts)
         shares = {
             f"tuned-{round(100 * share)}": max(least, round(share * self.grid.steps)) for share in self.plan.shares
         }
@@ -101,24 +103,44 @@ class _Grid:
 
     def _compare_methods(self, budget: int) -> None:
         tried = self.tuner.compare_methods(budget)
-        best = tried[0]
-        self.result.methods = [
-            {"method": f"output, {t.method.name}", "score": t.score, "computed": sum(t.mask)} for t in tried
-        ]
         self.say(f"{self.grid.label}: the same schedule with the residual forecast")
-        for candidate in self.tuner.residual_variants(best.mask):
-            value = self.tuner.trial_score(candidate)
-            self.result.methods.append({"method": candidate.label, "score": value, "computed": sum(best.mask)})
-        if self.result.methods[0]["score"] < max(each["score"] for each in self.result.methods):
-            winner = max(self.result.methods, key=lambda each: each["score"])
+        residual = self.tuner.residual_variants(tried[0])
+        self.result.methods = [
+            {"method": f"output, {t.method.name}", "score": t.score, "computed": budget, "prompts": len(t.decibels)}
+            for t in tried
+        ] + [
+            {"method": candidate.label, "score": value, "computed": budget, "prompts": count}
+            for candidate, value, count in residual
+        ]
+        winner = max(residual, key=lambda each: each[1])
+        self._residual = winner[1] > tried[0].score + RESIDUAL_LEAD
+        if self._residual and len(self.plan.grids) > 1:
             self.result.remarks.append(
-                f"on tuning prompts {winner['method']} was better than any forecast of the output at {budget} steps"
+                f"on tuning prompts {winner[0].label} was better than any forecast of the output at {budget} steps; "
+                "one file for several grids forecasts the output, tune this one alone"
             )
+            self._residual = False
 
     def _add_tuned(self, budget: int) -> None:
-        candidate = self.tuner.tune(budget)
+        best = self.tuner.tune(budget)
+        candidate = self.tuner.candidate(best, f"tuned-{budget}")
+        if self._residual:
+            found, value, _ = max(self.tuner.residual_variants(best), key=lambda each: each[1])
+            if value > best.score + RESIDUAL_LEAD:
+                candidate = replace(found, name=candidate.name, label=f"{candidate.label}, {found.label}")
         self.result.rows[candidate.name] = candidate.row or {}
+        self.result.knobs[candidate.name] = candidate.knobs
         self._verify(candidate)
+        if self._metric is not None:
+            # Held-out prompts have no say in what is chosen.
+            each = [self.evaluator.measure(prompt, self.grid, candidate.request, pictures=True)[self._metric]
+                    for prompt in self.plan.tune]
+            self.result.points[-1]["tuning"] = {self._metric: float(np.mean(each))}
+
+    @property
+    def _metric(self) -> str | None:
+        """The metric of which the target names the least."""
+        return next((name for name in ("psnr", "ssim") if f"min_{name}" in self.plan.target), None)
 
     def _verify(self, candidate: Candidate) -> None:
         self.say(f"{self.grid.label}: {candidate.label} on {len(self.plan.heldout)} held-out prompts")
@@ -144,7 +166,7 @@ class _Grid:
 
     def _choose(self) -> None:
         point, remark = verdict.choose(self.result.points, self.grid.steps, self.plan.target)
-        metric = next((name for name in ("psnr", "ssim") if f"min_{name}" in self.plan.target), None)
+        metric = self._metric
         for _ in range(REFINEMENTS if metric else 0):
             budget = self._between(metric)
             if budget is None:
@@ -161,8 +183,8 @@ class _Grid:
         """A budget between the cheapest that meets the target and the next that does not; above all if none does."""
         least = self.plan.target[f"min_{metric}"]
         tuned = [p for p in self.result.points if p["kind"] == "tuned"]
-        good = min((round(p["computed"]) for p in tuned if p[metric]["mean"] >= least), default=self.grid.steps)
-        failed = [round(p["computed"]) for p in tuned if p[metric]["mean"] < least]
+        good = min((round(p["computed"]) for p in tuned if p["tuning"][metric] >= least), default=self.grid.steps)
+        failed = [round(p["computed"]) for p in tuned if p["tuning"][metric] < least]
         bad = max((computed for computed in failed if computed < good), default=1)
         middle = (good + bad) // 2
         return middle if bad < middle < good else None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from . import search, surrogate
-from .candidates import STATIC, Candidate, cached, row
+from .candidates import OUTPUT, RESIDUAL, STATIC, Candidate, cached, row
 from .evaluate import Evaluator, Grid, Prompt
 from .surrogate import Mask, Method, foretell, score
 from .trajectory import Trajectories
@@ -16,9 +16,16 @@ from .trajectory import Trajectories
 RECALLS = (0.0, 0.5, 0.9)
 METHODS = (Method(order=1, damping=0.8), Method(fitted=3))
 MORE_METHODS = (Method(order=2, damping=0.7), Method(order=3, damping=0.5), Method(order=1))
-ROUNDS = 400
+ROUNDS = 1500
 HEAT = 0.3
 """dB: by how much a trial may be worse than the schedule it came from, at the start."""
+
+FIRST_LOOK = 4
+"""Prompts after which a trial that is far behind is given up."""
+BEHIND = 1.0
+"""dB: how far that is."""
+RESIDUAL_LEAD = 0.3
+"""dB by which a forecast of the residual must be better than one of the output: its cached steps cost more."""
 
 Say = Callable[[str], None]
 
@@ -28,7 +35,10 @@ class Trial:
     """A schedule as it was tried.
 
     Args:
-        score: of the final latents in the real host, over the tuning prompts.
+        mask: one entry a step, or one after the other those of both CFG branches.
+        score: of the final latents in the real host, over the tuning prompts; where the trial was given up, that of
+            the trial it was compared with less what it was behind.
+        decibels: by prompt, of the prompts that were drawn.
     """
 
     mask: Mask
@@ -39,7 +49,7 @@ class Trial:
 
 
 class Tuner:
-    """Finds schedules of one grid.
+    """Finds schedules of one grid. Only the tuning prompts are ever looked at.
 
     Args:
         evaluations: most trials in the real host for each budget, besides the first of each kind.
@@ -53,32 +63,42 @@ class Tuner:
         say(f"{grid.label}: recording {len(prompts)} uncached trajectories")
         recorded = evaluator.trajectories(prompts, grid)
         self.by_recall: dict[float, Trajectories] = {each: replace(recorded, recall=each) for each in RECALLS}
-        self.fixed = recorded.starts
+        self.starts, self._two_branches = recorded.starts, len(recorded.parts) == 2
         self._methods = METHODS
         self._known: dict[tuple[Mask, Method, float], Trial] = {}
 
-    def tune(self, budget: int) -> Candidate:
+    def tune(self, budget: int) -> Trial:
         """The best schedule found with ``budget`` computed steps."""
-        grid = self.grid
-        self._say(f"{grid.label}: {budget} computed steps, schedules from the recorded trajectories")
+        label = f"{self.grid.label}: {budget} computed steps"
+        self._say(f"{label}, schedules from the recorded trajectories")
         firsts = [self._first(budget, recall, method) for method in self._methods for recall in RECALLS]
-        self._say(f"{grid.label}: {budget} computed steps, trying {len(set(firsts))} of them in the host")
-        trials = [self._try(*first) for first in dict.fromkeys(firsts)]
-        best = max(trials, key=lambda trial: trial.score)
-        self._say(f"{grid.label}: {budget} computed steps, {best.score:.1f} dB; {self._evaluations} more trials")
-        best = self._anneal(best, random.Random(f"{self._seed} {grid.label} {budget}"))
-        return self.candidate(best, f"tuned-{budget}")
+        self._say(f"{label}, trying {len(set(firsts))} of them in the host")
+        best = self._best_of(firsts)
+        self._say(f"{label}, {best.score:.1f} dB; {self._evaluations} more trials")
+        rng = random.Random(f"{self._seed} {self.grid.label} {budget}")
+        best = self._anneal(best, rng)
+        if self._two_branches:
+            self._say(f"{label}, {best.score:.1f} dB; a mask of its own for each branch")
+            apart = self._apart(best)
+            best = self._anneal(apart, rng) if len(apart.mask) > len(best.mask) else best
+        return best
 
     def compare_methods(self, budget: int) -> list[Trial]:
         """Try every way to forecast the output at one budget, and keep the two best for the others."""
-        found = []
+        found: list[Trial] = []
         for method in (*METHODS, *MORE_METHODS):
             recalls = RECALLS[:2] if method in METHODS else RECALLS[1:2]
-            trials = [self._try(*self._first(budget, recall, method)) for recall in recalls]
-            found.append(max(trials, key=lambda trial: trial.score))
+            found.append(self._best_of([self._first(budget, recall, method) for recall in recalls]))
         found.sort(key=lambda trial: -trial.score)
         self._methods = tuple(trial.method for trial in found[:2])
         return found
+
+    def _best_of(self, firsts: Sequence[tuple[Mask, Method, float]]) -> Trial:
+        best = None
+        for first in dict.fromkeys(firsts):
+            trial = self._try(*first, best)
+            best = trial if best is None or trial.score > best.score else best
+        return best
 
     def _first(self, budget: int, recall: float, method: Method) -> tuple[Mask, Method, float]:
         trajectories = self.by_recall[recall]
@@ -92,15 +112,29 @@ class Tuner:
                   for minimax in (False, True)]
         starts.append(self._with_fixed(search.growing_window(self.grid.steps, budget)))
         start = max(starts, key=foretold)
-        return search.anneal(foretold, start, ROUNDS, rng, self.fixed), method, recall
+        return search.anneal(foretold, start, ROUNDS, rng, self.starts), method, recall
 
     def _with_fixed(self, mask: Mask) -> Mask:
-        missing = [step for step in sorted(self.fixed) if not mask[step]]
-        ones = [step for step, computed in enumerate(mask) if computed and step not in self.fixed]
+        missing = [step for step in sorted(self.starts) if not mask[step]]
+        ones = [step for step, computed in enumerate(mask) if computed and step not in self.starts]
         changed = list(mask)
         for off, on in zip(reversed(ones), missing, strict=False):
             changed[off], changed[on] = 0, 1
         return tuple(changed)
+
+    def _apart(self, best: Trial) -> Trial:
+        """The best of what the surrogate finds with other masks for the two branches, as many forwards in all."""
+        method = Method(order=1, damping=0.8) if best.method.fitted else best.method
+        for recall in RECALLS:
+            t = self.by_recall[recall]
+            rng = random.Random(f"{self._seed} {recall} {method.name} apart")
+            mask = search.anneal(
+                lambda mask, t=t: foretell(t, mask, method).score, (*best.mask, *best.mask), 3 * ROUNDS, rng, t.fixed
+            )
+            if mask[: self.grid.steps] != mask[self.grid.steps :]:
+                trial = self._try(mask, method, recall, best)
+                best = max(best, trial, key=lambda each: each.score)
+        return best
 
     def _anneal(self, best: Trial, rng: random.Random) -> Trial:
         current = best
@@ -108,9 +142,9 @@ class Tuner:
             proposal = self._propose(current)
             if proposal is None:
                 break
-            trial = self._try(proposal, current.method, current.recall)
+            trial = self._try(proposal, current.method, current.recall, current)
             allowed = HEAT * (1.0 - number / self._evaluations) * rng.random()
-            if trial.score > current.score - allowed:
+            if trial.score > current.score - allowed and len(trial.decibels) == len(self._prompts):
                 current = trial
             best = max(best, trial, key=lambda each: each.score)
         return best
@@ -118,31 +152,40 @@ class Tuner:
     def _propose(self, current: Trial) -> Mask | None:
         """The untried neighbour of which the surrogate promises most, over all gains."""
         tried = {mask for mask, _, _ in self._known}
-        fresh = [mask for mask in search.moves(current.mask, self.fixed) if mask not in tried]
+        own = self.by_recall[current.recall]
+        fresh = [mask for mask in search.moves(current.mask, own.fixed) if mask not in tried]
         if not fresh:
             return None
-        own = self.by_recall[current.recall]
         near = sorted(fresh, key=lambda mask: -foretell(own, mask, current.method).score)[:12]
         return max(near, key=lambda mask: sum(foretell(t, mask, current.method).score for t in self.by_recall.values()))
 
-    def _try(self, mask: Mask, method: Method, recall: float) -> Trial:
+    def _try(self, mask: Mask, method: Method, recall: float, rival: Trial | None) -> Trial:
         key = (mask, method, recall if method.fitted else 0.0)
         if key not in self._known:
             request = self.candidate(Trial(mask, method, recall, 0.0, ()), "trial").request
-            decibels = tuple(
-                self._evaluator.measure(prompt, self.grid, request, pictures=False)["latent_psnr"]
-                for prompt in self._prompts
-            )
-            self._known[key] = Trial(mask, method, recall, score(decibels), decibels)
+            value, decibels = self._measure(request, rival)
+            self._known[key] = Trial(mask, method, recall, value, decibels)
         return self._known[key]
+
+    def _measure(self, request: Mapping[str, Any], rival: Trial | None) -> tuple[float, tuple[float, ...]]:
+        """Score and PSNR by prompt; given up early where it is far behind ``rival`` on the same prompts."""
+        decibels: list[float] = []
+        for prompt in self._prompts:
+            figures = self._evaluator.measure(prompt, self.grid, request, pictures=False)
+            decibels.append(figures["latent_psnr"])
+            if rival is not None and len(decibels) == FIRST_LOOK <= len(rival.decibels):
+                behind = score(rival.decibels[:FIRST_LOOK]) - score(decibels)
+                if behind > BEHIND:
+                    return rival.score - behind, tuple(decibels)
+        return score(decibels), tuple(decibels)
 
     def settings(self, mask: Mask, method: Method, recall: float) -> dict[str, Any]:
         """A schedule as ``cache_config``."""
         foretold = foretell(self.by_recall[recall], mask, method)
         timesteps = self.by_recall[recall].timesteps
+        masks = surrogate.by_branch(mask, self.grid.steps)
         return {
-            "forecast": "output", **STATIC,
-            "schedules": [row(self.grid.steps, self.grid.size, timesteps, mask, method, foretold.weights)],
+            **OUTPUT, "schedules": [row(self.grid.steps, self.grid.size, timesteps, masks, method, foretold.weights)],
         }
 
     def candidate(self, trial: Trial, name: str) -> Candidate:
@@ -150,29 +193,28 @@ class Tuner:
         settings = self.settings(trial.mask, trial.method, trial.recall)
         foretold = foretell(self.by_recall[trial.recall], trial.mask, trial.method)
         spread = surrogate.spread(self.by_recall[trial.recall], trial.mask, trial.method)
+        masks = surrogate.by_branch(trial.mask, self.grid.steps)
+        computed = sum(trial.mask) / len(masks)
         return cached(
-            name, "tuned", f"tuned, {sum(trial.mask)} computed", settings, mask=trial.mask, method=trial.method,
-            drift=tuple(float(each) for each in foretold.drift), family="tuned",
+            name, "tuned", f"tuned, {computed:g} computed", settings, method=trial.method,
+            mask=masks[0] if len(masks) == 1 else {"cond": masks[0], "uncond": masks[1]},
+            computed=None if len(masks) == 1 else computed, family="tuned",
+            drift=tuple(float(each) for each in foretold.drift),
             row=settings["schedules"][0] | {"spread": [round(float(each), 5) for each in spread]},
         )
 
-    def residual_variants(self, mask: Mask) -> list[Candidate]:
-        """The same schedule with the blocks' residual forecast in place of the output."""
-        shared = {**STATIC, "steps_computation_mask": list(mask), "forecast": "residual"}
-        kinds: dict[str, dict[str, Any]] = {
-            "last residual": {}, "TaylorSeer 1": {"enable_taylorseer": True, "taylorseer_order": 1},
-            "TaylorSeer 2": {"enable_taylorseer": True, "taylorseer_order": 2}, "DMD": {"enable_dmd": True},
-            "TaylorSeer 1, F 2": {"enable_taylorseer": True, "taylorseer_order": 1, "Fn_compute_blocks": 2},
-        }
-        return [
-            cached(f"residual: {label}", "baseline", f"tuned mask, {label}", {**shared, **settings}, mask=mask,
-                   family="tuned mask, residual")
-            for label, settings in kinds.items()
-        ]
-
-    def trial_score(self, candidate: Candidate) -> float:
-        """Score of any candidate over the tuning prompts."""
-        return score([
-            self._evaluator.measure(prompt, self.grid, candidate.request, pictures=False)["latent_psnr"]
-            for prompt in self._prompts
-        ])
+    def residual_variants(self, best: Trial) -> list[tuple[Candidate, float, int]]:
+        """The same schedule with the blocks' residual forecast in place of the output: score, and on how many prompts.
+        """
+        mask = surrogate.by_branch(best.mask, self.grid.steps)[0]
+        own = {"steps": self.grid.steps, "size": "x".join(map(str, self.grid.size)), "mask": "".join(map(str, mask))}
+        found = []
+        for label, settings in RESIDUAL.items():
+            knobs = {**STATIC, "forecast": "residual", **settings}
+            candidate = cached(
+                f"residual: {label}", "tuned", f"tuned mask, {label}", {**knobs, "schedules": [own]}, mask=mask,
+                family="tuned", row=own,
+            )
+            value, decibels = self._measure(candidate.request, best)
+            found.append((candidate, value, len(decibels)))
+        return found

@@ -30,6 +30,8 @@ def segment_costs(trajectories: Trajectories, damping: float = 1.0) -> Cost:
     shrinks or grows to the end as the trajectories' gains say. Mean over prompts, relative to the peak.
     """
     t, steps = trajectories, trajectories.steps
+    branches = len(t.parts)
+    gram = t.gram.reshape(len(t.gram), branches, steps, branches, steps).sum((1, 3))
     factors = 1.0 + t.change * t.gain
     to_end = np.append(np.cumprod(factors[::-1])[::-1], 1.0)
     known: dict[tuple[int, int], list[float]] = {}
@@ -42,7 +44,7 @@ def segment_costs(trajectories: Trajectories, damping: float = 1.0) -> Cost:
             weights = damped_weights(places, float(t.timesteps[skipped]), damping)
             added[used] += t.change[skipped] * np.array(weights)
             added[skipped] -= t.change[skipped]
-            size = np.sqrt(np.maximum(np.einsum("t,btu,u->b", added, t.gram, added), 0.0))
+            size = np.sqrt(np.maximum(np.einsum("t,btu,u->b", added, gram, added), 0.0))
             found.append(float(np.mean(size / t.peak) * abs(to_end[skipped + 1])))
         return found
 

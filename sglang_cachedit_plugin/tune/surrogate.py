@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,7 +49,8 @@ class Forecast:
     Args:
         decibels: PSNR of the final latents for each prompt.
         drift: relative to the peak after each step, the mean over prompts, (T,).
-        weights: what the last computed outputs count on each cached step, oldest first.
+        weights: what the last computed outputs count on each cached step, oldest first; of one mask for all
+            branches.
     """
 
     decibels: np.ndarray
@@ -67,35 +69,58 @@ def score(decibels: Sequence[float] | np.ndarray) -> float:
     return float((1 - WORST) * values.mean() + WORST * values.min())
 
 
-def foretell(trajectories: Trajectories, mask: Mask, method: Method) -> Forecast:
-    """Run a schedule on the recorded trajectories, in terms of their outputs."""
-    t, gram, change = trajectories, trajectories.gram, trajectories.change
-    prompts, steps = len(gram), t.steps
-    drift = np.zeros((prompts, steps))
-    known: list[tuple[int, np.ndarray]] = []
-    weights, sizes = [], np.zeros((steps, prompts))
-    for step in range(steps):
-        if step in t.starts:
-            known.clear()
-        if mask[step] or step in t.starts:
-            output = t.gain[step] * drift
-            output[:, step] += 1.0
-            known.append((step, output))
-        else:
-            used = known[-(method.fitted or method.order + 1) :]
-            row = _weights(t, step, used, drift, method)
-            weights.append(tuple(float(each) for each in row))
-            output = np.einsum("m,mbt->bt", row, np.stack([each for _, each in used]))
-        drift = drift + change[step] * output
-        drift[:, step] -= change[step]
-        sizes[step] = np.einsum("bt,btu,bu->b", drift, gram, drift)
-    error = np.maximum(sizes[-1], 0.0) / t.peak**2
-    decibels = -10.0 * np.log10(error + FLOOR)
-    return Forecast(decibels, np.sqrt(np.maximum(sizes, 0.0) / t.peak**2).mean(1), tuple(weights))
+def by_branch(mask: Mask, steps: int) -> list[Mask]:
+    """The masks of the branches, one after the other in ``mask``; one for all where it has one entry a step."""
+    return [mask[first : first + steps] for first in range(0, len(mask), steps)]
+
+
+def foretell(t: Trajectories, mask: Mask, method: Method) -> Forecast:
+    """Run a schedule on the recorded trajectories, in terms of their outputs.
+
+    Args:
+        mask: one entry a step, or one after the other those of each branch.
+    """
+    masks = by_branch(mask, t.steps)
+    whole = t.vectors.sum(0)
+    branches, shares = ([whole], [1.0]) if len(masks) == 1 else (list(t.vectors), list(t.parts))
+    drift = np.zeros(whole.shape[1])
+    known: list[list[tuple[float, np.ndarray]]] = [[] for _ in masks]
+    weights, drifts = [], np.zeros_like(whole)
+    for step in range(t.steps):
+        added = -whole[step]
+        for own, outputs, share, history in zip(masks, branches, shares, known, strict=True):
+            if step in t.starts:
+                history.clear()
+            if own[step] or step in t.starts:
+                output = outputs[step] + (share * t.gain[step]) * drift
+                history.append((float(t.timesteps[step]), output))
+            else:
+                used = history[-(method.fitted or method.order + 1) :]
+                row = _weights(t, step, used, drift, method)
+                weights.append(tuple(row))
+                output = sum(weight * each for weight, (_, each) in zip(row, used, strict=True))
+            added = added + output
+        drift = drift + t.change[step] * added
+        drifts[step] = drift
+    sizes = np.square(drifts.reshape(t.steps, len(t.gram), -1)).sum(2)
+    return Forecast(-10.0 * np.log10(sizes[-1] + FLOOR), np.sqrt(sizes).mean(1), tuple(weights))
 
 
 def spread(t: Trajectories, mask: Mask, method: Method) -> np.ndarray:
-    """The largest relative error of the extrapolation at each step over the prompts, (T,); 0 where nothing is known."""
+    """The largest relative error of the extrapolation at each step over prompts and branches, (T,).
+
+    0 where nothing is known yet.
+    """
+    found = np.zeros(t.steps)
+    masks = by_branch(mask, t.steps)
+    for branch in range(len(t.parts)):
+        first = branch * t.steps
+        products = t.gram[:, first : first + t.steps, first : first + t.steps]
+        found = np.maximum(found, _spread(t, products, masks[branch % len(masks)], method))
+    return found
+
+
+def _spread(t: Trajectories, products: np.ndarray, mask: Mask, method: Method) -> np.ndarray:
     found, known = np.zeros(t.steps), []
     for step in range(t.steps):
         if step in t.starts:
@@ -106,7 +131,7 @@ def spread(t: Trajectories, mask: Mask, method: Method) -> np.ndarray:
             off = np.zeros(t.steps)
             off[used] = damped_weights(places, float(t.timesteps[step]), method.damping)
             off[step] -= 1.0
-            sizes = np.maximum(np.einsum("t,btu,u->b", off, t.gram, off), 0.0) / t.gram[:, step, step]
+            sizes = np.maximum(np.einsum("t,btu,u->b", off, products, off), 0.0) / products[:, step, step]
             found[step] = np.sqrt(sizes.max())
         if mask[step]:
             known.append(step)
@@ -114,21 +139,21 @@ def spread(t: Trajectories, mask: Mask, method: Method) -> np.ndarray:
 
 
 def _weights(
-    t: Trajectories, step: int, used: list[tuple[int, np.ndarray]], drift: np.ndarray, method: Method
-) -> np.ndarray:
+    t: Trajectories, step: int, used: list[tuple[float, np.ndarray]], drift: np.ndarray, method: Method
+) -> Sequence[float]:
     if not method.fitted:
-        places = [float(t.timesteps[at]) for at, _ in used]
-        return np.array(damped_weights(places, float(t.timesteps[step]), method.damping))
+        return _extrapolation(tuple(place for place, _ in used), float(t.timesteps[step]), method.damping)
     # The weights that bring the latents nearest to where they belong after this step, over all prompts:
     # the forecast makes up for the drift so far, as a corrector does.
     outputs = np.stack([each for _, each in used])
-    wanted = -drift / t.change[step]
-    wanted[:, step] += 1.0
-    scale = 1.0 / t.peak**2
-    left = np.einsum("mbt,btu->mbu", outputs, t.gram)
-    products = np.einsum("mbu,nbu,b->mn", left, outputs, scale)
-    right = np.einsum("mbu,bu,b->m", left, wanted, scale)
+    wanted = t.vectors[:, step].sum(0) - drift / t.change[step]
+    products = outputs @ outputs.T
     hold = np.zeros(len(used))
     hold[-1] = 1.0
     ridge = RIDGE * np.trace(products) / len(used)
-    return np.linalg.solve(products + ridge * np.eye(len(used)), right + ridge * hold)
+    return np.linalg.solve(products + ridge * np.eye(len(used)), outputs @ wanted + ridge * hold).tolist()
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _extrapolation(places: tuple[float, ...], at: float, damping: float) -> tuple[float, ...]:
+    return tuple(damped_weights(places, at, damping))

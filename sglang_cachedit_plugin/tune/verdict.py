@@ -38,9 +38,15 @@ def verify(evaluator: Evaluator, grid: Grid, prompts: Sequence[Prompt], candidat
         "speedup": float(np.median(uncached) / np.median(spent)),
         "psnr": quality.summary([figures["psnr"] for figures in each]),
         **({"ssim": quality.summary([f["ssim"] for f in each], "ssim")} if "ssim" in each[0] else {}),
-        "latent_psnr": quality.summary(latents), "mask": candidate.mask and list(candidate.mask),
+        "latent_psnr": quality.summary(latents), "mask": _lists(candidate.mask),
         "step_errors": candidate.drift and list(candidate.drift),
     }
+
+
+def _lists(mask: Any) -> Any:
+    if isinstance(mask, Mapping):
+        return {branch: list(each) for branch, each in mask.items()}
+    return mask and list(mask)
 
 
 def rivals(points: Sequence[Point], computed: float) -> list[Point]:
@@ -101,6 +107,8 @@ def better(points: Sequence[Point], tuned: Point) -> Point | None:
 def choose(points: Sequence[Point], steps: int, target: Mapping[str, float | None]) -> tuple[Point, str | None]:
     """The tuned point that meets the target with the fewest computed steps, and a remark where none does.
 
+    A least quality is looked for on the tuning prompts: held-out prompts only report.
+
     Args:
         target: one of ``min_psnr``, ``min_ssim``, ``speedup``, ``budget`` with its value.
     """
@@ -108,9 +116,9 @@ def choose(points: Sequence[Point], steps: int, target: Mapping[str, float | Non
     for metric in ("psnr", "ssim"):
         if (least := target.get(f"min_{metric}")) is not None:
             for point in tuned:
-                if point.get(metric) and point[metric]["mean"] >= least:
+                if point["tuning"][metric] >= least:
                     return point, None
-            return tuned[-1], f"no schedule that was tried reaches {metric.upper()} {least:g} on held-out prompts"
+            return tuned[-1], f"no schedule that was tried reaches {metric.upper()} {least:g} on tuning prompts"
     most = float(target["budget"]) if target.get("budget") else steps / float(target["speedup"])
     fitting = [point for point in tuned if point["computed"] <= most + 1e-6]
     if not fitting:

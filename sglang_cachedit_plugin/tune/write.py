@@ -10,7 +10,7 @@ import yaml
 
 from ..sources import read_file
 from . import verdict
-from .candidates import STATIC
+from .candidates import OUTPUT
 from .job import Result
 from .verdict import Point
 
@@ -32,25 +32,25 @@ _Dumper.add_representer(list, _sequence)
 
 def config(results: Sequence[Result]) -> dict[str, Any]:
     """The file's contents: every grid's rows in each profile, the chosen rows in ``cache_config``."""
-    shared = {"forecast": "output", **STATIC}
     profiles: dict[str, Any] = {}
     for result in results:
         for name, point in result.profiles.items():
+            served = verdict.better(result.points, point)
             if name == "chosen":
                 continue
-            served = verdict.better(result.points, point)
             if served is None:
-                profile = profiles.setdefault(name, {**shared, "schedules": []})
+                profile = profiles.setdefault(name, {**result.knobs[point["name"]], "schedules": []})
                 profile["schedules"].append(dict(result.rows[point["name"]]))
             elif served["kind"] in verdict.CACHE_KINDS and len(results) == 1:
                 profiles[name] = dict(served["settings"])
-    rows = [dict(result.rows[result.chosen["name"]]) for result in results if result.chosen is not None]
-    chosen = {**shared, "schedules": rows}
-    if len(results) == 1 and results[0].chosen is not None:
+    chosen = [(result, result.chosen["name"]) for result in results if result.chosen is not None]
+    knobs = chosen[0][0].knobs[chosen[0][1]] if chosen else OUTPUT
+    found = {**knobs, "schedules": [dict(result.rows[name]) for result, name in chosen]}
+    if len(results) == 1 and chosen:
         served = verdict.better(results[0].points, results[0].chosen)
         if served is not None and served["kind"] in verdict.CACHE_KINDS:
-            chosen = dict(served["settings"])
-    return {"cache_config": chosen, "profiles": profiles}
+            found = dict(served["settings"])
+    return {"cache_config": found, "profiles": profiles}
 
 
 def header(results: Sequence[Result], provenance: Mapping[str, Any], model: Mapping[str, Any]) -> list[str]:

@@ -135,7 +135,11 @@ def test_the_verdict_says_who_wins():
     ],
 )
 def test_the_target_chooses_the_fewest_steps_that_meet_it(target, name, remark):
-    points = [*FEWER, *(point(f"tuned-{n}", "tuned", n, mean) for n, mean in ((3, 25.0), (5, 33.0), (7, 36.0)))]
+    points = [
+        *FEWER,
+        *(point(f"tuned-{n}", "tuned", n, mean - 9.0, tuning={"psnr": mean})
+          for n, mean in ((3, 25.0), (5, 33.0), (7, 36.0))),
+    ]
     chosen, said = verdict.choose(points, 10, target)
     assert chosen["name"] == name
     assert (said is None) == (remark is None) and (remark or "") in (said or "")
@@ -151,11 +155,13 @@ MODEL = {"name": "demo", "backend": "native"}
 def tuned_result(steps: int, mean: float) -> Result:
     half = steps // 2
     mask = (1,) * half + (0,) * half
-    row = candidates.row(steps, (64, 64), np.linspace(1000, 10, steps), mask, Method(fitted=1), [(0.123456789,)] * half)
+    places, weights = np.linspace(1000, 10, steps), [(0.123456789,)] * half
+    row = candidates.row(steps, (64, 64), places, [mask], Method(fitted=1), weights)
     best = point(f"tuned-{half}", "tuned", half, mean)
     rival = point("growing", "growing_window", half, 30.0, settings={"forecast": "residual"})
     return Result(
-        grid=Grid(steps, (64, 64)), points=[best, rival], rows={best["name"]: row}, profiles={"tuned-50": best},
+        grid=Grid(steps, (64, 64)), points=[best, rival], rows={best["name"]: row},
+        knobs={best["name"]: candidates.OUTPUT}, profiles={"tuned-50": best},
         chosen=best,
     )
 

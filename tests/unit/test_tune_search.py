@@ -170,18 +170,61 @@ def test_guidance_is_found_from_the_latents():
     cond, uncond = rng.normal(size=(2, STEPS, 50))
     mixed = uncond + 4.0 * (cond - uncond)
     places = np.cumsum(np.concatenate([rng.normal(size=(1, 50)), CHANGE[:, None] * mixed]), axis=0)
-    velocity, change = combine({"cond": cond, "uncond": uncond}, places[:-1], places[-1], 1000 * SIGMAS)
-    np.testing.assert_allclose(velocity, mixed, atol=1e-8)
+    velocity, change, parts = combine({"cond": cond, "uncond": uncond}, places[:-1], places[-1], 1000 * SIGMAS)
+    np.testing.assert_allclose(velocity.sum(0), mixed, atol=1e-8)
+    np.testing.assert_allclose(velocity[0], 4.0 * cond, atol=1e-8)
+    np.testing.assert_allclose(parts, (4.0, -3.0))
     np.testing.assert_allclose(change, CHANGE)
 
 
 def test_without_comparable_latents_the_first_branch_stands_for_all():
     outputs = np.ones((STEPS, 5))
-    velocity, change = combine({"cond": outputs}, np.ones((STEPS, 9)), np.ones(5), 1000 * SIGMAS)
-    assert velocity is outputs
+    velocity, change, parts = combine({"cond": outputs}, np.ones((STEPS, 9)), np.ones(5), 1000 * SIGMAS)
+    np.testing.assert_array_equal(velocity[0], outputs)
+    assert parts == (1.0,)
     np.testing.assert_allclose(change, CHANGE)
 
 
 def test_the_score_leans_to_the_worst():
     assert score([40.0, 40.0]) == 40.0
     assert score([60.0, 20.0]) == pytest.approx(35.0)
+
+
+def two_branches(parts=(4.0, -3.0)) -> Trajectories:
+    """A conditional and an unconditional branch whose outputs do not hang on the latents."""
+    grams, peaks = [], []
+    for prompt in range(3):
+        values = np.stack([
+            part * np.stack([wavy(10 * prompt + branch, step, None) for step in range(STEPS)])
+            for branch, part in enumerate(parts)
+        ])
+        grams.append(products(values))
+        start = np.random.default_rng(prompt).normal(size=40)
+        peaks.append(np.ptp(start + CHANGE @ values.sum(0)))
+    return Trajectories(
+        timesteps=1000 * SIGMAS, change=CHANGE, gram=np.stack(grams), peak=np.array(peaks), parts=parts
+    )
+
+
+def test_masks_of_two_branches_are_foretold_as_each_alone():
+    t, other = two_branches(), (1, 1, 1, 0, 0, 1, 0)
+    assert foretell(t, (*MASK, *MASK), LINEAR).decibels == pytest.approx(foretell(t, MASK, LINEAR).decibels, abs=1e-6)
+    found = foretell(t, (*MASK, *other), LINEAR)
+    for prompt in range(3):
+        drift = np.zeros(40)
+        for branch, (part, mask) in enumerate(zip(t.parts, (MASK, other), strict=True)):
+            def field(step, x, p=10 * prompt + branch, part=part):
+                return part * wavy(p, step, x)
+
+            drift += loop(np.zeros(40), field, mask)[2] - loop(np.zeros(40), field)[2]
+        error = np.mean(drift**2) / t.peak[prompt] ** 2
+        assert found.decibels[prompt] == pytest.approx(-10 * np.log10(error + 1e-7), abs=1e-6)
+
+
+def test_a_branch_that_hardly_changes_gives_its_steps_to_the_other():
+    t = two_branches((4.0, -0.01))
+    start = (*MASK, *MASK)
+    mask = search.anneal(lambda each: foretell(t, each, LINEAR).score, start, 1000, random.Random(1), t.fixed)
+    assert sum(mask) == sum(start) and mask[0] == mask[STEPS] == 1
+    assert sum(mask[:STEPS]) > sum(mask[STEPS:])
+    assert foretell(t, mask, LINEAR).score > foretell(t, MASK, LINEAR).score + 3.0
