@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from .errors import SettingError
 from .overrides import Overrides
 from .profiles import BUILT_IN
+from .settings import NEEDS_OUTPUT
 from .sources import FileConfig, Resolved, Source, Value, read_request, resolve
 
 
@@ -92,6 +94,9 @@ class Defaults:
         profiles = [known[name]] if name else []
         order = [request, *profiles, live] if request.profile else [request, live, *profiles]
         resolved = resolve(*order, self.file.source, self.environment)
+        safety = request.primary.get("max_accumulated_diff")
+        if safety is not None and safety.value is not None and resolved.primary.forecast != "output":
+            raise SettingError("max_accumulated_diff", safety.value, safety.origin, NEEDS_OUTPUT)
         enabled = self.enabled if enable is None else enable
         return Decision(enabled=enabled, reason=self._why_off(enable, enabled), resolved=resolved)
 

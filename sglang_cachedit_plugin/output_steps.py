@@ -72,12 +72,12 @@ class OutputSteps:
                 if self._cached_by_plan(identity, history):
                     # Fitted weights belong to the schedule's own computed steps.
                     kept = history.guard is None or not history.guard.recomputed
-                    return history.predict(position, spec.weights.get(identity.step) if kept else None)
+                    return history.predict(position, spec.weights_of(identity.branch, identity.step) if kept else None)
                 output = original()
                 contexts.record(cached=False)
         except _SkipForward:
             contexts.end_forward()
-            return history.predict(position, spec.weights.get(identity.step))
+            return history.predict(position, spec.weights_of(identity.branch, identity.step))
         self._computed(identity, history, position, output)
         return output
 

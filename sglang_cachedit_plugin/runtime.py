@@ -61,8 +61,8 @@ class TransformerSpec:
         positions: place of each of the host's steps on the denoising path (timestep or sigma); None:
             their numbers.
         uncond_plan: the plan of the unconditional branch, where it has its own.
-        weights: for each of the host's steps that is cached, what the last computed outputs count, oldest first;
-            empty: those of the extrapolation.
+        weights: for each of the host's steps that ``plan`` caches, what the last computed outputs count, oldest
+            first; empty: those of the extrapolation. They do not hold for a branch with a plan of its own.
         spread: for each of the host's steps the largest error of the forecast on tuning prompts, None where the
             schedule was not tuned.
     """
@@ -79,6 +79,10 @@ class TransformerSpec:
     def plan_of(self, branch: str) -> StepPlan:
         """The plan of a CFG branch."""
         return self.uncond_plan if branch == "uncond" and self.uncond_plan is not None else self.plan
+
+    def weights_of(self, branch: str, step: int) -> tuple[float, ...] | None:
+        """The weights of a CFG branch at the host's step ``step``; None: those of the extrapolation."""
+        return self.weights.get(step) if self.plan_of(branch) is self.plan else None
 
     def position(self, step: int) -> float:
         """Place of the host's step ``step``."""

@@ -148,9 +148,11 @@ class Session:
         return RequestSpec(transformers=tuple(specs))
 
     def _spread(self, settings: CacheSettings, row: Row | None) -> tuple[float, ...] | None:
-        spread = row.spread if row is not None and settings.forecast == "output" else None
+        output = settings.forecast == "output"
+        spread = row.spread if row is not None and output else None
         if settings.max_accumulated_diff is not None and spread is None:
-            self.stats.note("max_accumulated_diff does nothing without a tuned schedule for these steps and size")
+            without = "a tuned schedule for these steps and size" if output else "forecast: output"
+            self.stats.note(f"max_accumulated_diff does nothing without {without}")
         return spread
 
     def _tuned(
@@ -198,7 +200,7 @@ class Session:
 
 
 def _uncond_plan(plan: StepPlan, row: Row | None, first: int) -> StepPlan | None:
-    if row is None or row.uncond_mask is None:
+    if row is None or row.uncond_mask in (None, row.mask):
         return None
     return replace(plan, mask=row.uncond_mask[first : first + plan.num_steps])
 

@@ -170,15 +170,23 @@ INERT_KNOBS: Mapping[str, str] = {
 }
 """Knobs of cache-dit that are read, checked as booleans, and need no action here."""
 
+NEEDS_OUTPUT = "it watches forecasts of the output: it needs forecast: output"
+
 
 def check_consistent(values: Mapping[str, Any], origin: str) -> None:
     """Refuse settings of one source that contradict each other."""
     if values.get("enable_taylorseer") and values.get("enable_dmd"):
         raise SettingError("enable_dmd", True, origin, "TaylorSeer and DMD exclude each other, enable one")
+    if values.get("max_accumulated_diff") is not None and values.get("forecast", "output") != "output":
+        raise SettingError("max_accumulated_diff", values["max_accumulated_diff"], origin, NEEDS_OUTPUT)
     if values.get("schedules") is not None:
         for other in ("steps_computation_mask", "scm_compute_bins"):
             if values.get(other) is not None:
                 raise SettingError(other, values[other], origin, "it excludes schedules, give one of them")
+    _check_bins(values, origin)
+
+
+def _check_bins(values: Mapping[str, Any], origin: str) -> None:
     compute, cache = values.get("scm_compute_bins"), values.get("scm_cache_bins")
     if (compute is None) != (cache is None):
         missing = "scm_cache_bins" if cache is None else "scm_compute_bins"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
@@ -12,32 +15,57 @@ import yaml
 from .conftest import ROOT, host_environment, run_probe
 
 STEPS, BUDGET = 6, 4
-BASE = {
-    "width": 64, "height": 64, "prompt": "red apple", "seed": 1, "negative_prompt": "green cat", "true_cfg_scale": 3.0,
-}
+GUIDED = {"negative_prompt": "green cat", "true_cfg_scale": 3.0}
+BASE = {"width": 128, "height": 128, "prompt": "red apple", "seed": 1, **GUIDED}
 MAIN = "import sys; from sglang_cachedit_plugin.cli import main; sys.exit(main())"
+DEMO = ROOT / "sglang_cachedit_plugin" / "demo" / "FLUX.1-dev"
 
 
-def tune(models, folder) -> subprocess.CompletedProcess:
+def start(folder) -> subprocess.Popen:
     command = [
-        sys.executable, "-c", MAIN, "tune", "--model-path", str(models["flux"]),
-        "--prompts", str(folder / "prompts.txt"), "--steps", str(STEPS), "--size", "64x64", "--budget", str(BUDGET),
+        sys.executable, "-c", MAIN, "tune", "--model-path", str(DEMO),
+        "--prompts", str(folder / "prompts.txt"), "--steps", str(STEPS), "--size", "128x128", "--budget", str(BUDGET),
         "--tune-limit", "1", "--heldout-limit", "1", "--evaluations", "1", "--work", str(folder / "work"),
         "--shares", "0.5", "--report", str(folder / "report"), "--out", str(folder / "tuned.yaml"), "--peers", "plain",
-        "--server", "attention_backend=torch_sdpa", "--request", "negative_prompt=green cat",
-        "--request", "true_cfg_scale=3.0",
+        "--server", "attention_backend=torch_sdpa",
+        *(f"--request={name}={value}" for name, value in GUIDED.items()),
     ]
-    environment = host_environment()
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=host_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    """What the run said, when it has ended well."""
+    out, err = process.communicate(timeout=900)
+    assert process.returncode == 0, out[-2000:] + err[-4000:]
+    return err
+
+
+def served(said: str) -> int:
+    """Requests that a run gave to the host."""
+    return int(re.findall(r"(\d+) requests served", said)[-1])
 
 
 @pytest.fixture(scope="module")
-def tuned(models, tmp_path_factory):
-    """Folder of a finished run."""
+def tuned(tmp_path_factory):
+    """Folder of a run that was interrupted during its trials and finished by the same command."""
     folder = tmp_path_factory.mktemp("tune")
     (folder / "prompts.txt").write_text("blue moon\nred apple\ngreen cat\n")
-    done = tune(models, folder)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    process = start(folder)
+    known = folder / "work" / "evaluations"
+    deadline = time.monotonic() + 600
+    while len(list(known.glob("*.npz"))) < 4 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, said[-4000:]
+    assert "Interrupted. The same command goes on" in said
+    assert not (folder / "tuned.yaml").exists()
+    kept = {path.name: path.stat().st_mtime_ns for path in known.glob("*.npz")}
+    assert len(kept) >= 4
+    assert served(finish(start(folder))) == len(list(known.glob("*.npz"))) - len(kept)
+    assert all((known / name).stat().st_mtime_ns == when for name, when in kept.items())
     return folder
 
 
@@ -55,26 +83,25 @@ def test_the_run_leaves_a_file_and_a_report(tuned):
     assert {row["images"]["chosen"] for row in results["sheet"]} == {"pictures/0-chosen.png"}
 
 
-def test_the_same_command_measures_nothing_again_and_comes_to_the_same(models, tuned):
+def test_the_same_command_measures_nothing_again_and_comes_to_the_same(tuned):
     before = (tuned / "tuned.yaml").read_bytes()
-    done = tune(models, tuned)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "] 0 requests served" in done.stderr
+    assert served(finish(start(tuned))) == 0
     assert (tuned / "tuned.yaml").read_bytes() == before
 
 
-def test_the_host_serves_the_file(models, tuned):
+def test_the_host_serves_the_file(tuned):
     file = yaml.safe_load((tuned / "tuned.yaml").read_text())
     rows = {row["steps"]: row for row in file["cache_config"].get("schedules", [])}
-    server = {"model_path": str(models["flux"]), "cache_dit_config": str(tuned / "tuned.yaml")}
+    server = {"model_path": str(DEMO), "cache_dit_config": str(tuned / "tuned.yaml")}
     requests = [BASE | {"num_inference_steps": STEPS}, BASE | {"num_inference_steps": 9}]
     exact, other = run_probe([{"name": "tuned", "server": server, "requests": requests}], tuned / "probe")["tuned"]
     assert exact["error"] is None and exact["report"]["reason"] is None
     branches = exact["report"]["transformers"]["transformer"]["branches"]
     assert set(branches) == {"cond", "uncond"}
-    assert all(len(branch["computed"]) == BUDGET for branch in branches.values())
+    assert sum(len(branch["computed"]) for branch in branches.values()) == 2 * BUDGET
     if rows:
-        computed = [step for step, one in enumerate(rows[STEPS]["mask"]) if one == "1"]
-        assert branches["cond"]["computed"] == computed
+        masks = {"cond": rows[STEPS]["mask"], "uncond": rows[STEPS].get("uncond_mask", rows[STEPS]["mask"])}
+        for branch, mask in masks.items():
+            assert branches[branch]["computed"] == [step for step, one in enumerate(mask) if one == "1"]
         assert "resampled over timesteps" in other["report"]["reason"] or "step number" in other["report"]["reason"]
-        assert other["report"]["computed_steps"] == 6
+        assert other["report"]["computed_steps"] < 9

@@ -7,7 +7,10 @@ import math
 import pytest
 import torch
 
+from sglang_cachedit_plugin.defaults import Defaults
+from sglang_cachedit_plugin.errors import SettingError
 from sglang_cachedit_plugin.guard import ForecastGuard, relative_error
+from sglang_cachedit_plugin.sources import read_request
 from sglang_cachedit_plugin.tune.surrogate import Method, spread
 
 from .test_output_forecast import MASK, STATIC, CacheSettings, run, transformer  # noqa: F401
@@ -65,6 +68,17 @@ def test_the_report_says_what_the_guard_did():
     _, untuned = serve([ROW], knobs=knobs)
     assert untuned["cached_steps"] == 2
     assert "max_accumulated_diff does nothing without a tuned schedule" in untuned["reason"]
+
+
+def test_forecasts_of_the_residual_are_not_watched_and_a_request_is_told():
+    with pytest.raises(SettingError, match=r"max_accumulated_diff = 1\.0 .*needs forecast: output"):
+        Defaults().decide(True, {"max_accumulated_diff": 1.0})
+    with pytest.raises(SettingError, match="needs forecast: output"):
+        read_request({"max_accumulated_diff": 1.0, "forecast": "residual"})
+    server = Defaults(environment=read_request({"max_accumulated_diff": 1.0, "forecast": "output"}))
+    assert server.decide(True, None).resolved.primary.max_accumulated_diff == 1.0
+    server = Defaults(environment=read_request({"max_accumulated_diff": 1.0}))
+    assert server.decide(True, {"forecast": "residual"}).resolved.primary.forecast == "residual"
 
 
 def test_the_tuned_spread_is_the_largest_error_of_the_extrapolation():

@@ -50,6 +50,16 @@ def test_weights_and_damping_of_the_row_are_used():
     assert not torch.equal(held, linear)
 
 
+def test_weights_hold_for_the_mask_that_they_were_fitted_to():
+    row = {"steps": STEPS, "mask": "111010", "weights": [[1.0], [1.0]]}
+    shared, _ = serve([row])
+    same, _ = serve([{**row, "uncond_mask": "111010"}])
+    assert torch.equal(shared, same)
+    apart, _ = serve([{**row, "uncond_mask": "110101"}])
+    cond_only, _ = serve([{"steps": STEPS, "mask": "111010", "damping": 0.0, "uncond_mask": "110101"}])
+    assert not torch.equal(apart, cond_only)
+
+
 def test_other_steps_are_resampled_and_the_report_says_so():
     _, report = serve([{"steps": 12, "size": "64x64", "mask": "111110001000"}])
     assert branches(report)["cond"] == [3, 4, 5]
