@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..profiles import KNOBS_OF
 from .evaluate import OFF
 from .search import growing_window
 from .surrogate import Mask, Method
@@ -140,6 +141,14 @@ def stock(steps: int) -> list[Candidate]:
             found.append(cached(f"{name}-every-{interval}", "baseline", f"{label}, every {_nth(interval)} step", fixed,
                                 family=f"{label}, even"))
     return found
+
+
+def built_in() -> list[Candidate]:
+    """The profiles that every server knows."""
+    return [
+        cached(f"profile-{name}", "baseline", f"built-in profile {name}", knobs, family="built-in profiles")
+        for name, knobs in KNOBS_OF.items()
+    ]
 
 
 def _nth(interval: int) -> str:

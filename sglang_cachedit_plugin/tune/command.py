@@ -177,7 +177,7 @@ def _finish(args: argparse.Namespace, plan: Plan, results: Sequence[Result], eva
     }
     write.write(args.out, results, provenance, model)
     print(f"\n{args.out}:")
-    print("\n".join(write.header(results, provenance, model)[7:]))
+    print("\n".join(write.figures(results)))
     if args.report is not None:
         figures = outcome.results(plan, results, evaluator, provenance, model, args.report)
         print(f"Report: {report.write_report(figures, args.report)}")

@@ -161,7 +161,7 @@ class _Grid:
         found = [candidates.fewer_steps(budget) for budget in sorted(beside | set(budgets))]
         for budget in budgets:
             found += candidates.growing(steps, budget)
-        found += [*candidates.stock(steps), *candidates.host_peers(steps)]
+        found += [*candidates.stock(steps), *candidates.built_in(), *candidates.host_peers(steps)]
         return [each for each in found if each.name.startswith(tuple(self.plan.peers))]
 
     def _choose(self) -> None:

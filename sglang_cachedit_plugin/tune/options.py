@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--evaluations", type=int, default=8, metavar="N", help="trials in the host a budget (8)")
     parser.add_argument("--peers", default="plain", metavar="NAMES",
                         help="what else is measured: none, plain (fewer steps, growing window), all, or beginnings of "
-                        "names with commas: fewer, growing, dbcache, scm, taylorseer, dmd, teacache, spectrum")
+                        "names with commas: fewer, growing, dbcache, scm, taylorseer, dmd, profile, teacache, spectrum")
     parser.add_argument("--shares", default="0.25,0.35,0.5,0.6", metavar="PARTS",
                         help="parts of the steps computed in the named profiles (0.25,0.35,0.5,0.6)")
     parser.add_argument("--work", type=Path, default=Path("outputs/tune"), metavar="DIR",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,17 +54,44 @@ def config(results: Sequence[Result]) -> dict[str, Any]:
     return {"cache_config": found, "profiles": profiles}
 
 
-def header(results: Sequence[Result], provenance: Mapping[str, Any], model: Mapping[str, Any]) -> list[str]:
-    """Figures and provenance, as comment lines without the mark."""
-    lines = [
-        f"Schedules tuned for {model['name']}, {model['backend']} backend.",
-        f"  {provenance['command']}",
+def preamble(
+    path: Path, results: Sequence[Result], provenance: Mapping[str, Any], model: Mapping[str, Any]
+) -> list[str]:
+    """What the file is, how it is used and how it came about, as comment lines without the mark."""
+    steps = " and ".join(dict.fromkeys(str(result.grid.steps) for result in results))
+    schema = _schema_beside(path)
+    return [
+        *([f"yaml-language-server: $schema={schema}"] if schema else []),
+        f"Schedules tuned for {model['name']} on the {model['backend']} backend, {steps} steps.",
+        "Hardware: any.",
+        f"  sglang generate --model-path {model['name']} --cache-dit-config {_shown(path)} --num-inference-steps "
+        f"{results[0].grid.steps} --prompt \"...\"",
+        "A request takes another profile with cache_dit_params.profile. For steps or sizes that are not listed the",
+        "nearest row is resampled, and the report of the request says so.",
+        f"Made by {provenance['command']}",
         f"{provenance['date']}, {provenance['machine']}, SGLang {provenance['host']}, "
         f"cache-dit {provenance['cache_dit']}, seed {provenance['seed']},",
-        f"{provenance['prompts']['tune']} prompts to tune on, {provenance['prompts']['heldout']} held-out prompts.",
-        "Serve with --cache-dit-config THIS_FILE; a request takes another profile with cache_dit_params.profile.",
-        "Steps or sizes that are not listed: the nearest row is resampled, and the report of the request says so.",
+        f"{provenance['prompts']['tune']} prompts to tune on, {provenance['prompts']['heldout']} held-out prompts "
+        "that had no say in the search.",
     ]
+
+
+def _schema_beside(path: Path) -> str | None:
+    """The schema as seen from the file, where both are in one checkout."""
+    package = Path(__file__).resolve().parents[1]
+    folder = path.resolve().parent
+    if package.parent not in (folder, *folder.parents) or not (package.parent / "pyproject.toml").is_file():
+        return None
+    return os.path.relpath(package / "cache-dit-config.schema.json", folder)
+
+
+def _shown(path: Path) -> str:
+    return path.name if path.is_absolute() else str(path)
+
+
+def figures(results: Sequence[Result]) -> list[str]:
+    """Held-out figures and the choice, as comment lines without the mark."""
+    lines = []
     for result in results:
         lines += ["", f"{result.grid.label}, against the uncached pictures of the held-out prompts:"]
         lines += [f"  {_figures(point)}" for point in sorted(result.points, key=lambda p: (p["computed"], p["name"]))
@@ -100,7 +128,8 @@ def _wrapped(text: str, width: int = 112) -> list[str]:
 
 def write(path: Path, results: Sequence[Result], provenance: Mapping[str, Any], model: Mapping[str, Any]) -> None:
     """Write the file, after reading it back the way a server will."""
-    comments = "".join(f"# {line}".rstrip() + "\n" for line in header(results, provenance, model))
+    lines = [*preamble(path, results, provenance, model), *figures(results)]
+    comments = "".join(f"# {line}".rstrip() + "\n" for line in lines)
     body = config(results)
     text = comments + yaml.dump(body, Dumper=_Dumper, sort_keys=False, width=1000)
     read_file(body)

@@ -72,7 +72,8 @@ def test_a_recipe(path):
     assert purpose.startswith("# ") and purpose.endswith(".")
     assert sum(line.startswith("# Hardware: ") for line in lines) == 1
     command = next(line for line in lines if line.startswith("#   sglang generate"))
-    assert f"--cache-dit-config configs/{path.name}" in command and "--backend diffusers" in command
+    assert f"--cache-dit-config configs/{path.name}" in command
+    assert "--backend diffusers" in command or not file.passed_on
     assert ("native" in header.lower()) or file.passed_on, "a cache alone works natively too, and says so"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from sglang_cachedit_plugin.tune.evaluate import Grid
 from sglang_cachedit_plugin.tune.job import Result
 from sglang_cachedit_plugin.tune.store import Store, fingerprint
 from sglang_cachedit_plugin.tune.surrogate import Method
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_result_comes_back_and_a_cut_one_does_not(tmp_path):
@@ -170,7 +173,7 @@ def test_the_written_file_serves_every_grid(tmp_path):
     path = tmp_path / "deep" / "tuned.yaml"
     write.write(path, [tuned_result(8, 40.0), tuned_result(12, 41.0)], PROVENANCE, MODEL)
     text = path.read_text()
-    assert text.startswith("# Schedules tuned for demo, native backend.\n")
+    assert text.startswith("# Schedules tuned for demo on the native backend, 8 and 12 steps.\n# Hardware: any.\n")
     assert "# 12 steps 64x64" in text and "tuned-6" in text
     defaults = Defaults(file=read_file(str(path)))
     for params in (None, {"profile": "tuned-50"}):
@@ -179,6 +182,15 @@ def test_the_written_file_serves_every_grid(tmp_path):
         assert found.schedules[0].weights[0] == (0.12346,)
         assert (found.forecast, found.steps_computation_policy, found.max_warmup_steps) == ("output", "static", 0)
     assert "&" not in yaml.dump(yaml.safe_load(text)) or "*id" not in text
+
+
+def test_a_file_in_the_checkout_names_the_schema():
+    def first(path):
+        return write.preamble(Path(path), [tuned_result(8, 40.0)], PROVENANCE, MODEL)[0]
+
+    schema = first(ROOT / "configs" / "t.yaml").removeprefix("yaml-language-server: $schema=")
+    assert (ROOT / "configs" / schema).is_file()
+    assert first("/elsewhere/t.yaml").startswith("Schedules tuned")
 
 
 def test_the_better_one_is_written_where_the_tuned_schedule_loses(tmp_path):
