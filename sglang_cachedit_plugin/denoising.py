@@ -58,7 +58,7 @@ class CacheDitDenoisingMixin:
             loop = own_loops.of(type(self))
             identify = loop.identify(batch) if loop is not None and loop.identify is not None else _identify
             _open_request(
-                self, batch, session, identify, _steps(self, num_inference_steps), joint=joint,
+                self, batch, self.server_args, session, identify, _steps(self, num_inference_steps), joint=joint,
                 one_config=self._cache_dit_secondary_uses_primary_config(),
             )
         # Some stages keep what a cached forward needs only while this is set.
@@ -112,11 +112,11 @@ def _declined(stage: Any, batch: Any, session: Session) -> str | None:
 
 
 def _open_request(
-    stage: Any, batch: Any, session: Session, identify: Identify, steps: dict[str, tuple[int, int]], *,
-    joint: bool = False, one_config: bool = False,
+    stage: Any, batch: Any, server_args: Any, session: Session, identify: Identify,
+    steps: dict[str, tuple[int, int]], *, joint: bool = False, one_config: bool = False,
 ) -> None:
     mounted = _mounted(stage)
-    with_graphs = bool(stage.server_args.enable_breakable_cuda_graph)
+    with_graphs = bool(server_args.enable_breakable_cuda_graph)
     mounted.backend.identify = graphs.nobody if with_graphs else identify
     mounted.backend.groups = host.groups(
         _running or [stage], batch, joint=joint, patch_size=getattr(stage.transformer, "patch_size", None)
@@ -127,7 +127,7 @@ def _open_request(
     if with_graphs and session.stats.enabled:
         graphs.serve(mounted.backend.mounted.values(), identify)
     elif batch.is_warmup:
-        session.rehearse(compiled=bool(stage.server_args.enable_torch_compile))
+        session.rehearse(compiled=bool(server_args.enable_torch_compile))
 
 
 def _enter_own_loop(stage: Any, batch: Any, server_args: Any, loop: OwnLoop) -> None:
@@ -142,7 +142,8 @@ def _enter_own_loop(stage: Any, batch: Any, server_args: Any, loop: OwnLoop) -> 
     if not reason and getattr(stage, "transformer", None) is None:
         reason = "its transformer is not loaded yet"
     if not reason:
-        _open_request(stage, batch, session, loop.identify(batch), {"transformer": (0, own_loops.num_steps(batch))})
+        steps = {"transformer": (0, own_loops.num_steps(batch))}
+        _open_request(stage, batch, server_args, session, loop.identify(batch), steps)
     elif decision.resolved.primary.strict:
         raise MountError(f"{type(stage).__name__}: {reason}")
     else:

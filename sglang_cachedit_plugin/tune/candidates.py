@@ -72,16 +72,21 @@ def row(
     Args:
         masks: one for all CFG branches, or the conditional and the unconditional one.
     """
-    texts = ["".join(map(str, mask)) for mask in masks]
-    found: dict[str, Any] = {"steps": steps, "size": "x".join(map(str, size)), "mask": texts[0]}
-    if texts[-1] != texts[0]:
-        found["uncond_mask"] = texts[-1]
-    found["order"] = method.order
+    found = {**bare_row(steps, size, masks), "order": method.order}
     if method.damping != 1.0:
         found["damping"] = method.damping
     if method.fitted:
         found["weights"] = [[round(weight, 5) for weight in each] for each in weights]
         found["timesteps"] = [round(float(place), 4) for place in timesteps]
+    return found
+
+
+def bare_row(steps: int, size: tuple[int, ...], masks: Sequence[Mask]) -> dict[str, Any]:
+    """A row that says only which steps are computed."""
+    texts = ["".join(map(str, mask)) for mask in masks]
+    found: dict[str, Any] = {"steps": steps, "size": "x".join(map(str, size)), "mask": texts[0]}
+    if texts[-1] != texts[0]:
+        found["uncond_mask"] = texts[-1]
     return found
 
 

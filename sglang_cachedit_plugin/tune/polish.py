@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from . import search, surrogate
-from .candidates import OUTPUT, RESIDUAL, STATIC, Candidate, cached, row
+from .candidates import OUTPUT, RESIDUAL, STATIC, Candidate, bare_row, cached, row
 from .evaluate import Evaluator, Grid, Prompt
 from .surrogate import Mask, Method, foretell, score
 from .trajectory import Trajectories
@@ -194,11 +194,9 @@ class Tuner:
         foretold = foretell(self.by_recall[trial.recall], trial.mask, trial.method)
         spread = surrogate.spread(self.by_recall[trial.recall], trial.mask, trial.method)
         masks = surrogate.by_branch(trial.mask, self.grid.steps)
-        computed = sum(trial.mask) / len(masks)
         return cached(
-            name, "tuned", f"tuned, {computed:g} computed", settings, method=trial.method,
-            mask=masks[0] if len(masks) == 1 else {"cond": masks[0], "uncond": masks[1]},
-            computed=None if len(masks) == 1 else computed, family="tuned",
+            name, "tuned", f"tuned, {sum(trial.mask) / len(masks):g} computed", settings, method=trial.method,
+            mask=_named(masks), computed=_computed(masks), family="tuned",
             drift=tuple(float(each) for each in foretold.drift),
             row=settings["schedules"][0] | {"spread": [round(float(each), 5) for each in spread]},
         )
@@ -206,15 +204,24 @@ class Tuner:
     def residual_variants(self, best: Trial) -> list[tuple[Candidate, float, int]]:
         """The same schedule with the blocks' residual forecast in place of the output: score, and on how many prompts.
         """
-        mask = surrogate.by_branch(best.mask, self.grid.steps)[0]
-        own = {"steps": self.grid.steps, "size": "x".join(map(str, self.grid.size)), "mask": "".join(map(str, mask))}
+        masks = surrogate.by_branch(best.mask, self.grid.steps)
+        own = bare_row(self.grid.steps, self.grid.size, masks)
         found = []
         for label, settings in RESIDUAL.items():
             knobs = {**STATIC, "forecast": "residual", **settings}
             candidate = cached(
-                f"residual: {label}", "tuned", f"tuned mask, {label}", {**knobs, "schedules": [own]}, mask=mask,
-                family="tuned", row=own,
+                f"residual: {label}", "tuned", f"tuned mask, {label}", {**knobs, "schedules": [own]},
+                mask=_named(masks), computed=_computed(masks), family="tuned", row=own,
             )
             value, decibels = self._measure(candidate.request, best)
             found.append((candidate, value, len(decibels)))
         return found
+
+
+def _named(masks: Sequence[Mask]) -> Mask | dict[str, Mask]:
+    return masks[0] if len(masks) == 1 else {"cond": masks[0], "uncond": masks[1]}
+
+
+def _computed(masks: Sequence[Mask]) -> float | None:
+    """Computed steps over both branches; None where one mask says it."""
+    return None if len(masks) == 1 else sum(map(sum, masks)) / len(masks)
