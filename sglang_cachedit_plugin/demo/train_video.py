@@ -1,7 +1,8 @@
 """Train the video demo: `python -m sglang_cachedit_plugin.demo.train_video FOLDER/Wan2.2-T2V-A14B-Diffusers`.
 
-Emoji that cross the frame in one of four directions, named in the prompt ("red apple moving left"). First the
-causal VAE, then both experts and the text encoder together, each expert on its own range of noise.
+Emoji that cross the frame in one of four directions, named in the prompt ("red apple moving left"), in one of four
+lanes, which the seed chooses. First the causal VAE, then both experts and the text encoder together, each expert on
+its own range of noise.
 """
 
 import argparse
@@ -22,16 +23,18 @@ SHORT, FULL = 32, 512  # text tokens; the hosts pad to FULL
 EVERY = 4  # every fourth name, so that few parameters suffice
 SHARE = 0.5  # of the frame's side that the emoji takes
 DIRECTIONS = {"right": (1.0, 0.0), "left": (-1.0, 0.0), "down": (0.0, 1.0), "up": (0.0, -1.0)}
+LANES = (-0.75, -0.25, 0.25, 0.75)  # beside the middle, of what room the emoji leaves; see placements.py for why
 TEMPLATES = ("{n} moving {d}", "a {n} moving {d}", "emoji of a {n} moving {d}", "A video of a {n} moving {d}.")
 KL_WEIGHT = 1e-6
 
 
-def moving(pictures: torch.Tensor, direction: tuple[float, float]) -> torch.Tensor:
+def moving(pictures: torch.Tensor, direction: tuple[float, float], lane: float) -> torch.Tensor:
     """(B, 3, 128, 128) -> (B, 3, 9, 64, 64): from one side of the frame to the other."""
+    across = torch.tensor(direction).flip(0).abs() * lane
     small = F.interpolate(pictures, SIDE, mode="area")
     frames = []
     for step in torch.linspace(-1.0, 1.0, FRAMES).tolist():
-        shift = torch.tensor(direction) * step * (1.0 - SHARE)
+        shift = (torch.tensor(direction) * step + across) * (1.0 - SHARE)
         matrix = torch.cat([torch.eye(2) / SHARE, -shift[:, None] / SHARE], dim=1)
         frames.append(place(small, matrix.to(pictures.device).expand(len(small), 2, 3)))
     return torch.stack(frames, dim=2)
@@ -42,7 +45,7 @@ def vae_loss(vae, videos: torch.Tensor, batch: int) -> torch.Tensor:
     target = videos[torch.randint(len(videos), (batch,), device=videos.device)].float()
     with autocast(videos.device):
         posterior = vae.encode(target).latent_dist
-        drawn = vae.decode(posterior.mean + torch.randn_like(posterior.mean) * posterior.std).sample
+        drawn = video_model.decode(vae, posterior.mean + torch.randn_like(posterior.mean) * posterior.std)
     edges = sum((drawn.diff(dim=d) - target.diff(dim=d)).abs().mean() for d in (-1, -2))
     kl = posterior.kl().mean()
     return (drawn - target).abs().mean() + F.mse_loss(drawn.float(), target) + edges + KL_WEIGHT * kl
@@ -54,12 +57,21 @@ def encode_videos(vae, videos: torch.Tensor) -> torch.Tensor:
     return torch.cat([vae.encode(part.float()).latent_dist.mean for part in videos.split(64)])
 
 
+@torch.no_grad()
+def reconstruction_psnr(vae, videos: torch.Tensor) -> float:
+    """Mean PSNR over videos in [-1, 1], in dB."""
+    drawn = video_model.decode(vae, encode_videos(vae, videos)).clamp(-1, 1)
+    errors = ((drawn - videos.float()) / 2).square().mean(dim=(1, 2, 3, 4))
+    return float((-10.0 * errors.log10()).mean())
+
+
 def train_vae(vae, videos: torch.Tensor, args) -> None:
     """Train, keep the averages, and write the channels' mean and spread into the configuration."""
     loop = Loop(lambda: vae_loss(vae, videos, args.vae_batch), [vae], rate=2e-3, ema=0.998, graph=args.graph)
     loop.run(args.vae_seconds, watch_every=args.watch_every)
     loop.swap()
     latents = encode_videos(vae, videos[:: max(1, len(videos) // 512)])
+    print(f"VAE: {reconstruction_psnr(vae, videos[:: len(videos) // 64]):.2f} dB", flush=True)
     vae.register_to_config(
         latents_mean=[round(v, 5) for v in latents.mean(dim=(0, 2, 3, 4)).tolist()],
         latents_std=[round(v, 5) for v in latents.std(dim=(0, 2, 3, 4)).tolist()],
@@ -72,11 +84,12 @@ def prompts_for(name: str, direction: str) -> list[str]:
 
 
 class Videos:
-    """Latents of all videos, ordered by name and then direction, and the ids of their prompts."""
+    """Latents of all videos, by name and direction and then lane, and the ids of their prompts."""
 
     def __init__(self, nets: VideoNetworks, videos: torch.Tensor, names: list[str]):
         device = videos.device
-        self.latents = video_model.normalise(encode_videos(nets.vae, videos), nets.vae.config)
+        latents = video_model.normalise(encode_videos(nets.vae, videos), nets.vae.config)
+        self.latents = latents.unflatten(0, (-1, len(LANES)))  # (names * directions, lanes, 16, 3, 8, 8)
         lines = [line for name in names for direction in DIRECTIONS for line in prompts_for(name, direction)]
         ids = text.encode(nets.tokenizer, lines, SHORT)
         self.ids = torch.from_numpy(ids).view(len(self.latents), len(TEMPLATES), SHORT).to(device)
@@ -90,11 +103,12 @@ class Videos:
         """
         device = self.latents.device
         which = torch.randint(len(self.latents), (batch,), device=device)
+        lane = torch.randint(len(LANES), (batch,), device=device)
         ids = self.ids[which, torch.randint(self.ids.shape[1], (batch,), device=device)]
         noise = torch.randint(2, self.vocabulary, (batch, SHORT), device=device)
         fate = torch.rand(batch, 1, device=device)
         ids = torch.where(fate < DROP_TEXT, self.empty, ids)
-        return self.latents[which], torch.where(fate > 1.0 - DROP_TEXT, noise, ids)
+        return self.latents[which, lane], torch.where(fate > 1.0 - DROP_TEXT, noise, ids)
 
 
 def expert_loss(expert, encoder, pool: Videos, batch: int, length: int, low: float, high: float):
@@ -118,10 +132,10 @@ def flow_loss(nets: VideoNetworks, pool: Videos, batch: int, length: int) -> tor
 
 @torch.no_grad()
 def retrieval(nets: VideoNetworks, pool: Videos, length: int, count: int, steps: int = 20) -> float:
-    """Share of prompts whose drawn latent is nearest to the video they name, plain Euler steps."""
+    """Share of prompts whose drawn latent is nearest to one of the videos they name, plain Euler steps."""
     device = pool.latents.device
     chosen = torch.linspace(0, len(pool.latents) - 1, min(count, len(pool.latents)), device=device).long()
-    x = torch.randn(len(chosen), *pool.latents.shape[1:], device=device)
+    x = torch.randn(len(chosen), *pool.latents.shape[2:], device=device)
     times = torch.linspace(1.0, 0.0, steps + 1).tolist()
     with autocast(device):
         context = video_model.encode_text(nets.encoder, pool.ids[chosen, 0], length)
@@ -129,8 +143,8 @@ def retrieval(nets: VideoNetworks, pool: Videos, length: int, count: int, steps:
             expert = nets.high if now >= BOUNDARY else nets.low
             timestep = torch.full((len(x),), 1000.0 * now, device=device)
             x = x + (then - now) * expert(x, timestep, context, return_dict=False)[0].float()
-    nearest = torch.cdist(x.flatten(1), pool.latents.flatten(1)).argmin(dim=1)
-    return float((nearest == chosen).float().mean())
+    nearest = torch.cdist(x.flatten(1), pool.latents.flatten(0, 1).flatten(1)).argmin(dim=1)
+    return float((nearest // len(LANES) == chosen).float().mean())
 
 
 def train_flow(nets: VideoNetworks, pool: Videos, args, length: int, seconds: float, rate: float) -> None:
@@ -166,10 +180,11 @@ def build(names: list[str], device) -> VideoNetworks:
 
 
 def load_videos(arrays: dict[str, np.ndarray], device) -> tuple[torch.Tensor, list[str]]:
-    """Every video, (names * 4, 3, 9, 64, 64) in half precision, and the names."""
+    """Every video, (names * directions * lanes, 3, 9, 64, 64) in half precision, and the names."""
     names = arrays["names"].tolist()[::EVERY]
     pictures = as_float(arrays["images"][: len(arrays["names"]) : EVERY], device)
-    videos = torch.stack([moving(pictures, direction).half() for direction in DIRECTIONS.values()], dim=1)
+    ways = itertools.product(DIRECTIONS.values(), LANES)
+    videos = torch.stack([moving(pictures, direction, lane).half() for direction, lane in ways], dim=1)
     return videos.flatten(0, 1), names
 
 

@@ -44,6 +44,22 @@ def make_vae():
     )
 
 
+def decode(vae, latents: torch.Tensor) -> torch.Tensor:
+    """(B, 16, F, h, w) -> videos (B, 3, 4 F - 3, 8 h, 8 w) that may leave [-1, 1].
+
+    diffusers' `AutoencoderKLWan.decode` clamps: where a value has left the range no gradient comes back, and on white
+    pictures all values soon have.
+    """
+    vae.clear_cache()
+    latents = vae.post_quant_conv(latents)
+    frames = []
+    for index in range(latents.shape[2]):
+        part = latents[:, :, index : index + 1]
+        frames.append(vae.decoder(part, feat_cache=vae._feat_map, feat_idx=[0], first_chunk=index == 0))
+    vae.clear_cache()
+    return torch.cat(frames, dim=2)
+
+
 def make_expert():
     """6 blocks, 4 heads of 32."""
     from diffusers import WanTransformer3DModel
