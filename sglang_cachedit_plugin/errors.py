@@ -36,7 +36,7 @@ class SettingError(CacheDitError, ValueError):
         line = f"{_shorten(self.field)} = {shown(self.value)} ({self.origin}): {self.allowed}"
         if self.near:
             line += f"; did you mean {self.near!r}?"
-        return _shorten(printable(" ".join(line.split())), MAX_LINE)
+        return one_line(line)
 
 
 class MountError(CacheDitError):
@@ -58,6 +58,11 @@ def shown(value: object) -> str:
 
 def _shorten(text: str, length: int = 80) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def one_line(text: object) -> str:
+    """``text`` as one line of a log, whatever is quoted in it: it cannot look like several."""
+    return _shorten(printable(" ".join(str(text).split())), MAX_LINE)
 
 
 def printable(text: str) -> str:

@@ -130,8 +130,9 @@ SEAMS: tuple[Seam, ...] = (
         target=f"{_RUNTIME}.managers.gpu_worker.GPUWorker.init_device_and_model",
         parameters=("self",),
         kind="after",
-        handler="denoising:check_worker",
-        why="a model that cannot be cached is named when it has loaded, not at the first request",
+        handler="plugin:check_worker",
+        why="a model that cannot be cached, and a hook that another plugin took the place of, are named when the model "
+        "has loaded, not at the first request",
     ),
     Seam(
         target=f"{_RUNTIME}.distributed.cfg_policy.CFGBranch.configure_batch",

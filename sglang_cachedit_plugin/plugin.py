@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
+from typing import Any
 
 from . import hooks, versions
 
@@ -26,6 +27,37 @@ def register() -> None:
     from sglang.multimodal_gen.runtime.platforms.plugins import HookRegistry, HookType
 
     hooks.register(HookRegistry, HookType)
+
+
+def out_of_place(registry: Any) -> list[str]:
+    """A line for each seam that the host did not hook, or where another plugin's replacement stands in our place.
+
+    The host only logs either, at the start.
+    """
+    given, patched = getattr(registry, "_hooks", None), getattr(registry, "_patched", None)
+    if given is None or patched is None:
+        return []
+    found = []
+    for seam in hooks.SEAMS:
+        replacing = [(hook, source) for kind, hook, source in given.get(seam.target, ()) if kind.name == "REPLACE"]
+        if seam.target not in patched:
+            found.append(f"{seam.target}: the host could not hook it, see its log")
+        elif seam.kind == "replace" and replacing[-1][0].__module__ != hooks.__name__:
+            name = getattr(replacing[-1][1], "plugin_name", None)
+            found.append(f"{seam.target}: the plugin {name!r} put its own in place of ours")
+    return found
+
+
+def check_worker(result: Any, worker: Any, *args: Any, **kwargs: Any) -> None:
+    """After a worker has loaded its model: say what keeps the plugin from its work, here and with this model."""
+    from sglang.multimodal_gen.runtime.platforms.plugins import HookRegistry
+
+    from . import denoising, host
+
+    if host.is_first_rank():
+        for problem in out_of_place(HookRegistry):
+            host.logger().warning("cache-dit: %s", problem)
+    denoising.check_worker(result, worker)
 
 
 def _warn(text: str) -> None:

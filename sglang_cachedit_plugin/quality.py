@@ -23,7 +23,7 @@ def load(path: Path | str) -> np.ndarray:
     """A picture (height, width, 3) or a video (frames, height, width, 3) from a file, uint8."""
     path = Path(path)
     if path.suffix.lower() == ".npy":
-        return np.load(path)
+        return np.load(path, allow_pickle=False)
     if path.suffix.lower() in VIDEO_SUFFIXES:
         import imageio
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from . import defaults, host, preflight
 from .config_file import file_label
-from .errors import SettingError
+from .errors import SettingError, one_line
 from .sources import read_environment, read_file
 
 
@@ -19,6 +19,10 @@ def fail(error: SettingError) -> None:
     raise SystemExit(2)
 
 
+def _warn(text: str) -> None:
+    print(f"cache-dit: warning: {one_line(text)}", file=sys.stderr, flush=True)
+
+
 def read_settings() -> None:
     """Read the environment into this process's defaults; leaves with status 2 if it is not valid."""
     try:
@@ -26,7 +30,7 @@ def read_settings() -> None:
     except SettingError as error:
         fail(error)
     for warning in warnings:
-        print(f"cache-dit: warning: {warning}", file=sys.stderr, flush=True)
+        _warn(warning)
     defaults.install(replace(defaults.current(), environment=environment))
 
 
@@ -34,7 +38,7 @@ def before_launch(server_args: Any, *args: Any, **kwargs: Any) -> None:
     """Before ``launch_server``: leave with status 2 where ``--cache-dit-config`` is not valid."""
     try:
         for warning in ensure_file(server_args):
-            print(f"cache-dit: warning: {warning}", file=sys.stderr, flush=True)
+            _warn(warning)
     except SettingError as error:
         fail(error)
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .errors import one_line
+
 COND = "cond"
 
 
@@ -133,7 +135,7 @@ class RequestStats:
                 parts.append(f"diffs p50 {percentile(diffs, 50):.2f} p95 {percentile(diffs, 95):.2f}")
             lines.append("cache-dit: " + ", ".join([*parts, f"denoising {self.denoising_s:.2f} s"]))
         if reason := self.why():
-            lines.append(f"cache-dit: {'limited' if self.enabled else 'off'}: {reason}")
+            lines.append(one_line(f"cache-dit: {'limited' if self.enabled else 'off'}: {reason}"))
         return lines
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 
+from ..errors import one_line
 from .row import AdapterRow
 
 GROUP = "sglang_cachedit_plugin.adapters"
@@ -40,7 +41,7 @@ def load() -> ThirdParty:
             found = _read(point)
         except Exception as error:
             # Other people's code ran: whatever it raises is the reason.
-            problems.append(f"{_owner(point)}: {type(error).__name__}: {error}".replace("\n", " "))
+            problems.append(one_line(f"{_owner(point)}: {type(error).__name__}: {error}"))
             continue
         for name, row in found.items():
             owners.setdefault(name, []).append(_owner(point))

@@ -145,7 +145,7 @@ def _quality(
         paths = [pictures / f"{name}-{prompt}.npy" for name in (plain.name, variant.name)]
         if not all(path.exists() for path in paths):
             continue
-        reference, picture = (np.load(path) for path in paths)
+        reference, picture = (np.load(path, allow_pickle=False) for path in paths)
         for name in names:
             scores[name].append(float(np.mean(quality.by_frame(name, reference, picture))))
     return empty | {name: quality.summary(values, name) for name, values in scores.items() if values}

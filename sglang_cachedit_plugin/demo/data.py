@@ -142,7 +142,7 @@ def load(path: Path) -> dict[str, np.ndarray]:
     """The set written by build(), built first when it is missing."""
     if not path.exists():
         build(path)
-    with np.load(path) as arrays:
+    with np.load(path, allow_pickle=False) as arrays:
         return dict(arrays)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import defaults, host, startup
-from ..errors import CacheDitError
+from ..errors import CacheDitError, one_line
 from ..mount import describe_models
 from ..overrides import Overrides, read_overrides
 
@@ -40,7 +40,7 @@ async def tell(do: str, settings: Any = None) -> list[dict[str, Any]]:
     for number, answer in enumerate(await host.tell_replicas(message)):
         error = str(answer) or type(answer).__name__ if isinstance(answer, BaseException) else _error_of(answer)
         if error is not None:
-            raise ChannelError(f"replica {number}: {error}")
+            raise ChannelError(one_line(f"replica {number}: {error}"))
         replicas.append({"replica": number, "ranks": json.loads(answer.output)})
     return replicas
 

@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import APIRouter, HTTPException, Request
 
 from .. import defaults, host
-from ..errors import SettingError
+from ..errors import SettingError, one_line
 from ..overrides import MAX_BYTES, Overrides, parse, read_overrides
 from . import channel, guard, models
 
@@ -69,7 +69,7 @@ class Workers:
         try:
             await self.tell("show")
         except (channel.ChannelError, ConnectionError) as error:
-            host.logger().warning("cache-dit: the workers did not answer: %s", error)
+            host.logger().warning("cache-dit: the workers did not answer: %s", one_line(error))
 
     def describe(self) -> dict[str, Any] | None:
         """The ``workers`` part of an answer."""
@@ -170,7 +170,7 @@ async def _install(overrides: Overrides) -> None:
             await workers.tell("set", overrides.given)
         except (channel.ChannelError, ConnectionError) as error:
             await _put_back(before)
-            raise HTTPException(503, f"the change was not made: {error}") from None
+            raise HTTPException(503, one_line(f"the change was not made: {error}")) from None
         defaults.install(replace(defaults.current(), overrides=overrides))
 
 
@@ -178,4 +178,4 @@ async def _put_back(before: Overrides) -> None:
     try:
         await workers.tell("set", before.given)
     except (channel.ChannelError, ConnectionError) as error:
-        host.logger().error("cache-dit: the old settings could not be put back: %s", error)
+        host.logger().error("cache-dit: the old settings could not be put back: %s", one_line(error))

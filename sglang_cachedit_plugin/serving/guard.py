@@ -16,7 +16,7 @@ from fastapi import HTTPException, Request
 
 from ..sources import CONTROL_KEY_VARIABLE
 
-_FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
+_PROXIED = ("forwarded", "via", "x-real-ip")
 
 
 def required_key(server_args: Any) -> str | None:
@@ -41,7 +41,7 @@ def _is_local(request: Request) -> bool:
     """A client on this machine: not behind a proxy, and no web page of another origin in its browser."""
     if request.client is None or not _is_loopback(request.client.host):
         return False
-    if any(name in request.headers for name in _FORWARDED):
+    if any(name in _PROXIED or name.startswith("x-forwarded-") for name in request.headers):
         return False
     origin = request.headers.get("origin")
     return origin is None or _is_loopback(urlsplit(origin).hostname or "")

@@ -1,4 +1,4 @@
-"""Bodies that do not fit their model are answered with 400 and one line, as bad cache settings are."""
+"""Bodies that do not fit their model are answered with 400 and one line, as bad settings are; large ones with 413."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from fastapi import HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field
+from starlette.types import Message, Receive
 
 from ..errors import SettingError
+
+MAX_BYTES = 4 << 20
+"""Largest body of a request: thousands of times a long prompt."""
 
 
 class Refusal(BaseModel):
@@ -23,18 +27,35 @@ RESPONSES: dict[int | str, dict[str, Any]] = {"4XX": {"model": Refusal, "descrip
 
 
 class OneLineRoute(APIRoute):
-    """A route whose validation errors become 400 with one line; FastAPI's own are 422 with a list."""
+    """A route whose validation errors become 400 with one line (FastAPI's own are 422 with a list), and whose bodies
+    have a largest size.
+    """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
 
         async def one_line(request: Request) -> Response:
             try:
-                return await handler(request)
+                return await handler(Request(request.scope, _limited(request.receive)))
             except RequestValidationError as error:
                 raise HTTPException(status_code=400, detail=line(error)) from None
 
         return one_line
+
+
+def _limited(receive: Receive) -> Receive:
+    """``receive`` that gives up once the body is too large, whether or not its length was announced."""
+    taken = 0
+
+    async def limited() -> Message:
+        nonlocal taken
+        message = await receive()
+        taken += len(message.get("body", b""))
+        if taken > MAX_BYTES:
+            raise HTTPException(status_code=413, detail=f"the body is larger than {MAX_BYTES} bytes")
+        return message
+
+    return limited
 
 
 def line(error: RequestValidationError) -> str:

@@ -7,11 +7,13 @@ import json
 import multiprocessing
 import re
 import shutil
+import tomllib
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from packaging.requirements import Requirement
 
 from sglang_cachedit_plugin import hooks, host_names, plugin, versions
 
@@ -27,6 +29,13 @@ def test_the_table_of_versions_is_what_was_recorded():
     assert {name: set(found) for name, found in versions.TRIED.items()} == {
         "sglang": set(RECORDS["sglang"]), "cache-dit": set(RECORDS["cache_dit"]),
     }
+
+
+def test_the_package_can_be_installed_beside_every_version_of_the_table():
+    project = tomllib.loads((records.PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    bounds = {each.name: each.specifier for each in map(Requirement, project["dependencies"])}
+    for library, tried in versions.TRIED.items():
+        assert [version for version in tried if version not in bounds[library]] == []
 
 
 @pytest.mark.parametrize("seam", hooks.SEAMS, ids=lambda seam: seam.target.rpartition("stages.")[2])

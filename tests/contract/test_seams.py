@@ -6,10 +6,11 @@ import ast
 import inspect
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from sglang_cachedit_plugin import hooks, host_names
+from sglang_cachedit_plugin import hooks, host_names, plugin
 from sglang_cachedit_plugin.errors import HostContractError
 
 ROOT = hooks.host_root()
@@ -98,8 +99,6 @@ def test_a_host_that_is_not_installed_is_said_so(monkeypatch):
 
 
 def test_a_mismatch_leaves_the_host_unpatched(monkeypatch, capsys, tmp_path):
-    from sglang_cachedit_plugin import plugin
-
     monkeypatch.setattr(hooks, "host_root", lambda: tmp_path)
     monkeypatch.setattr(hooks, "register", lambda *_: pytest.fail("patched all the same"))
     plugin.register()
@@ -183,3 +182,66 @@ def test_registering_imports_nothing_of_the_hosts_runtime():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
+
+
+@pytest.fixture
+def own_registry(registry):
+    """The host's registry, with hooks of its own; all seams are hooked and applied."""
+    from collections import defaultdict
+
+    made = type("Registry", (registry[0],), {"_hooks": defaultdict(list), "_patched": set()})
+    hooks.register(made, registry[1])
+    made._patched |= {seam.target for seam in hooks.SEAMS}
+    return made
+
+
+REPLACED = [seam.target for seam in hooks.SEAMS if seam.kind == "replace"]
+
+
+def replace_by_another(registry, hook_type, target: str) -> None:
+    from sglang.srt.plugins.hook_registry import HookSource
+
+    registry.register(target, lambda *args: None, hook_type.REPLACE, source=HookSource("other", "other-package"))
+
+
+def test_hooks_in_their_place_are_not_spoken_of(own_registry, registry):
+    assert plugin.out_of_place(own_registry) == []
+    replace_by_another(own_registry, registry[1], hooks.SEAMS[1].target)
+    assert hooks.SEAMS[1].kind == "around" and plugin.out_of_place(own_registry) == []
+
+
+@pytest.mark.parametrize("target", REPLACED)
+def test_a_replacement_that_came_after_ours_is_named(own_registry, registry, target):
+    replace_by_another(own_registry, registry[1], target)
+    assert plugin.out_of_place(own_registry) == [f"{target}: the plugin 'other' put its own in place of ours"]
+
+
+def test_a_replacement_that_came_before_ours_is_not_in_its_way(registry):
+    from collections import defaultdict
+
+    made = type("Registry", (registry[0],), {"_hooks": defaultdict(list), "_patched": set(REPLACED)})
+    replace_by_another(made, registry[1], REPLACED[0])
+    hooks.register(made, registry[1])
+    assert not any(problem.startswith(REPLACED[0]) for problem in plugin.out_of_place(made))
+
+
+def test_a_seam_that_the_host_could_not_hook_is_named(own_registry):
+    own_registry._patched.remove(hooks.SEAMS[3].target)
+    assert plugin.out_of_place(own_registry) == [f"{hooks.SEAMS[3].target}: the host could not hook it, see its log"]
+
+
+def test_a_registry_that_keeps_its_books_otherwise_is_not_judged():
+    assert plugin.out_of_place(object()) == []
+
+
+def test_a_worker_says_it_once_and_looks_at_its_model_all_the_same(monkeypatch):
+    from sglang_cachedit_plugin import denoising, host
+
+    said, looked = [], []
+    monkeypatch.setattr(plugin, "out_of_place", lambda registry: ["a seam: out of place"])
+    monkeypatch.setattr(host, "logger", lambda: SimpleNamespace(warning=lambda text, value: said.append(text % value)))
+    monkeypatch.setattr(denoising, "check_worker", lambda result, worker: looked.append(worker))
+    for first in (True, False):
+        monkeypatch.setattr(host, "is_first_rank", lambda first=first: first)
+        plugin.check_worker(None, "worker")
+    assert said == ["cache-dit: a seam: out of place"] and looked == ["worker", "worker"]
