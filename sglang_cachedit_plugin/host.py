@@ -30,8 +30,8 @@ from .versions import version
 __all__ = [
     "answer", "branch_comes", "build_slices", "connected", "ensure_one_replica", "explicit_flags",
     "forget_branch", "forward_identity", "forward_step", "gather_replica", "groups", "groups_ready", "is_first_rank",
-    "known_variables", "layout", "logger", "machine", "prefer_regional_compile", "publishes_metrics", "rank", "size_of",
-    "tell_replicas", "transformer_classes", "version",
+    "known_variables", "layout", "logger", "machine", "prefer_regional_compile", "publishes_metrics", "rank",
+    "serves_nobody", "size_of", "tell_replicas", "transformer_classes", "version",
 ]
 
 _BRANCH_NAMES = {"conditional": COND, "unconditional": "uncond"}
@@ -137,6 +137,11 @@ def prefer_regional_compile(server_args: Any, module: Any) -> bool:
         return False
     conditions = getattr(module, "_compile_conditions", ())
     return any(name and any(holds(name, each) for holds in conditions) for name, each in module.named_modules())
+
+
+def serves_nobody(batch: Any) -> bool:
+    """Whether a request is the host's own: of its warmup, or the ordinary one that it adds for torch.compile."""
+    return bool(batch.is_warmup or getattr(batch, "extra", {}).get("server_internal_prewarm"))
 
 
 def logger() -> Any:

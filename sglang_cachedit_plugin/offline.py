@@ -14,5 +14,5 @@ def print_table(result: Any, generator: Any, batch: Any) -> None:
     The engine of a server's workers never comes here, so servers keep to one line a request.
     """
     found = table.lines(reports_of(result))
-    if found and not any(request.is_warmup for request in batch):
+    if found and not any(map(host.serves_nobody, batch)):
         host.logger().info("\n".join(["cache-dit: steps and residual differences", *found]))

@@ -220,7 +220,7 @@ def publish(batch: Any, stats: RequestStats, log: Callable[[str], None], *, fail
     extra = getattr(batch, "extra", {})
     # Roles that run apart hand plain extras on, and drop the metrics.
     extra[REPORT] = report
-    if batch.is_warmup:
+    if host.serves_nobody(batch):
         return
     if host.publishes_metrics():
         metrics.observe(report, requests=len(extra.get("dynamic_batch_seeds") or [0]), failed=failed)

@@ -1,4 +1,7 @@
-"""One pipeline under one config file on the ranks of torch.distributed: time, memory, report, equality of ranks."""
+"""One pipeline under one config file on the ranks of torch.distributed: time, memory, report, equality of ranks.
+
+Nothing here imports SGLang, so attention is what PyTorch chooses, cuDNN's too, for all variants alike.
+"""
 
 from __future__ import annotations
 

@@ -269,6 +269,7 @@ def main() -> None:
 def measure_layout(args: argparse.Namespace, work: Work, axes: dict[str, int], device: torch.device) -> None:
     """All variants and sizes of one layout. What fails is noted; the others are still measured."""
     spread = Spread.build(**axes)
+    # Imports SGLang, which switches cuDNN's attention off: before the first measurement, so for all of them.
     layout = stock.HostLayout(spread, **axes)
     loop = Loop(work, spread, device)
 

@@ -5,7 +5,8 @@
 A model's name may end in ":static" or ":dynamic" for one kind of schedule. "works" is works.py.
 
 The transformers are diffusers' own, the loop is driven in process: time and memory are real, pictures are not.
-Stock is ``enable_cache_on_transformer`` of SGLang. Prints tables and writes single.json to $OUT.
+Stock is ``enable_cache_on_transformer`` of SGLang, and all run under the attention that SGLang leaves: without cuDNN's.
+Prints tables and writes single.json to $OUT.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from sglang_cachedit_plugin.settings import CacheSettings
 from sglang_cachedit_plugin.similarity import residual_sums
 from sglang_cachedit_plugin.stats import RequestStats
 
+from . import launch
 from .models import Work, build
 
 DYNAMIC = {"residual_diff_threshold": 0.99, "max_warmup_steps": 2, "max_continuous_cached_steps": 3}
@@ -411,12 +413,14 @@ def main() -> None:
     parser.add_argument("--only", default="decision,flux1024,flux512,qwen1328,memory,compile,wan480,wan720")
     parser.add_argument("--compile-one", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    launch.import_host()
     if options.compile_one:
         print(json.dumps(compile_one(options.compile_one, options.tiny)))
         return
     results: dict[str, Any] = {
         "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "cudnn_attention": torch.backends.cuda.cudnn_sdp_enabled(),
     }
     from .works import works
 

@@ -78,9 +78,10 @@ def test_requests_that_the_host_merged_count_each_and_their_steps_once(worker):
     assert steps("cond", "cached") - before[1] == 2
 
 
-def test_warmup_requests_are_not_counted(worker):
+@pytest.mark.parametrize("fields", [{"is_warmup": True}, {"extra": {"server_internal_prewarm": True}}])
+def test_requests_of_the_hosts_own_are_neither_counted_nor_logged(worker, fields):
     before = value(metrics.REQUESTS, outcome="cached")
-    publish(batch(is_warmup=True), stats(), print)
+    publish(batch(**fields), stats(), pytest.fail)
     assert value(metrics.REQUESTS, outcome="cached") == before
 
 
