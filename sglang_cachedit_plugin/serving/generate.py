@@ -15,9 +15,9 @@ from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request
 
-from ..errors import SettingError, nearest
+from ..errors import SettingError, nearest, one_line
 from . import answers
-from .generate_models import GenerateRequest, GenerateResponse
+from .generate_models import TEXTS, GenerateRequest, GenerateResponse
 from .refusals import RESPONSES, OneLineRoute
 
 router = APIRouter(tags=["cache_dit"], route_class=OneLineRoute)
@@ -81,7 +81,9 @@ def fit(
             del arguments[name]
             notes.append(f"{name} was left out: the model's pipeline does not take it")
     for name, value in sorted((body.model_extra or {}).items()):
-        if name in extra:
+        if name in extra and name not in TEXTS and _has_text(value):
+            notes.append(f"{name} was left out: text in it may name a file, and files are not taken here")
+        elif name in extra:
             arguments[name] = value
         else:
             near = nearest(name, [*GenerateRequest.model_fields, *extra])
@@ -89,6 +91,17 @@ def fit(
                          + (f"; did you mean {near!r}?" if near else ""))
     arguments["cache_dit_params"] = _cache_params(body)
     return arguments, notes
+
+
+def _has_text(value: Any) -> bool:
+    """Whether there is a string anywhere in a value of JSON; names of fields are none."""
+    waiting = [value]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, str):
+            return True
+        waiting += each.values() if isinstance(each, dict) else each if isinstance(each, list) else ()
+    return False
 
 
 def _cache_params(body: GenerateRequest) -> dict[str, Any] | None:
@@ -116,9 +129,16 @@ def _declared(server_args: Any, video: bool) -> frozenset[str]:
 
     params = utils.resolve_sampling_params_cls(server_args)
     names = utils.get_sampling_request_extra_fields(params, "video" if video else "image")
-    common = {"max_sequence_length", "flow_shift", "cfg_gate_step", "quality"}
-    common &= {field.name for field in dataclasses.fields(params) if field.init}
+    if video:
+        # Further names are for the model's own lowering.
+        names |= getattr(params, "video_request_extra_fields", frozenset)()
+    common = {"max_sequence_length", "flow_shift", "cfg_gate_step", "quality"} & _constructed(params)
     return frozenset(name for name in names | common if "path" not in name)
+
+
+def _constructed(params: type) -> set[str]:
+    """What sampling parameters are made from."""
+    return {field.name for field in dataclasses.fields(params) if field.init}
 
 
 @cache
@@ -157,7 +177,10 @@ def _prepare(
     try:
         if video:
             model = utils.resolve_sampling_params_cls(server_args)
-            request = protocol.VideoGenerationsRequest(prompt=body.prompt, **(body.model_extra or {}))
+            extra = {name: value for name, value in arguments.items() if name in (body.model_extra or {})}
+            request = protocol.VideoGenerationsRequest(prompt=body.prompt, **extra)
+            alone = extra.keys() - _constructed(model)
+            arguments = {name: value for name, value in arguments.items() if name not in alone}
             arguments = model.lower_video_request_kwargs(request, arguments)
         else:
             # Hosts before 0.5.23 hand pictures back as files only.
@@ -169,7 +192,7 @@ def _prepare(
             external_trace_header=extract_trace_headers(raw_request.headers),
         )
     except (TypeError, ValueError) as error:
-        raise HTTPException(status_code=400, detail=" ".join(str(error).split())) from None
+        raise HTTPException(status_code=400, detail=one_line(error)) from None
 
 
 async def _run(batch: Any, video: bool, resources: AsyncExitStack) -> tuple[list[str], Any]:
@@ -186,7 +209,7 @@ async def _run(batch: Any, video: bool, resources: AsyncExitStack) -> tuple[list
     try:
         paths, result = await process_generation_batch(async_scheduler_client, batch, scheduler_batches=group)
     except (RuntimeError, TimeoutError) as error:
-        raise HTTPException(status_code=500, detail=" ".join(str(error).split())) from None
+        raise HTTPException(status_code=500, detail=one_line(error)) from None
     return await asyncio.to_thread(_encoded, getattr(result, "output_image_bytes", None) or paths), result
 
 

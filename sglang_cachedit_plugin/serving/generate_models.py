@@ -8,6 +8,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 MAX_SEED = 2**63 - 1
+TEXTS = frozenset({
+    "action_mode", "action_normalization", "action_view_point", "aspect_ratio", "continuation_prompts", "control_hint",
+    "domain_name", "domain_names", "flux3_mode", "negative_metadata_mode", "output_mode", "per_view_negative_prompt",
+    "preset", "prompt_format", "prompt_ref", "quality", "reference_resize_mode", "resolution", "segments",
+    "sr_target_resize_mode", "sr_target_resolution", "target", "task", "transfer_output_size",
+})
+"""Arguments of single models that are text and no place. Text in any other one may name a file: Cosmos-Dreams opens the
+path that ``action`` or ``frustum_geometry`` gives, MiniMax H3 what stands in ``conditions``."""
 _Scale = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Pixels = Annotated[int, Field(ge=1, le=16384)]
 

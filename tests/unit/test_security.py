@@ -17,6 +17,7 @@ from sglang_cachedit_plugin import host, metrics, startup
 from sglang_cachedit_plugin.errors import SettingError
 from sglang_cachedit_plugin.overrides import MAX_BYTES
 from sglang_cachedit_plugin.serving import control, generate, guard, page, refusals, requests
+from sglang_cachedit_plugin.serving.generate_models import TEXTS, GenerateRequest
 from sglang_cachedit_plugin.sources import CONTROL_KEY_VARIABLE, read_file
 from sglang_cachedit_plugin.stats import RequestStats, TransformerStats
 
@@ -123,6 +124,27 @@ def test_keys_are_compared_in_constant_time(replicas, monkeypatch):
 @pytest.mark.parametrize("header", ["Via", "X-Forwarded-Host", "X-Forwarded-Proto", "X-Real-IP"])
 def test_what_came_through_a_proxy_is_not_from_this_machine(replicas, header):
     assert client().put(ADDRESS, json={}, headers={header: "localhost"}).status_code == 403
+
+
+def fit(**fields):
+    body = GenerateRequest.model_validate({"prompt": "a"} | fields)
+    return generate.fit(body, video=True, taken=None, extra=frozenset(fields))
+
+
+@pytest.mark.parametrize("value", [
+    "/etc/passwd", "x.json", {"action": "/etc/passwd"}, [[1, 2], ["/etc/passwd"]], [{"source": {"url": "http://a/b"}}],
+])
+def test_text_that_may_name_a_file_does_not_reach_the_model(value):
+    arguments, notes = fit(action=value)
+    assert "action" not in arguments
+    assert notes == ["action was left out: text in it may name a file, and files are not taken here"]
+
+
+def test_numbers_and_texts_that_are_no_places_reach_it():
+    given = {"action": [[0.5, 1], [2, 3.0]], "high_motion": True, "preset": "fast/8", "segments": [{"caption": "a/b"}]}
+    arguments, notes = fit(**given)
+    assert {name: arguments[name] for name in given} == given and notes == []
+    assert not {name for name in TEXTS if "path" in name or "url" in name}
 
 
 def test_a_line_of_the_log_stays_one_line(replicas, monkeypatch, capsys):
