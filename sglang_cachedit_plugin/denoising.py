@@ -131,7 +131,7 @@ def _open_request(
 
 
 def _enter_own_loop(stage: Any, batch: Any, server_args: Any, loop: OwnLoop) -> None:
-    """Open the request of a stage that never asks; raises MountError for one that is declined and ``strict``."""
+    """Open the request of a stage that never asks; raises RefusedError for one that is declined and ``strict``."""
     session = _begin(stage, batch, server_args)
     decision = session.decision
     if not decision.enabled and stage not in _stages:
@@ -144,10 +144,8 @@ def _enter_own_loop(stage: Any, batch: Any, server_args: Any, loop: OwnLoop) -> 
     if not reason:
         steps = {"transformer": (0, own_loops.num_steps(batch))}
         _open_request(stage, batch, server_args, session, loop.identify(batch), steps)
-    elif decision.resolved.primary.strict:
-        raise MountError(f"{type(stage).__name__}: {reason}")
-    else:
-        session.disable(f"{type(stage).__name__}: {reason}")
+    elif decision.enabled:
+        session.refuse(f"{type(stage).__name__}: {reason}")
 
 
 def check_worker(result: Any, worker: Any, *args: Any, **kwargs: Any) -> None:

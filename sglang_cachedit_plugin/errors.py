@@ -43,6 +43,25 @@ class MountError(CacheDitError):
     """A transformer whose blocks cannot be cached; the message is the reason."""
 
 
+_REFUSAL = "cache-dit refuses the request: "
+
+
+class RefusedError(MountError):
+    """A ``strict`` request that cannot be cached as it asks; known before anything of it is computed.
+
+    What comes back from a worker is the text of its error, so the text itself says that this is a refusal.
+    """
+
+    def __init__(self, reason: str, origin: str):
+        super().__init__(f"{_REFUSAL}{SettingError('strict', True, origin, reason)}")
+
+
+def refusal_in(text: str) -> str | None:
+    """Why a worker refused a request, from the text of its error; None where that says something else."""
+    _, found, reason = text.partition(_REFUSAL)
+    return one_line(reason) if found else None
+
+
 class HostContractError(CacheDitError):
     """A seam of the host that is not what this plugin was built against."""
 

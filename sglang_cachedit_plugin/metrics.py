@@ -16,7 +16,7 @@ DIFFS = "sglang_cache_dit_residual_diff"
 NANS = "sglang_cache_dit_nan_diffs_total"
 BUCKETS = (0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.12, 0.16, 0.2, 0.24, 0.3, 0.4, 0.5, 0.75, 1.0)
 OUTCOMES = ("cached", "computed", "off", "failed", "refused")
-"""Some steps cached; enabled, all steps computed; caching off; an exception; 400 for a bad setting."""
+"""Some steps cached; enabled, all steps computed; caching off; an exception; 400 for its cache settings."""
 MAX_SERIES = 32
 """Most pairs of transformer and branch that get numbers of their own; a series once made is never given back."""
 OTHER = "other"
@@ -43,10 +43,8 @@ def instruments() -> _Instruments:
     )
 
 
-def outcome(report: Mapping[str, Any], failed: bool = False) -> str:
-    """One of ``OUTCOMES`` for a request that reached a worker."""
-    if failed:
-        return "failed"
+def outcome(report: Mapping[str, Any]) -> str:
+    """One of ``OUTCOMES`` for a request that a worker served."""
     if not report["enabled"]:
         return "off"
     branches = (b for t in report["transformers"].values() for b in t["branches"].values())
@@ -65,10 +63,14 @@ def series(transformer: str, branch: str) -> tuple[str, str]:
     return transformer, branch
 
 
-def observe(report: Mapping[str, Any], *, requests: int = 1, failed: bool = False) -> None:
-    """Count one report, shared by ``requests`` requests that the host merged into one."""
+def observe(report: Mapping[str, Any], *, requests: int = 1, ended: str | None = None) -> None:
+    """Count one report, shared by ``requests`` requests that the host merged into one.
+
+    Args:
+        ended: how a request that was not served ended, ``failed`` or ``refused``.
+    """
     made = instruments()
-    made.requests.labels(outcome(report, failed)).inc(requests)
+    made.requests.labels(ended or outcome(report)).inc(requests)
     for transformer, each in report["transformers"].items():
         for branch, steps in each["branches"].items():
             where = series(transformer, branch)
@@ -81,5 +83,5 @@ def observe(report: Mapping[str, Any], *, requests: int = 1, failed: bool = Fals
 
 
 def refused() -> None:
-    """Count one request that was answered with 400."""
+    """Count one request that was answered with 400 before a worker heard of it."""
     instruments().requests.labels("refused").inc()

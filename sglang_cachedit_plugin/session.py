@@ -12,7 +12,7 @@ import torch
 
 from . import agreement, host, metrics, recording, resampling
 from .defaults import Decision
-from .errors import MountError
+from .errors import MountError, RefusedError
 from .mount import ModelBackend, preset_mask
 from .recording import Recording
 from .rehearsal import Rehearsal
@@ -67,7 +67,7 @@ class Session:
             positions: place of each of the host's steps on the denoising path.
 
         Raises:
-            MountError: only with ``strict``; otherwise the reason goes to the report.
+            RefusedError: only with ``strict``; otherwise the reason goes to the report.
         """
         self._runtime, self._backend = runtime, backend
         self._started = time.perf_counter()
@@ -103,14 +103,15 @@ class Session:
         agreement.verify_same("settings", f"uncached: {problem}" if problem else f"settings {number}", group)
 
     def refuse(self, reason: str) -> None:
-        """The model or the settings cannot be served cached.
+        """The model or the settings cannot be served cached; the reason goes to the report.
 
         Raises:
-            MountError: with ``strict``; otherwise the reason goes to the report.
+            RefusedError: with ``strict``.
         """
-        if self.decision.resolved.primary.strict:
-            raise MountError(reason)
         self.disable(reason)
+        if self.decision.resolved.primary.strict:
+            self.stats.refused = True
+            raise RefusedError(reason, self.decision.resolved.origins["strict"])
 
     def disable(self, reason: str) -> None:
         """Report that the request runs uncached."""
@@ -223,7 +224,8 @@ def publish(batch: Any, stats: RequestStats, log: Callable[[str], None], *, fail
     if host.serves_nobody(batch):
         return
     if host.publishes_metrics():
-        metrics.observe(report, requests=len(extra.get("dynamic_batch_seeds") or [0]), failed=failed)
+        ended = "refused" if stats.refused else "failed" if failed else None
+        metrics.observe(report, requests=len(extra.get("dynamic_batch_seeds") or [0]), ended=ended)
     if host.is_first_rank():
         for line in stats.lines():
             log(line)

@@ -142,7 +142,8 @@ class CacheSettings:
         False, "bool", "Keep the cache's tensors allocated between requests.", env="KEEP_BUFFERS"
     )
     strict: bool = _knob(
-        False, "bool", "Fail where a model cannot be cached, instead of going on uncached.", env="STRICT"
+        False, "bool", "Refuse what cannot be cached as asked, instead of going on uncached: 400 on a server.",
+        env="STRICT",
     )
 
     @property

@@ -76,6 +76,7 @@ class RequestStats:
     transformers: dict[str, TransformerStats] = field(default_factory=dict)
     denoising_s: float = 0.0
     notes: list[str] = field(default_factory=list)
+    refused: bool = False
 
     def note(self, text: str) -> None:
         """Add a remark once."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import startup
-from . import answers, control, generate, page, requests
+from . import answers, control, generate, page, refusals, requests
 
 
 def create(original: Callable[..., Any], server_args: Any, **options: Any) -> Any:
@@ -19,6 +19,7 @@ def create(original: Callable[..., Any], server_args: Any, **options: Any) -> An
     requests.counting = bool(server_args.enable_metrics)
     answers.declare_field()
     app = original(server_args, **options)
+    app.add_exception_handler(RuntimeError, refusals.answer)
     for router in (control.router, page.router, generate.router):
         app.include_router(router)
     return app

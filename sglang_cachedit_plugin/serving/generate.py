@@ -15,7 +15,7 @@ from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request
 
-from ..errors import SettingError, nearest, one_line
+from ..errors import SettingError, nearest, one_line, refusal_in
 from . import answers
 from .generate_models import TEXTS, GenerateRequest, GenerateResponse
 from .refusals import RESPONSES, OneLineRoute
@@ -209,6 +209,8 @@ async def _run(batch: Any, video: bool, resources: AsyncExitStack) -> tuple[list
     try:
         paths, result = await process_generation_batch(async_scheduler_client, batch, scheduler_batches=group)
     except (RuntimeError, TimeoutError) as error:
+        if (reason := refusal_in(str(error))) is not None:
+            raise HTTPException(status_code=400, detail=reason) from None
         raise HTTPException(status_code=500, detail=one_line(error)) from None
     return await asyncio.to_thread(_encoded, getattr(result, "output_image_bytes", None) or paths), result
 

@@ -1,4 +1,6 @@
-"""Bodies that do not fit their model are answered with 400 and one line, as bad settings are; large ones with 413."""
+"""Bodies that do not fit and requests that a worker refuses are answered with 400 and one line, as bad settings are;
+large bodies with 413.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,12 @@ from typing import Any
 
 from fastapi import HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field
 from starlette.types import Message, Receive
 
-from ..errors import SettingError
+from ..errors import SettingError, refusal_in
 
 MAX_BYTES = 4 << 20
 """Largest body of a request: thousands of times a long prompt."""
@@ -56,6 +59,14 @@ def _limited(receive: Receive) -> Receive:
         return message
 
     return limited
+
+
+async def answer(request: Request, error: RuntimeError) -> Response:
+    """Handler for what the host's addresses raise: a worker's refusal is answered, all else stays what it is."""
+    reason = refusal_in(str(error))
+    if reason is None or request.scope["type"] != "http":
+        raise error
+    return JSONResponse({"detail": reason}, status_code=400)
 
 
 def line(error: RequestValidationError) -> str:

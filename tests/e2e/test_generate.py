@@ -17,6 +17,9 @@ import pytest
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
+from sglang_cachedit_plugin import metrics
+from tests.soak.load import scrape
+
 from .conftest import ROOT, SCRIPT, client_of, host_environment
 
 STEPS = 12
@@ -122,11 +125,22 @@ def test_what_cannot_be_used_is_400_in_one_line(server, fields, words):
     assert words in answer.json()["detail"] and len(answer.json()["detail"].splitlines()) == 1
 
 
-def test_a_request_that_fails_in_the_worker_is_one_line_and_the_server_goes_on(server):
-    params = {"Fn_compute_blocks": 99, "strict": True}
-    failed = post(server, enable_cache_dit=True, cache_dit_params=params)
-    assert failed.status_code == 500
-    assert "Fn_compute_blocks 99" in failed.json()["detail"] and len(failed.json()["detail"].splitlines()) == 1
+def test_what_only_the_worker_can_refuse_is_400_in_one_line_at_every_address(server):
+    wanted = {"enable_cache_dit": True, "cache_dit_params": {"Fn_compute_blocks": 99, "strict": True}}
+    picture = {"prompt": "red apple", "size": "64x64", "num_inference_steps": STEPS}
+    before = scrape(server)
+    refused = [post(server, **wanted)]
+    for count in (1, 2):
+        body = picture | wanted | {"n": count}
+        refused.append(httpx.post(f"{server}/v1/images/generations", json=body, timeout=120))
+    for answer in refused:
+        assert answer.status_code == 400, answer.text
+        assert answer.json() == {"detail": (
+            "strict = True (cache_dit_params.strict): Fn_compute_blocks 99 + Bn_compute_blocks 0 exceed the 12 blocks "
+            "of transformer"
+        )}
+    grown = {key: number for key, number in (scrape(server) - before).items() if key[0] == metrics.REQUESTS}
+    assert grown.keys() == {(metrics.REQUESTS, "refused")}
     assert generate(server, seed=1, enable_cache_dit=True)["cache_stats"]["enabled"] is True
 
 

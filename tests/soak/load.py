@@ -23,15 +23,22 @@ from sglang_cachedit_plugin import metrics
 from .requests import Change, Mix, Wish, expect
 
 TIMEOUT_S = 300
+LIMITS = httpx.Limits(keepalive_expiry=2)
+"""The server closes connections after five idle seconds; one that it closes while a request goes out is lost."""
 
 
 @dataclass
 class Outcome:
-    """What a run brought."""
+    """What a run brought.
+
+    Args:
+        statuses: how often each HTTP status was answered, to whatever was sent.
+    """
 
     answers: int = 0
     refused: int = 0
     changes: int = 0
+    statuses: Counter[int] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
     counted: Counter = field(default_factory=Counter)
     samples: list[tuple[Wish, dict[str, Any], list[str]]] = field(default_factory=list)
@@ -82,7 +89,7 @@ class Load:
 
     def settle(self) -> None:
         """One request of each kind: libraries allocate what they keep for a kind when it comes for the first time."""
-        with httpx.Client(timeout=TIMEOUT_S) as plain:
+        with httpx.Client(timeout=TIMEOUT_S, limits=LIMITS) as plain:
             for wish in self._mix.kinds():
                 status, answer = ask_plain(plain, self.url, wish)
                 self._judge(wish, status, answer, self.changes.possible(0.0, 0.0))
@@ -107,8 +114,9 @@ class Load:
         return self.outcome
 
     def _client(self, index: int, more: Callable[[], bool]) -> None:
-        with httpx.Client(timeout=TIMEOUT_S) as plain, openai.OpenAI(
-            base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=TIMEOUT_S
+        with httpx.Client(timeout=TIMEOUT_S, limits=LIMITS) as plain, openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key="none", max_retries=0,
+            http_client=httpx.Client(timeout=TIMEOUT_S, limits=LIMITS),
         ) as client:
             while more():
                 try:
@@ -124,6 +132,7 @@ class Load:
             self.changes.make(lambda: self._change(plain))
         if draw < 0.05:
             shown = plain.get(f"{self.url}/v1/cache_dit")
+            self._answered(shown.status_code)
             if shown.status_code != 200:
                 self._problem(f"GET answered {shown.status_code}")
         sent = time.monotonic()
@@ -132,11 +141,14 @@ class Load:
 
     def _change(self, plain: httpx.Client) -> Change:
         address = f"{self.url}/v1/cache_dit"
-        if plain.put(address, json={"max_warmup_stepz": 1}).status_code != 400:
+        refused = plain.put(address, json={"max_warmup_stepz": 1}).status_code
+        self._answered(refused)
+        if refused != 400:
             self._problem("a bad change was not refused")
         with self._lock:
             change = self._mix.change()
         answer = plain.put(address, json=change.body)
+        self._answered(answer.status_code)
         if answer.status_code != 200:
             raise RuntimeError(f"PUT answered {answer.status_code}: {answer.text[:200]}")
         state = answer.json()
@@ -146,7 +158,12 @@ class Load:
             self.outcome.changes += 1
         return change
 
+    def _answered(self, status: int) -> None:
+        with self._lock:
+            self.outcome.statuses[status] += 1
+
     def _judge(self, wish: Wish, status: int, answer: dict[str, Any], possible: list[Change]) -> None:
+        self._answered(status)
         if wish.bad or status != 200:
             if status != 400 or not wish.bad:
                 self._problem(f"{status} for {wish.fields}: {str(answer)[:300]}")

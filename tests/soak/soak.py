@@ -1,7 +1,8 @@
 """Hours of load on one server: ``python -m tests.soak.soak --minutes 60``.
 
 Starts a real server, lets clients send mixed requests and changes, and watches every answer, ``/metrics`` against the
-sum of the reports, and the resident memory of all of the server's processes. Exit status 1 if anything is wrong.
+sum of the reports, and the resident memory of all of the server's processes. Prints a table; exit status 1 if anything
+is wrong.
 """
 
 from __future__ import annotations
@@ -52,13 +53,12 @@ def soak(
 
 def report_of(outcome: Outcome, metrics_wrong: list[str], memory: Memory) -> dict[str, Any]:
     """Figures of a run."""
-    sizes = {name: memory.sizes(name) for name in ("server", "worker", "helper")}
+    sizes = {name: [round(size, 1) for _, size in memory.sizes(name)] for name in ("server", "worker", "helper")}
     found = slope(memory.sizes())
     return {
         "seconds": round(outcome.seconds, 1), "answers": outcome.answers, "refused": outcome.refused,
-        "changes": outcome.changes, "problems": outcome.problems, "metrics_wrong": metrics_wrong,
-        "memory_mib": {name: [round(size, 1) for _, size in each[:: max(1, len(each) // 40)]]
-                       for name, each in sizes.items()},
+        "changes": outcome.changes, "statuses": dict(sorted(outcome.statuses.items())),
+        "problems": outcome.problems, "metrics_wrong": metrics_wrong, "memory_mib": sizes,
         "slope_mib_per_minute": None if found is None else [round(each, 3) for each in found],
     }
 
@@ -76,6 +76,30 @@ def verdict(report: dict[str, Any], limit: float = LIMIT) -> list[str]:
     return wrong
 
 
+def table(report: dict[str, Any], wrong: list[str]) -> str:
+    """A run's figures in a few lines, and what is wrong with it."""
+    errors = sum(count for status, count in report["statuses"].items() if status >= 500)
+    found = report["slope_mib_per_minute"]
+    rows = [
+        ("time", f"{report['seconds']:g} s"),
+        ("requests answered with pictures", report["answers"]),
+        ("requests refused, as they had to be", report["refused"]),
+        ("changes of the server", report["changes"]),
+        ("answers by status", ", ".join(f"{count} x {status}" for status, count in report["statuses"].items())),
+        ("answers with a 5xx", errors),
+        ("answers that were not what was asked", len(report["problems"])),
+        ("/metrics against the sum of the reports", "differs" if report["metrics_wrong"] else "equal"),
+    ]
+    rows += [
+        (f"memory of the {name}, first to last", f"{sizes[0]:g} to {sizes[-1]:g} MiB")
+        for name, sizes in report["memory_mib"].items() if sizes and any(sizes)
+    ]
+    rows.append(("slope in the second half", "unknown" if found is None else f"{found[0]} +- {found[1]} MiB a minute"))
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:{width}}  {value}" for name, value in rows]
+    return "\n".join([*lines, *(f"wrong: {each}" for each in wrong), "failed" if wrong else "passed"])
+
+
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.soak.soak", description=__doc__)
@@ -84,6 +108,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--slope-limit", type=float, default=LIMIT, help="MiB a minute of resident memory")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--model", type=Path, help="a FLUX folder; without it one of six blocks is built")
     args = parser.parse_args()
     if args.minutes is None and args.requests is None:
@@ -99,7 +124,9 @@ def main() -> int:
         )
     report = report_of(outcome, wrong, memory)
     found = verdict(report, args.slope_limit)
-    print(json.dumps(report | {"wrong": found}, indent=2))
+    if args.json is not None:
+        args.json.write_text(json.dumps(report | {"wrong": found}, indent=2))
+    print(table(report, found))
     return 1 if found else 0
 
 

@@ -165,7 +165,7 @@ PLACES = {
 }
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", PLACES)
 def test_what_is_no_file_is_one_line_and_nothing_waits(name, tmp_path, capsys):
     make, words = PLACES[name]

@@ -9,8 +9,10 @@ from fastapi import HTTPException
 from prometheus_client import REGISTRY
 
 from sglang_cachedit_plugin import host, metrics
+from sglang_cachedit_plugin.defaults import Defaults
+from sglang_cachedit_plugin.errors import RefusedError
 from sglang_cachedit_plugin.serving import requests
-from sglang_cachedit_plugin.session import publish
+from sglang_cachedit_plugin.session import Session, publish
 from sglang_cachedit_plugin.stats import RequestStats, TransformerStats
 
 
@@ -69,6 +71,18 @@ def test_the_outcome(worker, made, failed, outcome):
     publish(batch(), made, print, failed=failed)
     grown = {name for name in metrics.OUTCOMES if value(metrics.REQUESTS, outcome=name) != before[name]}
     assert grown == {outcome}
+
+
+def test_a_refusal_is_no_failure(worker):
+    before = {name: value(metrics.REQUESTS, outcome=name) for name in metrics.OUTCOMES}
+    session = Session("native", Defaults().decide(True, {"strict": True}))
+    with pytest.raises(RefusedError, match=r"strict = True \(cache_dit_params.strict\): no blocks$"):
+        session.refuse("no blocks")
+    made = batch()
+    publish(made, session.close(), print, failed=True)
+    grown = {name for name in metrics.OUTCOMES if value(metrics.REQUESTS, outcome=name) != before[name]}
+    assert grown == {"refused"}
+    assert (made.metrics.cache_dit["enabled"], made.metrics.cache_dit["reason"]) == (False, "no blocks")
 
 
 def test_requests_that_the_host_merged_count_each_and_their_steps_once(worker):

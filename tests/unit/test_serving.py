@@ -5,11 +5,13 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from fastapi import HTTPException
+from fastapi import FastAPI, HTTPException
+from fastapi.testclient import TestClient
 
 from sglang_cachedit_plugin import defaults
 from sglang_cachedit_plugin.defaults import Defaults
-from sglang_cachedit_plugin.serving import answers, control, requests
+from sglang_cachedit_plugin.errors import RefusedError
+from sglang_cachedit_plugin.serving import answers, control, refusals, requests
 from sglang_cachedit_plugin.sources import read_file
 
 
@@ -80,3 +82,28 @@ def test_a_good_request_passes_with_the_files_profiles(monkeypatch):
         assert requests.check("id", enable_cache_dit=True, cache_dit_params={"profile": name}) is None
     assert requests.check("id", enable_cache_dit=None, cache_dit_params=None) is None
     assert requests.check("id") is None
+
+
+def test_a_refusal_of_the_worker_is_400_and_any_other_error_stays():
+    refusal = RefusedError("two blocks\nare too many", "SGLANG_CACHE_DIT_STRICT")
+    errors = {
+        "refused": RuntimeError(f"Model generation failed. Error from scheduler: Error executing request a: {refusal}"),
+        "failed": RuntimeError("Model generation failed. Error from scheduler: CUDA error"),
+        "else": NotImplementedError("a subclass"),
+    }
+    app = FastAPI()
+    app.add_exception_handler(RuntimeError, refusals.answer)
+
+    @app.get("/{name}")
+    def fail(name: str):
+        raise errors[name]
+
+    http = TestClient(app)
+    answer = http.get("/refused")
+    assert answer.status_code == 400
+    assert answer.json() == {"detail": "strict = True (SGLANG_CACHE_DIT_STRICT): two blocks are too many"}
+    for name in ("failed", "else"):
+        with pytest.raises(type(errors[name])) as caught:
+            http.get(f"/{name}")
+        assert caught.value is errors[name]
+    assert TestClient(app, raise_server_exceptions=False).get("/failed").status_code == 500
