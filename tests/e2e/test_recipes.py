@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -20,9 +19,7 @@ EAGER = {"residual_diff_threshold": 0.9, "max_warmup_steps": 2, "verify_ranks": 
 """On top of each recipe's cache: random weights change more from step to step than trained ones."""
 
 CACHED = ("cache_taylorseer", "hybrid", "hybrid_tp")
-TORCHAO = importlib.util.find_spec("torchao") is not None
 GOOD = {"attention_native": 1, "cache_taylorseer": 1, "hybrid": 2, "hybrid_tp": 2}
-GOOD |= {"quantize_int8": 1} if TORCHAO else {}
 BAD = {"quantize": (1, "quant_type = 'float8_per_row'", "needs"), "parallel_3d": (8, "ring_size = 2", "log-sum-exp")}
 
 
@@ -90,11 +87,6 @@ def test_two_ranks_draw_the_picture_that_one_would(runs):
 
 def test_the_attention_of_a_file_draws(runs):
     assert drawn(runs, "attention_native").std() > 1
-
-
-@pytest.mark.skipif(not TORCHAO, reason="torchao is not installed")
-def test_int8_weights_draw(runs):
-    assert drawn(runs, "quantize_int8").std() > 1
 
 
 @pytest.mark.parametrize("recipe", BAD)
