@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import os
 import platform
 import shlex
@@ -18,6 +19,7 @@ from ..errors import CacheDitError, SettingError
 from . import job, outcome, report, write
 from .engine import Engine
 from .evaluate import Evaluator, Grid, Progress, Prompt
+from .hosts import Hosts, environments
 from .job import Plan, Result
 from .store import Store, fingerprint
 
@@ -30,6 +32,7 @@ def tune(args: argparse.Namespace) -> int:
     try:
         plan = prepare(args)
         request, server = _pairs(args.request, "--request"), _pairs(args.server, "--server")
+        hosts = environments(args.hosts, int(server.get("num_gpus", 1)))
     except (CacheDitError, OSError) as error:
         print(f"cache-dit: error: {error}", file=sys.stderr)
         return 2
@@ -37,9 +40,12 @@ def tune(args: argparse.Namespace) -> int:
     os.environ.setdefault("TQDM_DISABLE", "1")
     progress = Progress(args.quiet)
     backend = BACKENDS[args.backend]
-    facts = fingerprint(args.model_path, backend=backend, server=server, **_versions())
+    # Other threads add up in another order.
+    threads = hosts[0].get("OMP_NUM_THREADS")
+    facts = fingerprint(args.model_path, backend=backend, server=server, threads=threads, **_versions())
     store = Store(args.work / "evaluations", facts)
-    engine = Engine(args.model_path, backend, args.work / "record" / str(os.getpid()), server)
+    make = functools.partial(Engine, args.model_path, backend, server=server)
+    engine = Hosts(make, args.work / "record" / str(os.getpid()), hosts)
     evaluator = Evaluator(engine, store, request, progress)
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -86,8 +92,8 @@ def prepare(args: argparse.Namespace) -> Plan:
             flag = "--" + name.replace("_", "-")
             raise SettingError(flag, target[name], COMMAND_LINE, f"expected a number from {low:g} to {high:g}")
     for flag, value, low in (("--evaluations", args.evaluations, 0), ("--tune-limit", args.tune_limit, 1),
-                             ("--heldout-limit", args.heldout_limit, 1)):
-        if value < low:
+                             ("--heldout-limit", args.heldout_limit, 1), ("--hosts", args.hosts, 1)):
+        if value is not None and value < low:
             raise SettingError(flag, value, COMMAND_LINE, f"expected at least {low}")
     tuning, heldout = _prompts(args)
     return Plan(

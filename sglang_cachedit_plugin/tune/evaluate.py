@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from .. import quality
 from .engine import Engine, Outcome
+from .hosts import Hosts
 from .store import Store
 from .trajectory import Trajectories, combine, products
 
@@ -60,9 +61,17 @@ class Progress:
             print(f"[{spent:5.0f} s] {text}", file=sys.stderr, flush=True, end="" if self._live else "\n")
         self._stage = text
 
-    def step(self, *, found: bool) -> None:
-        """Count one request."""
-        self.served, self.found = self.served + (not found), self.found + found
+    def step(self) -> None:
+        """Count one request that was served."""
+        self.served += 1
+        self._show()
+
+    def known(self, count: int) -> None:
+        """Count requests whose results were there already."""
+        self.found += count
+        self._show()
+
+    def _show(self) -> None:
         if self._live and not self._quiet:
             spent = time.monotonic() - self._started
             line = f"[{spent:5.0f} s] {self._stage}: {self.served} requests served, {self.found} known"
@@ -83,7 +92,7 @@ class Evaluator:
         request: sampling parameters that all requests share.
     """
 
-    def __init__(self, engine: Engine, store: Store, request: Mapping[str, Any], progress: Progress):
+    def __init__(self, engine: Engine | Hosts, store: Store, request: Mapping[str, Any], progress: Progress):
         self._engine, self._store, self._request, self._progress = engine, store, dict(request), progress
 
     def _sampling(self, prompt: Prompt, grid: Grid, more: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,23 +103,49 @@ class Evaluator:
             **size, **more,
         }
 
+    def _all(
+        self, asked: Sequence[tuple[str, Mapping[str, Any]]],
+        read: Callable[[int, Outcome], tuple[dict[str, Any], dict[str, np.ndarray]]],
+    ) -> list[dict[str, Any]]:
+        """The kept results of requests; what is not known is served, side by side where there are several hosts.
+
+        Args:
+            asked: keys and requests.
+            read: figures and arrays to keep, of a request's place in ``asked`` and its outcome.
+        """
+        found = [self._store.get(key) for key, _ in asked]
+        missing = [number for number, each in enumerate(found) if each is None]
+        self._progress.known(len(found) - len(missing))
+        for number, outcome in zip(missing, self._engine.run_all([asked[n][1] for n in missing]), strict=True):
+            figures, arrays = read(number, outcome)
+            self._store.put(asked[number][0], figures, arrays)
+            self._progress.step()
+            found[number] = {**figures, **arrays}
+        return found
+
     def reference(self, prompt: Prompt, grid: Grid) -> dict[str, Any]:
         """Picture, latents and time of the uncached request."""
-        request = self._sampling(prompt, grid, OFF)
-        key = self._store.key({"reference": request})
-        if (found := self._store.get(key)) is None:
-            outcome = self._engine.run(request)
+        return self.references([prompt], grid)[0]
+
+    def references(self, prompts: Sequence[Prompt], grid: Grid) -> list[dict[str, Any]]:
+        """The same of each prompt."""
+        requests = [self._sampling(prompt, grid, OFF) for prompt in prompts]
+
+        def read(_: int, outcome: Outcome) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             figures = {"denoising_s": outcome.report["denoising_s"], "seconds": outcome.seconds}
-            self._store.put(key, figures, {"latents": outcome.latents, "picture": outcome.picture})
-            found = {**figures, "latents": outcome.latents, "picture": outcome.picture}
-            self._progress.step(found=False)
-        else:
-            self._progress.step(found=True)
-        return found
+            return figures, {"latents": outcome.latents, "picture": outcome.picture}
+
+        return self._all([(self._store.key({"reference": request}), request) for request in requests], read)
 
     def trajectories(self, prompts: Sequence[Prompt], grid: Grid) -> Trajectories:
         """What the search needs of the uncached trajectories of ``prompts``."""
-        found = [self._trajectory(prompt, grid) for prompt in prompts]
+        row = {"steps": grid.steps, "mask": "1" * grid.steps}
+        knobs = {"forecast": "output", "schedules": [row], "steps_computation_policy": "static", "max_warmup_steps": 0}
+        requests = [
+            self._sampling(prompt, grid, {"enable_cache_dit": True, "cache_dit_params": knobs}) for prompt in prompts
+        ]
+        asked = [(self._store.key({"trajectory": request, "format": 2}), request) for request in requests]
+        found = self._all(asked, lambda _, outcome: _recorded(outcome, grid.steps))
         return Trajectories(
             timesteps=found[0]["timesteps"], change=np.mean([each["change"] for each in found], axis=0),
             gram=np.stack([each["gram"] for each in found]), peak=np.array([each["peak"] for each in found]),
@@ -118,50 +153,47 @@ class Evaluator:
             parts=tuple(np.mean([each["parts"] for each in found], axis=0).tolist()),
         )
 
-    def _trajectory(self, prompt: Prompt, grid: Grid) -> dict[str, Any]:
-        row = {"steps": grid.steps, "mask": "1" * grid.steps}
-        knobs = {"forecast": "output", "schedules": [row], "steps_computation_policy": "static", "max_warmup_steps": 0}
-        request = self._sampling(prompt, grid, {"enable_cache_dit": True, "cache_dit_params": knobs})
-        key = self._store.key({"trajectory": request, "format": 2})
-        found = self._store.get(key)
-        self._progress.step(found=found is not None)
-        if found is None:
-            outcome = self._engine.run(request)
-            velocity, change, timesteps, parts = read_trajectory(outcome, grid.steps)
-            counts = [each["steps"] for each in outcome.report["transformers"].values()]
-            starts = [0, *np.cumsum(counts)[:-1].tolist()] if sum(counts) == grid.steps else [0]
-            figures = {"peak": float(np.ptp(outcome.latents)), "starts": starts, "parts": parts}
-            arrays = {"gram": products(velocity), "change": change, "timesteps": timesteps}
-            self._store.put(key, figures, arrays)
-            found = {**figures, **arrays}
-        return found
-
     def measure(
         self, prompt: Prompt, grid: Grid, more: Mapping[str, Any], *, pictures: bool, keep: bool = False,
         steps: int | None = None,
     ) -> dict[str, Any]:
-        """One request against the uncached one of ``grid``.
+        """One request against the uncached one of ``grid``; see ``measure_all``."""
+        return self.measure_all([prompt], grid, more, pictures=pictures, keep=int(keep), steps=steps)[0]
+
+    def measure_all(
+        self, prompts: Sequence[Prompt], grid: Grid, more: Mapping[str, Any], *, pictures: bool, keep: int = 0,
+        steps: int | None = None,
+    ) -> list[dict[str, Any]]:
+        """One request for each prompt against the uncached one of ``grid``.
 
         Args:
-            more: sampling parameters of the request.
+            more: sampling parameters of the requests.
             pictures: compare the pictures, not only the latents.
-            keep: with the picture itself.
+            keep: the first so many with the picture itself.
             steps: take fewer steps than the grid's.
         """
-        asked = grid if steps is None else Grid(steps, grid.size)
-        request = self._sampling(prompt, asked, more)
-        key = self._store.key({"measure": request, "of": grid.steps, "pictures": pictures, "keep": keep})
-        found = self._store.get(key)
-        if found is not None:
-            self._progress.step(found=True)
-            return found
-        uncached = self.reference(prompt, grid)
-        outcome = self._engine.run(request)
-        figures = _figures(uncached, outcome, pictures)
-        arrays = {"picture": outcome.picture} if keep else {}
-        self._store.put(key, figures, arrays)
-        self._progress.step(found=False)
-        return {**figures, **arrays}
+        asked = []
+        for number, prompt in enumerate(prompts):
+            request = self._sampling(prompt, grid if steps is None else Grid(steps, grid.size), more)
+            facts = {"measure": request, "of": grid.steps, "pictures": pictures, "keep": number < keep}
+            asked.append((self._store.key(facts), request))
+        unknown = [prompt for prompt, (key, _) in zip(prompts, asked, strict=True) if not self._store.has(key)]
+        uncached = dict(zip(unknown, self.references(unknown, grid), strict=True))
+
+        def read(number: int, outcome: Outcome) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+            reference = uncached.get(prompts[number]) or self.reference(prompts[number], grid)
+            arrays = {"picture": outcome.picture} if number < keep else {}
+            return _figures(reference, outcome, pictures), arrays
+
+        return self._all(asked, read)
+
+
+def _recorded(outcome: Outcome, steps: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    velocity, change, timesteps, parts = read_trajectory(outcome, steps)
+    counts = [each["steps"] for each in outcome.report["transformers"].values()]
+    starts = [0, *np.cumsum(counts)[:-1].tolist()] if sum(counts) == steps else [0]
+    figures = {"peak": float(np.ptp(outcome.latents)), "starts": starts, "parts": parts}
+    return figures, {"gram": products(velocity), "change": change, "timesteps": timesteps}
 
 
 def _figures(uncached: Mapping[str, Any], outcome: Outcome, pictures: bool) -> dict[str, Any]:

@@ -133,9 +133,8 @@ class _Grid:
         self._verify(candidate)
         if self._metric is not None:
             # Held-out prompts have no say in what is chosen.
-            each = [self.evaluator.measure(prompt, self.grid, candidate.request, pictures=True)[self._metric]
-                    for prompt in self.plan.tune]
-            self.result.points[-1]["tuning"] = {self._metric: float(np.mean(each))}
+            each = self.evaluator.measure_all(self.plan.tune, self.grid, candidate.request, pictures=True)
+            self.result.points[-1]["tuning"] = {self._metric: float(np.mean([f[self._metric] for f in each]))}
 
     @property
     def _metric(self) -> str | None:
@@ -193,8 +192,7 @@ class _Grid:
         return next(point for point in self.result.points if point["name"] == name)
 
     def _times(self) -> None:
-        prompts = self.plan.heldout
-        uncached = [self.evaluator.reference(prompt, self.grid)["denoising_s"] for prompt in prompts]
+        uncached = [each["denoising_s"] for each in self.evaluator.references(self.plan.heldout, self.grid)]
         self.result.step_seconds = {"computed": float(np.median(uncached)) / self.grid.steps}
 
     @property

@@ -43,5 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="a sampling parameter of all requests, such as guidance_scale=4")
     parser.add_argument("--server", action="append", default=[], metavar="NAME=VALUE",
                         help="a server argument of the host, such as num_gpus=2")
+    parser.add_argument("--hosts", type=int, metavar="N",
+                        help="hosts side by side, each with GPUs or CPU threads of its own; by default one, or one a "
+                        "core where there is only a CPU, at most 4")
     parser.add_argument("--quiet", action="store_true", help="no progress lines")
     parser.set_defaults(run=_tune)

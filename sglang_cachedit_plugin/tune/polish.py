@@ -169,15 +169,17 @@ class Tuner:
 
     def _measure(self, request: Mapping[str, Any], rival: Trial | None) -> tuple[float, tuple[float, ...]]:
         """Score and PSNR by prompt; given up early where it is far behind ``rival`` on the same prompts."""
-        decibels: list[float] = []
-        for prompt in self._prompts:
-            figures = self._evaluator.measure(prompt, self.grid, request, pictures=False)
-            decibels.append(figures["latent_psnr"])
-            if rival is not None and len(decibels) == FIRST_LOOK <= len(rival.decibels):
-                behind = score(rival.decibels[:FIRST_LOOK]) - score(decibels)
-                if behind > BEHIND:
-                    return rival.score - behind, tuple(decibels)
+        decibels = self._decibels(self._prompts[:FIRST_LOOK], request)
+        if rival is not None and len(decibels) == FIRST_LOOK <= len(rival.decibels):
+            behind = score(rival.decibels[:FIRST_LOOK]) - score(decibels)
+            if behind > BEHIND:
+                return rival.score - behind, tuple(decibels)
+        decibels += self._decibels(self._prompts[FIRST_LOOK:], request)
         return score(decibels), tuple(decibels)
+
+    def _decibels(self, prompts: Sequence[Prompt], request: Mapping[str, Any]) -> list[float]:
+        found = self._evaluator.measure_all(prompts, self.grid, request, pictures=False)
+        return [figures["latent_psnr"] for figures in found]
 
     def settings(self, mask: Mask, method: Method, recall: float) -> dict[str, Any]:
         """A schedule as ``cache_config``."""

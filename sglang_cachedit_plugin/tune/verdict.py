@@ -18,15 +18,17 @@ CACHE_KINDS = ("tuned", "growing_window", "baseline")
 
 def verify(evaluator: Evaluator, grid: Grid, prompts: Sequence[Prompt], candidate: Candidate) -> Point | None:
     """The candidate's point of the report, None where the model does not know what it asks for."""
-    each: list[dict[str, Any]] = []
-    for number, prompt in enumerate(prompts):
-        each.append(evaluator.measure(
-            prompt, grid, candidate.request, pictures=True, keep=number < SHEET, steps=candidate.steps
-        ))
-        if candidate.kind == "peer" and each[0]["latent_psnr"] >= quality.IDENTICAL_PSNR:
-            return None
+    def figures_of(some: Sequence[Prompt]) -> list[dict[str, Any]]:
+        return evaluator.measure_all(
+            some, grid, candidate.request, pictures=True, keep=SHEET, steps=candidate.steps
+        )
+
+    # A peer that the model lacks costs one request.
+    if candidate.kind == "peer" and figures_of(prompts[:1])[0]["latent_psnr"] >= quality.IDENTICAL_PSNR:
+        return None
+    each = figures_of(prompts)
     latents = [figures["latent_psnr"] for figures in each]
-    uncached = [evaluator.reference(prompt, grid)["denoising_s"] for prompt in prompts]
+    uncached = [reference["denoising_s"] for reference in evaluator.references(prompts, grid)]
     spent = [figures["denoising_s"] for figures in each]
     computed = candidate.computed
     if computed is None:

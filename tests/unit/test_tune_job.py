@@ -74,6 +74,12 @@ class Host:
     def reference(self, prompt, grid):
         return {"denoising_s": 0.1 * grid.steps, "latents": self.draw(prompt, grid.steps), "picture": None}
 
+    def references(self, prompts, grid):
+        return [self.reference(prompt, grid) for prompt in prompts]
+
+    def measure_all(self, prompts, grid, more, *, pictures, keep=0, steps=None):
+        return [self.measure(each, grid, more, pictures=pictures, steps=steps) for each in prompts]
+
     def measure(self, prompt, grid, more, *, pictures, keep=False, steps=None):
         self.served += 1
         if more.get("enable_teacache"):

@@ -49,6 +49,9 @@ class Fields(Host):
             tensors=self.recorded(prompt, steps),
         )
 
+    def run_all(self, requests):
+        return map(self.run, requests)
+
     def recorded(self, prompt, steps):
         places, x = sigmas(steps), self.start(prompt)
         change = np.append(places[1:], 0.0) - places
