@@ -125,11 +125,12 @@ class Tuner:
     def _apart(self, best: Trial) -> Trial:
         """The best of what the surrogate finds with other masks for the two branches, as many forwards in all."""
         method = Method(order=1, damping=0.8) if best.method.fitted else best.method
+        shared = best.mask
         for recall in RECALLS:
             t = self.by_recall[recall]
             rng = random.Random(f"{self._seed} {recall} {method.name} apart")
             mask = search.anneal(
-                lambda mask, t=t: foretell(t, mask, method).score, (*best.mask, *best.mask), 3 * ROUNDS, rng, t.fixed
+                lambda mask, t=t: foretell(t, mask, method).score, (*shared, *shared), 3 * ROUNDS, rng, t.fixed
             )
             if mask[: self.grid.steps] != mask[self.grid.steps :]:
                 trial = self._try(mask, method, recall, best)

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_cachedit_plugin.forecast import damped_weights
-from sglang_cachedit_plugin.tune import search
+from sglang_cachedit_plugin.tune import polish, search
+from sglang_cachedit_plugin.tune.evaluate import Grid, Prompt
 from sglang_cachedit_plugin.tune.surrogate import Method, foretell, score
 from sglang_cachedit_plugin.tune.trajectory import Trajectories, combine, products
 
@@ -228,3 +229,36 @@ def test_a_branch_that_hardly_changes_gives_its_steps_to_the_other():
     assert sum(mask) == sum(start) and mask[0] == mask[STEPS] == 1
     assert sum(mask[:STEPS]) > sum(mask[STEPS:])
     assert foretell(t, mask, LINEAR).score > foretell(t, MASK, LINEAR).score + 3.0
+
+
+class Foretold:
+    """In place of the evaluator: two branches whose trials go exactly as foretold without recall."""
+
+    def __init__(self):
+        self.t = two_branches((4.0, -0.01))
+
+    def trajectories(self, prompts, grid):
+        return self.t
+
+    def measure_all(self, prompts, grid, more, *, pictures):
+        (row,) = more["cache_dit_params"]["schedules"]
+        masks = [tuple(map(int, row[name])) for name in ("mask", "uncond_mask") if name in row]
+        assert all(len(mask) == STEPS for mask in masks)
+        method = Method(order=row.get("order", 0), damping=row.get("damping", 1.0))
+        found = foretell(self.t, tuple(itertools.chain(*masks)), method)
+        return [{"latent_psnr": each} for each in found.decibels[: len(prompts)]]
+
+
+def test_the_tuner_finds_a_mask_for_each_branch_and_forecasts_residuals_with_both(monkeypatch):
+    monkeypatch.setattr(polish, "ROUNDS", 60)
+    prompts = [Prompt(text, seed) for seed, text in enumerate("abc")]
+    tuner = polish.Tuner(
+        Foretold(), Grid(STEPS, (64, 64)), prompts, seed=1, evaluations=2, say=lambda text: None
+    )
+    best = tuner.tune(4)
+    assert len(best.mask) == 2 * STEPS and sum(best.mask) == 8
+    assert best.mask[:STEPS] != best.mask[STEPS:]
+    for candidate, _, _ in tuner.residual_variants(best):
+        assert candidate.computed == 4
+        assert candidate.row["mask"] != candidate.row["uncond_mask"]
+        assert sum(map(int, candidate.row["mask"] + candidate.row["uncond_mask"])) == 8
