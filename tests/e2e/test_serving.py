@@ -46,6 +46,15 @@ def post(url: str, **fields) -> httpx.Response:
     return httpx.post(f"{url}/v1/images/generations", json=IMAGE | EXTRA | fields, timeout=120)
 
 
+def finished(videos, job):
+    """A video job once nothing more happens to it."""
+    deadline = time.monotonic() + 60
+    while job.status not in ("completed", "failed") and time.monotonic() < deadline:
+        time.sleep(0.3)
+        job = videos.retrieve(job.id)
+    return job
+
+
 def test_a_video_answers_with_its_report_and_a_bad_setting_with_400(video_server):
     videos = client_of(video_server).videos
     video = {"prompt": "red apple", "size": "64x64"}
@@ -55,17 +64,37 @@ def test_a_video_answers_with_its_report_and_a_bad_setting_with_400(video_server
     assert "forecast = 'outptu' (cache_dit_params): expected one of residual, output; did you mean 'output'?" in str(
         caught.value
     )
-    job = videos.create(**video, extra_body=extra | {"cache_dit_params": {"profile": "fast"}})
-    deadline = time.monotonic() + 60
-    while job.status not in ("completed", "failed") and time.monotonic() < deadline:
-        time.sleep(0.3)
-        job = videos.retrieve(job.id)
+    params = {"Fn_compute_blocks": 99, "strict": True}
+    job = finished(videos, videos.create(**video, extra_body=extra | {"cache_dit_params": params}))
+    assert job.status == "failed" and "strict = True (cache_dit_params.strict): Fn_compute_blocks 99" in str(job.error)
+    job = finished(videos, videos.create(**video, extra_body=extra | {"cache_dit_params": {"profile": "fast"}}))
     assert job.status == "completed", job
     report = job.model_extra["cache_dit"]
     assert (report["enabled"], report["profile"], report["backend"]) == (True, "fast", "native")
     branches = report["transformers"]["transformer"]["branches"]
     assert set(branches) == {"cond", "uncond"}
     assert branches["cond"]["cached"] == branches["uncond"]["cached"] != []
+
+
+def test_a_video_that_is_cancelled_leaves_nothing_to_the_next(video_server):
+    body = {
+        "prompt": "red apple", "width": 64, "height": 64, "num_frames": 9, "num_inference_steps": STEPS, "seed": 1,
+        "enable_cache_dit": True, "cache_dit_params": {"residual_diff_threshold": 0.9, "max_warmup_steps": 2},
+    }
+
+    def draw() -> tuple[list, dict]:
+        answer = httpx.post(f"{video_server}/generate", json=body, timeout=120).raise_for_status().json()
+        return answer["videos"], answer["cache_stats"]["transformers"]
+
+    before, videos = draw(), client_of(video_server).videos
+    job = videos.create(prompt="blue moon", size="64x64", extra_body={
+        "num_frames": 9, "num_inference_steps": 40, "seed": 2, "enable_cache_dit": True,
+        "cache_dit_params": body["cache_dit_params"] | {"Fn_compute_blocks": 2, "enable_taylorseer": True},
+    })
+    assert videos.delete(job.id).status == "deleted"
+    with pytest.raises(openai.NotFoundError):
+        videos.retrieve(job.id)
+    assert draw() == before and before[1]["transformer"]["branches"]["cond"]["cached"]
 
 
 @pytest.fixture(scope="module")
