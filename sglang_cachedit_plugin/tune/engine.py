@@ -74,12 +74,15 @@ class Engine:
         for name in [name for name in os.environ if name.startswith(PREFIX)]:
             del os.environ[name]
         from sglang.multimodal_gen import DiffGenerator
+        from sglang.multimodal_gen.runtime.server_args import ServerArgs
 
+        # Otherwise a host that has nothing to do spins a core; older ones cannot wait.
+        waits = {"sleep_on_idle": True} if hasattr(ServerArgs, "sleep_on_idle") else {}
         port, scheduler, master = free_ports(3)
         return DiffGenerator.from_pretrained(
             **{
                 "num_gpus": 1, "warmup_mode": "off", "log_level": "error", "port": port,
-                "scheduler_port": scheduler, "master_port": master, **self._arguments,
+                "scheduler_port": scheduler, "master_port": master, **waits, **self._arguments,
             }
         )
 

@@ -119,7 +119,8 @@ def serving(model: Path, folder: Path, *flags: str, **environment: str):
         process = subprocess.Popen(
             [str(Path(sys.executable).with_name("sglang")), "serve", "--model-path", str(model), "--port", str(port),
              "--master-port", str(master), "--scheduler-port", str(scheduler), "--warmup-mode", "off",
-             "--attention-backend", "torch_sdpa", "--output-path", str(folder / "out"), *flags],
+             # Without the last an idle server spins a core that other tests need.
+             "--attention-backend", "torch_sdpa", "--output-path", str(folder / "out"), "--sleep-on-idle", *flags],
             cwd=folder, env=host_environment(**environment), stdout=out, stderr=out, start_new_session=True,
         )
     try:
