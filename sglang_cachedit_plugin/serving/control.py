@@ -14,6 +14,7 @@ from .. import defaults, host
 from ..errors import SettingError, one_line
 from ..overrides import MAX_BYTES, Overrides, parse, read_overrides
 from . import channel, guard, models
+from .refusals import limited
 
 router = APIRouter(prefix="/v1/cache_dit", tags=["cache_dit"])
 
@@ -123,9 +124,9 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
 async def change(request: Request) -> dict[str, Any]:
     """Replace the change before by this one. What it does not name is as at start-up."""
     _check(request)
-    body = await _body(request)
+    body = Request(request.scope, limited(request.receive, MAX_BYTES))
     try:
-        overrides = read_overrides(parse(body), profiles=defaults.current().start_up_profiles)
+        overrides = read_overrides(parse(await body.body()), profiles=defaults.current().start_up_profiles)
     except SettingError as error:
         raise HTTPException(400, str(error)) from None
     return await _finish(_install(overrides))
@@ -145,15 +146,6 @@ def _check(request: Request) -> None:
     guard.check(request)
     if request.app.state.disagg_server is not None:
         raise HTTPException(501, "roles that run apart take their settings from their own environment and file")
-
-
-async def _body(request: Request) -> bytes:
-    body = b""
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BYTES:
-            raise HTTPException(413, f"the body is larger than {MAX_BYTES} bytes")
-    return body
 
 
 async def _finish(change: Awaitable[None]) -> dict[str, Any]:

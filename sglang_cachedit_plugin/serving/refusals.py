@@ -39,26 +39,26 @@ class OneLineRoute(APIRoute):
 
         async def one_line(request: Request) -> Response:
             try:
-                return await handler(Request(request.scope, _limited(request.receive)))
+                return await handler(Request(request.scope, limited(request.receive, MAX_BYTES)))
             except RequestValidationError as error:
                 raise HTTPException(status_code=400, detail=line(error)) from None
 
         return one_line
 
 
-def _limited(receive: Receive) -> Receive:
-    """``receive`` that gives up once the body is too large, whether or not its length was announced."""
+def limited(receive: Receive, most: int) -> Receive:
+    """``receive`` that gives up with 413 after ``most`` bytes, whether or not the body's length was announced."""
     taken = 0
 
-    async def limited() -> Message:
+    async def counted() -> Message:
         nonlocal taken
         message = await receive()
         taken += len(message.get("body", b""))
-        if taken > MAX_BYTES:
-            raise HTTPException(status_code=413, detail=f"the body is larger than {MAX_BYTES} bytes")
+        if taken > most:
+            raise HTTPException(status_code=413, detail=f"the body is larger than {most} bytes")
         return message
 
-    return limited
+    return counted
 
 
 async def answer(request: Request, error: RuntimeError) -> Response:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,10 +110,6 @@ class Engine:
             picture=_picture(result.frames), latents=tensors.pop("latents"), report=result.metrics["cache_dit"],
             seconds=seconds, tensors=tensors,
         )
-
-    def run_all(self, requests: Sequence[Mapping[str, Any]]) -> Iterator[Outcome]:
-        """Outcomes in the order of ``requests``, each served when it is asked for."""
-        return map(self.run, requests)
 
     def close(self) -> None:
         """End the host's processes."""

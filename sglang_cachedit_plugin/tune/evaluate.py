@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .. import quality
-from .engine import Engine, Outcome
+from .engine import Outcome
 from .hosts import Hosts
 from .store import Store
 from .trajectory import Trajectories, combine, products
@@ -92,8 +92,8 @@ class Evaluator:
         request: sampling parameters that all requests share.
     """
 
-    def __init__(self, engine: Engine | Hosts, store: Store, request: Mapping[str, Any], progress: Progress):
-        self._engine, self._store, self._request, self._progress = engine, store, dict(request), progress
+    def __init__(self, hosts: Hosts, store: Store, request: Mapping[str, Any], progress: Progress):
+        self._hosts, self._store, self._request, self._progress = hosts, store, dict(request), progress
 
     def _sampling(self, prompt: Prompt, grid: Grid, more: Mapping[str, Any]) -> dict[str, Any]:
         width, height, *frames = grid.size
@@ -116,7 +116,7 @@ class Evaluator:
         found = [self._store.get(key) for key, _ in asked]
         missing = [number for number, each in enumerate(found) if each is None]
         self._progress.known(len(found) - len(missing))
-        for number, outcome in zip(missing, self._engine.run_all([asked[n][1] for n in missing]), strict=True):
+        for number, outcome in zip(missing, self._hosts.run_all([asked[n][1] for n in missing]), strict=True):
             figures, arrays = read(number, outcome)
             self._store.put(asked[number][0], figures, arrays)
             self._progress.step()
@@ -177,13 +177,11 @@ class Evaluator:
             request = self._sampling(prompt, grid if steps is None else Grid(steps, grid.size), more)
             facts = {"measure": request, "of": grid.steps, "pictures": pictures, "keep": number < keep}
             asked.append((self._store.key(facts), request))
-        unknown = [prompt for prompt, (key, _) in zip(prompts, asked, strict=True) if not self._store.has(key)]
-        uncached = dict(zip(unknown, self.references(unknown, grid), strict=True))
+        uncached = self.references(prompts, grid)
 
         def read(number: int, outcome: Outcome) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-            reference = uncached.get(prompts[number]) or self.reference(prompts[number], grid)
             arrays = {"picture": outcome.picture} if number < keep else {}
-            return _figures(reference, outcome, pictures), arrays
+            return _figures(uncached[number], outcome, pictures), arrays
 
         return self._all(asked, read)
 

@@ -56,10 +56,6 @@ class Store:
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None
 
-    def has(self, key: str) -> bool:
-        """Whether a result is there; ``get`` may still find that it was cut off."""
-        return (self.folder / f"{key}.npz").is_file()
-
     def put(self, key: str, figures: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
         """Write a result, at once or not at all."""
         unfinished = self.folder / f".{key}.{os.getpid()}"

@@ -77,18 +77,23 @@ def models(tmp_path_factory) -> dict[str, Path]:
     return dict(zip(names, paths, strict=True))
 
 
-def run_probe(jobs: list[dict], folder: Path, **environment: str) -> dict[str, list[dict]]:
-    """Results of ``jobs`` by name; see probe.py."""
-    for job in jobs:
-        job["server"]["master_port"] = next(PORTS)
+def run_module(name: str, asked: object, folder: Path, **environment: str):
+    """What ``tests.e2e.<name>`` writes (torch.save) when it is run in a process of its own with ``asked`` as JSON."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "jobs.json").write_text(json.dumps(jobs))
+    (folder / "in.json").write_text(json.dumps(asked))
     done = subprocess.run(
-        [sys.executable, "-m", "tests.e2e.probe", str(folder / "jobs.json"), str(folder / "out.pt")],
+        [sys.executable, "-m", f"tests.e2e.{name}", str(folder / "in.json"), str(folder / "out.pt")],
         cwd=ROOT, env=host_environment(**environment), capture_output=True, text=True, timeout=1800, errors="replace",
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return torch.load(folder / "out.pt")
+
+
+def run_probe(jobs: list[dict], folder: Path, **environment: str) -> dict[str, list[dict]]:
+    """Results of ``jobs`` by name; see probe.py."""
+    for job in jobs:
+        job["server"]["master_port"] = next(PORTS)
+    return run_module("probe", jobs, folder, **environment)
 
 
 def run_together(*tasks):

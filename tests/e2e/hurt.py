@@ -93,6 +93,14 @@ def hurt(models, folder: Path, *flags: str):
         yield Server(url, folder)
 
 
+def meets_both_kinds_of_steps(server: Server) -> None:
+    """The picture that faults are tried on has cached and computed steps and asks the similarity."""
+    branches = server.fresh["plain"][1]
+    assert set(branches) == {"cond", "uncond"}
+    for branch in branches.values():
+        assert len(branch["cached"]) >= 2 and len(branch["computed"]) >= 3 and branch["residual_diffs"]
+
+
 def check(server: Server) -> None:
     """The next picture is a fresh server's, and memory is at its resting level."""
     assert not server.armed()
@@ -128,3 +136,8 @@ def survives_a_hang_up(server: Server) -> None:
         server.ask(timeout=0.5)
     server.wait()
     check(server)
+
+
+def is_not_larger(server: Server) -> None:
+    """The worker's resident memory is what it was at rest, but for what an allocator keeps."""
+    assert server.megabytes() - server.resident < 40

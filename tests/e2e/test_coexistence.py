@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +9,7 @@ import torch
 
 from sglang_cachedit_plugin import hooks
 
-from .conftest import PORTS, ROOT, host_environment
+from .conftest import PORTS, run_module
 from .neighbour import CACHING
 
 STEPS = 8
@@ -74,13 +71,7 @@ def situations(models, tmp_path_factory):
         name: {"path": path, "environment": extra, "jobs": jobs(models["flux"], requests_of(name))}
         for name, (path, extra) in asked.items()
     }
-    (folder / "in.json").write_text(json.dumps(written))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.e2e.coexist_probe", str(folder / "in.json"), str(folder / "out.pt")],
-        cwd=ROOT, env=host_environment(), capture_output=True, text=True, timeout=1200, errors="replace",
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    found = torch.load(folder / "out.pt")
+    found = run_module("coexist_probe", written, folder)
     for name, each in found.items():
         each["jobs"] = {
             backend: dict(zip(requests_of(name), results, strict=True)) for backend, results in each["jobs"].items()

@@ -12,7 +12,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from .hurt import EDGES, STEPS, Server, check, hurt, survives, survives_a_hang_up, survives_nan
+from .hurt import (
+    EDGES,
+    STEPS,
+    Server,
+    check,
+    hurt,
+    is_not_larger,
+    meets_both_kinds_of_steps,
+    survives,
+    survives_a_hang_up,
+    survives_nan,
+)
 
 TIMEOUT_S = 25
 """Of the server's wait for its workers."""
@@ -57,10 +68,7 @@ def server(models, lora, tmp_path_factory):
 
 
 def test_the_faults_meet_cached_and_computed_steps(server):
-    branches = server.fresh["plain"][1]
-    assert set(branches) == {"cond", "uncond"}
-    for branch in branches.values():
-        assert len(branch["cached"]) >= 2 and len(branch["computed"]) >= 3 and branch["residual_diffs"]
+    meets_both_kinds_of_steps(server)
 
 
 @pytest.mark.parametrize("call", range(2 * STEPS))
@@ -119,7 +127,7 @@ def test_another_lora_between_requests(server, lora):
 
 
 def test_the_worker_is_not_larger_than_at_rest(server):
-    assert server.megabytes() - server.resident < 40
+    is_not_larger(server)
 
 
 def test_termination_in_the_middle_of_denoising_ends_all_processes(models, tmp_path):

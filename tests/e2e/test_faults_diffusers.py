@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from .hurt import EDGES, check, hurt, survives, survives_a_hang_up, survives_nan
+from .hurt import (
+    EDGES,
+    check,
+    hurt,
+    is_not_larger,
+    meets_both_kinds_of_steps,
+    survives,
+    survives_a_hang_up,
+    survives_nan,
+)
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +30,7 @@ def server(models, tmp_path_factory):
 
 
 def test_the_faults_meet_cached_and_computed_steps(server):
-    branches = server.fresh["plain"][1]
-    assert set(branches) == {"cond", "uncond"}
-    for branch in branches.values():
-        assert len(branch["cached"]) >= 2 and len(branch["computed"]) >= 3 and branch["residual_diffs"]
+    meets_both_kinds_of_steps(server)
 
 
 FAULTS = [
@@ -55,4 +61,4 @@ def test_what_only_the_worker_can_refuse_is_400_in_one_line(server):
 
 
 def test_the_worker_is_not_larger_than_at_rest(server):
-    assert server.megabytes() - server.resident < 40
+    is_not_larger(server)

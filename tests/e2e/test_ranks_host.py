@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .conftest import ROOT, free_ports, host_environment
+from .conftest import free_ports, host_environment, run_module
 
 BASE = {"width": 64, "height": 64, "num_inference_steps": 12, "prompt": "red apple", "seed": 1}
 VIDEO = {"negative_prompt": "green cat", "num_frames": 9}
@@ -62,13 +61,7 @@ def results(models, tmp_path_factory):
             "server": {"model_path": str(models[model]), "backend": "sglang", "master_port": port} | server,
             "requests": [BASE | fields | REQUESTS[request] for request in requests],
         })
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.e2e.ranks_probe", str(folder / "jobs.json"), str(folder / "out.pt")],
-        cwd=ROOT, env=host_environment(), capture_output=True, text=True, timeout=1800, errors="replace",
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    found = torch.load(folder / "out.pt")
+    found = run_module("ranks_probe", jobs, folder)
     return {
         name: {
             request: [rank[index] for rank in found[name]] for index, request in enumerate(requests)
