@@ -80,9 +80,7 @@ def arguments(
         path = folder / f"{variant.name}.yaml"
         path.write_text(yaml.safe_dump(_plain(variant.stock_file())), encoding="utf-8")
         flags["--cache-dit-config"] = str(path)
-    own = [text for flag, value in flags.items() if flag not in given for text in (flag, value)]
-    # Without it a host that waits for its turn spins a core.
-    return [*own, *([] if "--sleep-on-idle" in given else ["--sleep-on-idle"]), *host_flags]
+    return [*(text for flag, value in flags.items() if flag not in given for text in (flag, value)), *host_flags]
 
 
 def _plain(value: Any) -> Any:

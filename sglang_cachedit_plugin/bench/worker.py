@@ -37,6 +37,9 @@ def _server_args(arguments: list[str]) -> Any:
     from sglang.multimodal_gen.runtime.server_args import ServerArgs
     from sglang.multimodal_gen.runtime.utils.argparse import FlexibleArgumentParser
 
+    # A host that waits for its turn would spin a core; 0.5.21 and 0.5.22 cannot wait otherwise.
+    if hasattr(ServerArgs, "sleep_on_idle"):
+        arguments = [*arguments, "--sleep-on-idle"]
     sys.argv[1:] = arguments  # the host looks at it while it builds its parser
     parser = ServerArgs.add_cli_args(FlexibleArgumentParser())
     # The pipeline's own flags came with 0.5.23.
