@@ -24,6 +24,11 @@ FIRST_LOOK = 4
 """Prompts after which a trial that is far behind is given up."""
 BEHIND = 1.0
 """dB: how far that is."""
+BEGINNINGS = (0.21, 0.14)
+"""Parts of the steps that are computed in a row from the first one on, where the tuning prompts allow it."""
+BEGINNING_PRICE = 1.0
+"""dB that this may cost on them: the first steps decide what the picture becomes, and that of a prompt unlike all
+tuning prompts may become another one."""
 RESIDUAL_LEAD = 0.3
 """dB by which a forecast of the residual must be better than one of the output: its cached steps cost more."""
 
@@ -73,15 +78,26 @@ class Tuner:
         self._say(f"{label}, schedules from the recorded trajectories")
         firsts = [self._first(budget, recall, method) for method in self._methods for recall in RECALLS]
         self._say(f"{label}, trying {len(set(firsts))} of them in the host")
-        best = self._best_of(firsts)
+        best, fixed = self._with_beginning(budget, self._best_of(firsts))
         self._say(f"{label}, {best.score:.1f} dB; {self._evaluations} more trials")
         rng = random.Random(f"{self._seed} {self.grid.label} {budget}")
-        best = self._anneal(best, rng)
+        best = self._anneal(best, fixed, rng)
         if self._two_branches:
             self._say(f"{label}, {best.score:.1f} dB; a mask of its own for each branch")
-            apart = self._apart(best)
-            best = self._anneal(apart, rng) if len(apart.mask) > len(best.mask) else best
+            apart = self._apart(best, fixed)
+            best = self._anneal(apart, fixed, rng) if len(apart.mask) > len(best.mask) else best
         return best
+
+    def _with_beginning(self, budget: int, best: Trial) -> tuple[Trial, frozenset[int]]:
+        """The schedule with the longest beginning that costs little, else ``best``; and the steps to leave alone."""
+        for part in BEGINNINGS:
+            fixed = self.starts | frozenset(range(round(part * self.grid.steps)))
+            if len(self.starts) < len(fixed) < budget:
+                firsts = [self._first(budget, recall, best.method, fixed) for recall in RECALLS[:2]]
+                found = self._best_of(firsts, best)
+                if found.score >= best.score - BEGINNING_PRICE:
+                    return found, fixed
+        return best, self.starts
 
     def compare_methods(self, budget: int) -> list[Trial]:
         """Try every way to forecast the output at one budget, and keep the two best for the others."""
@@ -93,14 +109,18 @@ class Tuner:
         self._methods = tuple(trial.method for trial in found[:2])
         return found
 
-    def _best_of(self, firsts: Sequence[tuple[Mask, Method, float]]) -> Trial:
+    def _best_of(self, firsts: Sequence[tuple[Mask, Method, float]], rival: Trial | None = None) -> Trial:
+        """The best of ``firsts``; given up early where ``rival``, or the best of them so far, is far ahead."""
         best = None
         for first in dict.fromkeys(firsts):
-            trial = self._try(*first, best)
+            trial = self._try(*first, best or rival)
             best = trial if best is None or trial.score > best.score else best
         return best
 
-    def _first(self, budget: int, recall: float, method: Method) -> tuple[Mask, Method, float]:
+    def _first(
+        self, budget: int, recall: float, method: Method, fixed: frozenset[int] | None = None
+    ) -> tuple[Mask, Method, float]:
+        fixed = self.starts if fixed is None else fixed
         trajectories = self.by_recall[recall]
         cost = search.segment_costs(trajectories, method.damping if method.order == 1 else 0.8)
         rng = random.Random(f"{self._seed} {budget} {recall} {method.name}")
@@ -108,21 +128,12 @@ class Tuner:
         def foretold(mask: Mask) -> float:
             return foretell(trajectories, mask, method).score
 
-        starts = [self._with_fixed(search.shortest(cost, self.grid.steps, budget, minimax=minimax))
-                  for minimax in (False, True)]
-        starts.append(self._with_fixed(search.growing_window(self.grid.steps, budget)))
-        start = max(starts, key=foretold)
-        return search.anneal(foretold, start, ROUNDS, rng, self.starts), method, recall
+        starts = [search.shortest(cost, self.grid.steps, budget, minimax=minimax) for minimax in (False, True)]
+        starts.append(search.growing_window(self.grid.steps, budget))
+        start = max((_with(fixed, mask) for mask in starts), key=foretold)
+        return search.anneal(foretold, start, ROUNDS, rng, fixed), method, recall
 
-    def _with_fixed(self, mask: Mask) -> Mask:
-        missing = [step for step in sorted(self.starts) if not mask[step]]
-        ones = [step for step, computed in enumerate(mask) if computed and step not in self.starts]
-        changed = list(mask)
-        for off, on in zip(reversed(ones), missing, strict=False):
-            changed[off], changed[on] = 0, 1
-        return tuple(changed)
-
-    def _apart(self, best: Trial) -> Trial:
+    def _apart(self, best: Trial, fixed: frozenset[int]) -> Trial:
         """The best of what the surrogate finds with other masks for the two branches, as many forwards in all."""
         method = Method(order=1, damping=0.8) if best.method.fitted else best.method
         shared = best.mask
@@ -130,17 +141,18 @@ class Tuner:
             t = self.by_recall[recall]
             rng = random.Random(f"{self._seed} {recall} {method.name} apart")
             mask = search.anneal(
-                lambda mask, t=t: foretell(t, mask, method).score, (*shared, *shared), 3 * ROUNDS, rng, t.fixed
+                lambda mask, t=t: foretell(t, mask, method).score, (*shared, *shared), 3 * ROUNDS, rng,
+                self._places(fixed),
             )
             if mask[: self.grid.steps] != mask[self.grid.steps :]:
                 trial = self._try(mask, method, recall, best)
                 best = max(best, trial, key=lambda each: each.score)
         return best
 
-    def _anneal(self, best: Trial, rng: random.Random) -> Trial:
+    def _anneal(self, best: Trial, fixed: frozenset[int], rng: random.Random) -> Trial:
         current = best
         for number in range(self._evaluations):
-            proposal = self._propose(current)
+            proposal = self._propose(current, self._places(fixed))
             if proposal is None:
                 break
             trial = self._try(proposal, current.method, current.recall, current)
@@ -150,11 +162,15 @@ class Tuner:
             best = max(best, trial, key=lambda each: each.score)
         return best
 
-    def _propose(self, current: Trial) -> Mask | None:
+    def _places(self, fixed: frozenset[int]) -> frozenset[int]:
+        """``fixed`` steps as places of a mask over both branches."""
+        return fixed | {step + self.grid.steps for step in fixed}
+
+    def _propose(self, current: Trial, fixed: frozenset[int]) -> Mask | None:
         """The untried neighbour of which the surrogate promises most, over all gains."""
         tried = {mask for mask, _, _ in self._known}
         own = self.by_recall[current.recall]
-        fresh = [mask for mask in search.moves(current.mask, own.fixed) if mask not in tried]
+        fresh = [mask for mask in search.moves(current.mask, fixed) if mask not in tried]
         if not fresh:
             return None
         near = sorted(fresh, key=lambda mask: -foretell(own, mask, current.method).score)[:12]
@@ -219,6 +235,16 @@ class Tuner:
             value, decibels = self._measure(candidate.request, best)
             found.append((candidate, value, len(decibels)))
         return found
+
+
+def _with(fixed: frozenset[int], mask: Mask) -> Mask:
+    """``mask`` with ``fixed`` steps computed, in place of its last others."""
+    missing = [step for step in sorted(fixed) if not mask[step]]
+    ones = [step for step, computed in enumerate(mask) if computed and step not in fixed]
+    changed = list(mask)
+    for off, on in zip(reversed(ones), missing, strict=False):
+        changed[off], changed[on] = 0, 1
+    return tuple(changed)
 
 
 def _named(masks: Sequence[Mask]) -> Mask | dict[str, Mask]:

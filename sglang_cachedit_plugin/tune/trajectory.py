@@ -43,11 +43,6 @@ class Trajectories:
     parts: tuple[float, ...] = (1.0,)
 
     @property
-    def fixed(self) -> frozenset[int]:
-        """Places of a mask over all branches that are always computed."""
-        return frozenset(start + branch * self.steps for branch in range(len(self.parts)) for start in self.starts)
-
-    @property
     def steps(self) -> int:
         """T."""
         return len(self.timesteps)

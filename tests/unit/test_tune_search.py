@@ -225,17 +225,18 @@ def test_masks_of_two_branches_are_foretold_as_each_alone():
 def test_a_branch_that_hardly_changes_gives_its_steps_to_the_other():
     t = two_branches((4.0, -0.01))
     start = (*MASK, *MASK)
-    mask = search.anneal(lambda each: foretell(t, each, LINEAR).score, start, 1000, random.Random(1), t.fixed)
+    fixed = frozenset({0, STEPS})
+    mask = search.anneal(lambda each: foretell(t, each, LINEAR).score, start, 1000, random.Random(1), fixed)
     assert sum(mask) == sum(start) and mask[0] == mask[STEPS] == 1
     assert sum(mask[:STEPS]) > sum(mask[STEPS:])
     assert foretell(t, mask, LINEAR).score > foretell(t, MASK, LINEAR).score + 3.0
 
 
 class Foretold:
-    """In place of the evaluator: two branches whose trials go exactly as foretold without recall."""
+    """In place of the evaluator: trials go exactly as foretold without recall."""
 
-    def __init__(self):
-        self.t = two_branches((4.0, -0.01))
+    def __init__(self, trajectories):
+        self.t = trajectories
 
     def trajectories(self, prompts, grid):
         return self.t
@@ -243,7 +244,7 @@ class Foretold:
     def measure_all(self, prompts, grid, more, *, pictures):
         (row,) = more["cache_dit_params"]["schedules"]
         masks = [tuple(map(int, row[name])) for name in ("mask", "uncond_mask") if name in row]
-        assert all(len(mask) == STEPS for mask in masks)
+        assert all(len(mask) == self.t.steps for mask in masks)
         method = Method(order=row.get("order", 0), damping=row.get("damping", 1.0))
         found = foretell(self.t, tuple(itertools.chain(*masks)), method)
         return [{"latent_psnr": each} for each in found.decibels[: len(prompts)]]
@@ -252,9 +253,8 @@ class Foretold:
 def test_the_tuner_finds_a_mask_for_each_branch_and_forecasts_residuals_with_both(monkeypatch):
     monkeypatch.setattr(polish, "ROUNDS", 60)
     prompts = [Prompt(text, seed) for seed, text in enumerate("abc")]
-    tuner = polish.Tuner(
-        Foretold(), Grid(STEPS, (64, 64)), prompts, seed=1, evaluations=2, say=lambda text: None
-    )
+    trials = Foretold(two_branches((4.0, -0.01)))
+    tuner = polish.Tuner(trials, Grid(STEPS, (64, 64)), prompts, seed=1, evaluations=2, say=lambda text: None)
     best = tuner.tune(4)
     assert len(best.mask) == 2 * STEPS and sum(best.mask) == 8
     assert best.mask[:STEPS] != best.mask[STEPS:]
@@ -262,3 +262,37 @@ def test_the_tuner_finds_a_mask_for_each_branch_and_forecasts_residuals_with_bot
         assert candidate.computed == 4
         assert candidate.row["mask"] != candidate.row["uncond_mask"]
         assert sum(map(int, candidate.row["mask"] + candidate.row["uncond_mask"])) == 8
+
+
+def late_turns():
+    """One branch, 24 steps; the outputs hardly turn at first, so computing the beginning is a waste."""
+    places = np.linspace(1.0, 1 / 24, 24)
+    rng = np.random.default_rng(2)
+    grams, peaks = [], []
+    for _ in range(3):
+        axes = rng.normal(size=(3, 40))
+        outputs = axes[0] + np.outer(1.0 - places, axes[1]) + np.outer(np.sin(9 * (1.0 - places) ** 3), axes[2])
+        grams.append(outputs @ outputs.T / 40)
+        peaks.append(np.ptp(outputs.mean(0)))
+    return Trajectories(
+        timesteps=1000 * places, change=np.full(24, -1 / 24), gram=np.stack(grams), peak=np.array(peaks)
+    )
+
+
+def test_the_beginning_is_computed_in_a_row_for_no_more_than_its_price(monkeypatch):
+    monkeypatch.setattr(polish, "ROUNDS", 60)
+    prompts = [Prompt(text, seed) for seed, text in enumerate("abc")]
+
+    def tuned(price):
+        monkeypatch.setattr(polish, "BEGINNING_PRICE", price)
+        grid = Grid(24, (64, 64))
+        return polish.Tuner(Foretold(late_turns()), grid, prompts, seed=1, evaluations=0, say=lambda _: None).tune(10)
+
+    free, whole = tuned(-100.0), tuned(100.0)
+    assert sum(whole.mask) == 10 and whole.mask[: round(0.21 * 24)] == (1,) * 5
+    assert free.mask[:3] != (1, 1, 1)
+    cost = free.score - whole.score
+    assert cost > 0.1
+    assert tuned(cost + 0.01).mask == whole.mask
+    dearer = tuned(cost - 0.01)
+    assert dearer.mask[:5] != (1,) * 5 and dearer.score >= free.score - cost
