@@ -1,5 +1,7 @@
 """What the plugin costs while it is installed and caches nothing: ``python -m tests.soak.idle_cost``.
 
+Takes about eight minutes on two otherwise idle cores, most of it the starts of twelve hosts.
+
 Three hosts answer the same requests in turn: one without the plugin, another one without it, and one with the plugin
 and no caching configured. Each turn asks all three in an order of its own. The ratio to the first is taken turn by
 turn; that of the second host shows what the machine alone makes of it. Hosts are started anew every round, because
@@ -72,6 +74,7 @@ def play_round(args: argparse.Namespace, model: Path, folder: Path, order: rando
         for name in VARIANTS:
             made[name] = Measured(name, args, model, folder)
             stack.callback(made[name].host.close)
+            print(f"the host {name} the plugin is up", file=sys.stderr, flush=True)
         turns = []
         for turn in range(args.warmup + args.turns):
             names = list(VARIANTS)

@@ -1,0 +1,1 @@
+"""Measurements behind decisions that the documentation explains; run by hand."""
