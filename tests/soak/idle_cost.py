@@ -1,6 +1,6 @@
 """What the plugin costs while it is installed and caches nothing: ``python -m tests.soak.idle_cost``.
 
-Takes about eight minutes on two otherwise idle cores, most of it the starts of twelve hosts.
+Takes about eighteen minutes on two cores, which should have nothing else to do.
 
 Three hosts answer the same requests in turn: one without the plugin, another one without it, and one with the plugin
 and no caching configured. Each turn asks all three in an order of its own. The ratio to the first is taken turn by
