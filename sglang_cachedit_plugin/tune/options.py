@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     target.add_argument("--speedup", type=float, metavar="X", help="best quality at 1/X of the steps computed")
     target.add_argument("--budget", type=int, metavar="N", help="best quality with N computed steps")
     parser.add_argument("--seed", type=int, default=1, help="of the search and of the first picture (1)")
-    parser.add_argument("--evaluations", type=int, default=8, metavar="N", help="trials in the host a budget (8)")
+    parser.add_argument("--evaluations", type=int, default=6, metavar="N", help="trials in the host a budget (6)")
     parser.add_argument("--peers", default="plain", metavar="NAMES",
                         help="what else is measured: none, plain (fewer steps, growing window), all, or beginnings of "
                         "names with commas: fewer, growing, dbcache, scm, taylorseer, dmd, profile, teacache, spectrum")

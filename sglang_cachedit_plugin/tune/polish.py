@@ -25,7 +25,7 @@ FIRST_LOOK = 4
 BEHIND = 1.0
 """dB: how far that is."""
 BEGINNINGS = (0.21, 0.14)
-"""Parts of the steps that are computed in a row from the first one on, where the tuning prompts allow it."""
+"""Parts of the steps of which one is computed in a row from the first step on, where the tuning prompts allow it."""
 BEGINNING_PRICE = 1.0
 """dB that this may cost on them: the first steps decide what the picture becomes, and that of a prompt unlike all
 tuning prompts may become another one."""
@@ -89,15 +89,22 @@ class Tuner:
         return best
 
     def _with_beginning(self, budget: int, best: Trial) -> tuple[Trial, frozenset[int]]:
-        """The schedule with the longest beginning that costs little, else ``best``; and the steps to leave alone."""
+        """A schedule whose beginning is computed and costs little, else ``best``; and the steps to leave alone.
+
+        Of several that of the least foretold drift in the first half: too long a beginning leaves too little for what
+        comes after it.
+        """
+        allowed = []
         for part in BEGINNINGS:
             fixed = self.starts | frozenset(range(round(part * self.grid.steps)))
             if len(self.starts) < len(fixed) < budget:
-                firsts = [self._first(budget, recall, best.method, fixed) for recall in RECALLS[:2]]
-                found = self._best_of(firsts, best)
-                if found.score >= best.score - BEGINNING_PRICE:
-                    return found, fixed
-        return best, self.starts
+                trials = [self._try(*self._first(budget, recall, best.method, fixed), best) for recall in RECALLS[:2]]
+                allowed += [(trial, fixed) for trial in trials if trial.score >= best.score - BEGINNING_PRICE]
+        return min(allowed, key=lambda each: self._early_drift(each[0]), default=(best, self.starts))
+
+    def _early_drift(self, trial: Trial) -> float:
+        foretold = foretell(self.by_recall[RECALLS[0]], trial.mask, trial.method)
+        return float(foretold.drift[: self.grid.steps // 2].max())
 
     def compare_methods(self, budget: int) -> list[Trial]:
         """Try every way to forecast the output at one budget, and keep the two best for the others."""
@@ -109,11 +116,10 @@ class Tuner:
         self._methods = tuple(trial.method for trial in found[:2])
         return found
 
-    def _best_of(self, firsts: Sequence[tuple[Mask, Method, float]], rival: Trial | None = None) -> Trial:
-        """The best of ``firsts``; given up early where ``rival``, or the best of them so far, is far ahead."""
+    def _best_of(self, firsts: Sequence[tuple[Mask, Method, float]]) -> Trial:
         best = None
         for first in dict.fromkeys(firsts):
-            trial = self._try(*first, best or rival)
+            trial = self._try(*first, best)
             best = trial if best is None or trial.score > best.score else best
         return best
 

@@ -279,20 +279,37 @@ def late_turns():
     )
 
 
-def test_the_beginning_is_computed_in_a_row_for_no_more_than_its_price(monkeypatch):
+@pytest.fixture
+def begun(monkeypatch):
+    """A trial with 10 of 24 steps, given the price and the parts of a beginning."""
     monkeypatch.setattr(polish, "ROUNDS", 60)
     prompts = [Prompt(text, seed) for seed, text in enumerate("abc")]
 
-    def tuned(price):
+    def tune(price, *parts):
         monkeypatch.setattr(polish, "BEGINNING_PRICE", price)
-        grid = Grid(24, (64, 64))
-        return polish.Tuner(Foretold(late_turns()), grid, prompts, seed=1, evaluations=0, say=lambda _: None).tune(10)
+        monkeypatch.setattr(polish, "BEGINNINGS", parts)
+        trials, grid = Foretold(late_turns()), Grid(24, (64, 64))
+        return polish.Tuner(trials, grid, prompts, seed=1, evaluations=0, say=lambda _: None).tune(10)
 
-    free, whole = tuned(-100.0), tuned(100.0)
-    assert sum(whole.mask) == 10 and whole.mask[: round(0.21 * 24)] == (1,) * 5
+    return tune
+
+
+def test_the_beginning_is_computed_in_a_row_for_no_more_than_its_price(begun):
+    free, whole = begun(-100.0, 0.21), begun(100.0, 0.21)
+    assert sum(whole.mask) == 10 and whole.mask[:5] == (1,) * 5
     assert free.mask[:3] != (1, 1, 1)
-    cost = free.score - whole.score
-    assert cost > 0.1
-    assert tuned(cost + 0.01).mask == whole.mask
-    dearer = tuned(cost - 0.01)
-    assert dearer.mask[:5] != (1,) * 5 and dearer.score >= free.score - cost
+    assert free.score - whole.score > 0.1
+    for price in (0.05, 0.2, 0.5, 1.0, 2.0):
+        found = begun(price, 0.21)
+        assert found.score >= free.score - price
+        assert found.mask == free.mask or found.mask[:5] == (1,) * 5
+
+
+def test_of_two_beginnings_that_of_less_early_drift_is_taken(begun):
+    def early(trial):
+        return foretell(late_turns(), trial.mask, trial.method).drift[:12].max()
+
+    short, long, either = begun(100.0, 0.14), begun(100.0, 0.3), begun(100.0, 0.3, 0.14)
+    assert short.mask[:3] == (1,) * 3 and long.mask[:7] == (1,) * 7
+    assert early(short) != early(long)
+    assert either.mask == min((short, long), key=early).mask
