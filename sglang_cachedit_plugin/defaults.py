@@ -31,12 +31,14 @@ class Defaults:
     Args:
         overrides: the live change in force.
         retired: profiles of the change before; a request that was checked then may still arrive.
+        change: number of the live change that a worker made last; 0 at start-up.
     """
 
     environment: Source = field(default_factory=Source)
     file: FileConfig = field(default_factory=FileConfig)
     overrides: Overrides = field(default_factory=Overrides)
     retired: Mapping[str, Source] = field(default_factory=dict)
+    change: int = 0
 
     @property
     def enabled(self) -> bool:
@@ -76,9 +78,9 @@ class Defaults:
         described = repr([self.environment, self.file.source, self.overrides.source, sorted(self.profiles), profiles])
         return hashlib.sha256(described.encode()).hexdigest()[:12]
 
-    def with_overrides(self, overrides: Overrides) -> Defaults:
+    def with_overrides(self, overrides: Overrides, change: int = 0) -> Defaults:
         """These settings under another live change; profiles of the present one stay usable once more."""
-        return replace(self, overrides=overrides, retired=self.overrides.profiles)
+        return replace(self, overrides=overrides, retired=self.overrides.profiles, change=change)
 
     def decide(self, enable: bool | None, params: Mapping[str, Any] | None) -> Decision:
         """Settings of a request with ``enable_cache_dit`` and ``cache_dit_params``.

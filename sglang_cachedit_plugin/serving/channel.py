@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import defaults, host, startup
+from ..defaults import Defaults
 from ..errors import CacheDitError, one_line
 from ..mount import describe_models
 from ..overrides import Overrides, read_overrides
@@ -20,7 +21,11 @@ from ..overrides import Overrides, read_overrides
 
 @dataclass
 class CacheDitControl:
-    """One message: JSON text of ``{"do": "show"}`` or ``{"do": "set", "settings": mapping or null}``."""
+    """One message: JSON text of ``{"do": "show"}`` or ``{"do": "set", "settings": mapping or null, "number": n}``.
+
+    Each message has a socket of its own, and sockets keep no order: a worker refuses a change with a lower number
+    than one that it made.
+    """
 
     text: str
 
@@ -29,19 +34,22 @@ class ChannelError(CacheDitError):
     """A replica did not do what it was told."""
 
 
-async def tell(do: str, settings: Any = None) -> list[dict[str, Any]]:
+async def tell(do: str, settings: Any = None, number: int = 0) -> list[dict[str, Any]]:
     """What every replica answers to ``do``: its number, and for each of its ranks settings and mounted models.
+
+    Args:
+        number: of a change; later ones have higher numbers.
 
     Raises:
         ChannelError: a replica failed; the others may have done it.
     """
-    message = CacheDitControl(json.dumps({"do": do, "settings": settings}))
+    message = CacheDitControl(json.dumps({"do": do, "settings": settings, "number": number}))
     replicas = []
-    for number, answer in enumerate(await host.tell_replicas(message)):
+    for replica, answer in enumerate(await host.tell_replicas(message)):
         error = str(answer) or type(answer).__name__ if isinstance(answer, BaseException) else _error_of(answer)
         if error is not None:
-            raise ChannelError(one_line(f"replica {number}: {error}"))
-        replicas.append({"replica": number, "ranks": json.loads(answer.output)})
+            raise ChannelError(one_line(f"replica {replica}: {error}"))
+        replicas.append({"replica": replica, "ranks": json.loads(answer.output)})
     return replicas
 
 
@@ -60,25 +68,28 @@ def dispatch(original: Callable[..., Any], scheduler: Any, req_or_group: Any) ->
 
 def handle(server_args: Any, text: str) -> Any:
     """Check on every rank of the replica, then do it on all of them or on none."""
-    overrides, error = _read(server_args, text)
+    changed, error = _read(server_args, text)
     errors = [each for each in host.gather_replica(error) if each is not None]
     if errors:
         return host.answer(None, errors[0])
-    if overrides is not None:
-        defaults.install(defaults.current().with_overrides(overrides))
+    if changed is not None:
+        defaults.install(changed)
     state = {"rank": host.rank(), "settings": defaults.current().fingerprint(), "mounted": describe_models()}
     return host.answer(json.dumps(host.gather_replica(state)))
 
 
-def _read(server_args: Any, text: str) -> tuple[Overrides | None, str | None]:
-    """The checked change (None: there is none), or what is wrong with it."""
+def _read(server_args: Any, text: str) -> tuple[Defaults | None, str | None]:
+    """The settings after the message (None: as they are), or what is wrong with it."""
     try:
         startup.ensure_file(server_args)
         message = json.loads(text)
         if message["do"] != "set":
             return None, None
-        if message["settings"] is None:
-            return Overrides(), None
-        return read_overrides(message["settings"], profiles=defaults.current().start_up_profiles), None
+        current, number = defaults.current(), message["number"]
+        if number <= current.change:
+            return None, f"change {number} came after change {current.change}"
+        given = message["settings"]
+        overrides = Overrides() if given is None else read_overrides(given, profiles=current.start_up_profiles)
+        return current.with_overrides(overrides, number), None
     except (CacheDitError, ValueError, KeyError, TypeError) as error:
         return None, str(error) or type(error).__name__

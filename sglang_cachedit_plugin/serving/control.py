@@ -47,18 +47,17 @@ class Workers:
 
     def __init__(self) -> None:
         self._replicas: list[dict[str, Any]] | None = None
-        self._asked = 0
-        self._last = 0
+        self._sent = 0
+        self._changes = 0
         self._heard = 0.0
         self._question: asyncio.Task[Any] | None = None
 
-    async def tell(self, do: str, settings: Any = None) -> None:
-        """Send a message and remember what came back, unless a later message was answered before."""
-        self._asked += 1
-        number = self._asked
-        replicas = await channel.tell(do, settings)
-        if number > self._last:
-            self._replicas, self._last, self._heard = replicas, number, time.monotonic()
+    async def change(self, settings: Any) -> None:
+        """Have all workers take ``settings`` (None: those of the start-up) and remember what they say."""
+        self._sent += 1
+        replicas = await channel.tell("set", settings, self._sent)
+        self._changes += 1
+        self._keep(replicas)
 
     async def ask(self) -> None:
         """Ask, and wait a moment; an answer that takes longer is there for the next call."""
@@ -68,9 +67,16 @@ class Workers:
 
     async def _ask(self) -> None:
         try:
-            await self.tell("show")
+            changes = self._changes
+            replicas = await channel.tell("show")
+            # Messages keep no order: what is answered after a change may have been said before it.
+            if changes == self._changes:
+                self._keep(replicas)
         except (channel.ChannelError, ConnectionError) as error:
             host.logger().warning("cache-dit: the workers did not answer: %s", one_line(error))
+
+    def _keep(self, replicas: list[dict[str, Any]]) -> None:
+        self._replicas, self._heard = replicas, time.monotonic()
 
     def describe(self) -> dict[str, Any] | None:
         """The ``workers`` part of an answer."""
@@ -159,7 +165,7 @@ async def _install(overrides: Overrides) -> None:
     async with _turn:
         before = defaults.current().overrides
         try:
-            await workers.tell("set", overrides.given)
+            await workers.change(overrides.given)
         except (channel.ChannelError, ConnectionError) as error:
             await _put_back(before)
             raise HTTPException(503, one_line(f"the change was not made: {error}")) from None
@@ -168,6 +174,6 @@ async def _install(overrides: Overrides) -> None:
 
 async def _put_back(before: Overrides) -> None:
     try:
-        await workers.tell("set", before.given)
+        await workers.change(before.given)
     except (channel.ChannelError, ConnectionError) as error:
         host.logger().error("cache-dit: the old settings could not be put back: %s", one_line(error))

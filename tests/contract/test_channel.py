@@ -20,6 +20,10 @@ ARGS = {
 }
 
 
+_ONE_REPLICA = threading.Lock()
+"""The settings belong to a process, and here the replicas are threads of one."""
+
+
 class Scheduler(threading.Thread):
     """A socket as the host's scheduler has it; answers one message as ``reply`` says."""
 
@@ -69,7 +73,7 @@ def start_up(monkeypatch):
 
 
 def dispatched(message):
-    """What the host's scheduler makes of a message."""
+    """What the host's scheduler makes of a message, in a replica that has made no change yet."""
     from sglang.multimodal_gen.runtime.managers.scheduler import Scheduler as HostScheduler
 
     scheduler = SimpleNamespace(server_args=SimpleNamespace(cache_dit_config=None), request_handlers={})
@@ -77,12 +81,14 @@ def dispatched(message):
     scheduler._dispatch_single_request = lambda request: channel.dispatch(original, scheduler, request)
     ((identity, request),) = HostScheduler._normalize_received_payload(b"client", message)
     assert identity == b"client"
-    return HostScheduler._dispatch_items(scheduler, [(identity, request)])
+    with _ONE_REPLICA:
+        defaults.install(Defaults())
+        return HostScheduler._dispatch_items(scheduler, [(identity, request)])
 
 
 def test_every_replica_gets_the_message_and_its_answer_comes_back(replicas):
     made = replicas(dispatched, dispatched)
-    told = asyncio.run(channel.tell("set", {"max_warmup_steps": 6}))
+    told = asyncio.run(channel.tell("set", {"max_warmup_steps": 6}, 1))
     assert [each["replica"] for each in told] == [0, 1]
     assert {rank["settings"] for each in told for rank in each["ranks"]} == {defaults.current().fingerprint()}
     assert defaults.current().decide(None, None).resolved.primary.max_warmup_steps == 6
@@ -90,9 +96,10 @@ def test_every_replica_gets_the_message_and_its_answer_comes_back(replicas):
 
 
 def test_a_replica_that_refuses_is_named(replicas):
-    replicas(dispatched, lambda message: dispatched(channel.CacheDitControl('{"do": "set", "settings": {"x": 1}}')))
+    bad = channel.CacheDitControl('{"do": "set", "settings": {"x": 1}, "number": 1}')
+    replicas(dispatched, lambda message: dispatched(bad))
     with pytest.raises(channel.ChannelError, match="replica 1: x = 1"):
-        asyncio.run(channel.tell("set", {}))
+        asyncio.run(channel.tell("set", {}, 1))
 
 
 def test_a_host_without_the_hook_is_noticed(replicas):

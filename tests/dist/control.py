@@ -33,8 +33,8 @@ def messages(rank: int) -> dict[str, tuple]:
     # Only rank 0 knows the profile: its file was changed while the ranks started.
     defaults.install(Defaults(file=read_file({"profiles": {"draft": {}} if rank == 0 else {}})))
     seen = {}
-    for name, (do, settings) in MESSAGES.items():
-        answer = channel.handle(_ServerArgs(), json.dumps({"do": do, "settings": settings}))
+    for number, (name, (do, settings)) in enumerate(MESSAGES.items(), 1):
+        answer = channel.handle(_ServerArgs(), json.dumps({"do": do, "settings": settings, "number": number}))
         assert isinstance(answer, OutputBatch)
         ranks = None if answer.output is None else json.loads(answer.output)
         seen[name] = (answer.error, ranks, defaults.current().overrides.given)

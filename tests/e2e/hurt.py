@@ -82,7 +82,7 @@ class Server:
 
 
 @contextmanager
-def hurt(models, folder: Path, *flags: str):
+def serving_faults(models, folder: Path, *flags: str):
     """A server with the faults' plugin beside the cache's."""
     info = folder / "tiny_faults-0.dist-info"
     info.mkdir(parents=True)

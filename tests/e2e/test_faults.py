@@ -12,18 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from .hurt import (
-    EDGES,
-    STEPS,
-    Server,
-    check,
-    hurt,
-    is_not_larger,
-    meets_both_kinds_of_steps,
-    survives,
-    survives_a_hang_up,
-    survives_nan,
-)
+from . import hurt
 
 TIMEOUT_S = 25
 """Of the server's wait for its workers."""
@@ -43,7 +32,7 @@ def lora(tmp_path_factory) -> str:
     return str(file)
 
 
-def with_lora(server: Server, lora: str) -> tuple[str, dict]:
+def with_lora(server: hurt.Server, lora: str) -> tuple[str, dict]:
     """The picture with the adapter."""
     body = {"lora_nickname": "tiny", "lora_path": lora}
     answer = httpx.post(f"{server.url}/v1/set_lora", json=body, timeout=120)
@@ -55,25 +44,25 @@ def with_lora(server: Server, lora: str) -> tuple[str, dict]:
 def server(models, lora, tmp_path_factory):
     """The hurt server, and what a fresh one draws."""
     folder = tmp_path_factory.mktemp("faults")
-    with hurt(models, folder / "fresh") as fresh:
+    with hurt.serving_faults(models, folder / "fresh") as fresh:
         first = {"plain": fresh.picture(), "lora": with_lora(fresh, lora)}
-    with hurt(models, folder / "hurt", "--scheduler-rpc-timeout", str(TIMEOUT_S)) as made:
+    with hurt.serving_faults(models, folder / "hurt", "--scheduler-rpc-timeout", str(TIMEOUT_S)) as made:
         # The fault comes first, so that this server is not fresh any more when it draws what is compared.
         made.arm("block", "error")
-        assert made.ask(EDGES).status_code in (200, 500) and not made.armed()
-        made.fresh = first | {"edges": made.picture(EDGES)}
+        assert made.ask(hurt.EDGES).status_code in (200, 500) and not made.armed()
+        made.fresh = first | {"edges": made.picture(hurt.EDGES)}
         assert made.picture() == made.fresh["plain"]
         made.settle()
         yield made
 
 
 def test_the_faults_meet_cached_and_computed_steps(server):
-    meets_both_kinds_of_steps(server)
+    hurt.meets_both_kinds_of_steps(server)
 
 
-@pytest.mark.parametrize("call", range(2 * STEPS))
+@pytest.mark.parametrize("call", range(2 * hurt.STEPS))
 def test_an_error_in_a_block_at_each_step_and_branch(server, call):
-    survives(server, "block", "error", call)
+    hurt.survives(server, "block", "error", call)
 
 
 FAULTS = [
@@ -85,27 +74,27 @@ FAULTS = [
 
 @pytest.mark.parametrize(("place", "kind", "call"), FAULTS)
 def test_a_fault_elsewhere(server, place, kind, call):
-    survives(server, place, kind, call)
+    hurt.survives(server, place, kind, call)
 
 
 @pytest.mark.parametrize("call", [0, 4, 9])
 def test_not_a_number_in_the_latents(server, call):
-    survives_nan(server, call)
+    hurt.survives_nan(server, call)
 
 
 @pytest.mark.parametrize("kind", ["error", "memory"])
 def test_a_fault_under_the_probe_s_eyes_costs_one_request(server, kind):
-    knobs = EDGES | {"Bn_compute_blocks": 2 if kind == "error" else 3}
+    knobs = hurt.EDGES | {"Bn_compute_blocks": 2 if kind == "error" else 3}
     server.arm("block", kind)
     answer = server.ask(knobs)
     assert answer.status_code in (200, 500)
     server.picture(knobs)
-    check(server)
-    assert server.picture(EDGES) == server.fresh["edges"]
+    hurt.check(server)
+    assert server.picture(hurt.EDGES) == server.fresh["edges"]
 
 
 def test_a_client_that_hangs_up(server):
-    survives_a_hang_up(server)
+    hurt.survives_a_hang_up(server)
 
 
 def test_a_request_that_is_given_up_by_the_server(server):
@@ -113,7 +102,7 @@ def test_a_request_that_is_given_up_by_the_server(server):
     answer = server.ask()
     assert answer.status_code == 500 and "did not respond in time" in answer.json()["detail"]
     time.sleep(2)
-    check(server)
+    hurt.check(server)
 
 
 def test_another_lora_between_requests(server, lora):
@@ -127,12 +116,12 @@ def test_another_lora_between_requests(server, lora):
 
 
 def test_the_worker_is_not_larger_than_at_rest(server):
-    is_not_larger(server)
+    hurt.is_not_larger(server)
 
 
 def test_termination_in_the_middle_of_denoising_ends_all_processes(models, tmp_path):
     """SIGTERM goes to the first process alone, as from a supervisor."""
-    with hurt(models, tmp_path / "ended", "--http-graceful-shutdown-timeout", "1") as server:
+    with hurt.serving_faults(models, tmp_path / "ended", "--http-graceful-shutdown-timeout", "1") as server:
         first = leader(server)
         family = [first, *first.children(recursive=True)]
         assert len(family) > 1
@@ -156,7 +145,7 @@ def _ignore(ask) -> None:
         return
 
 
-def leader(server: Server) -> psutil.Process:
+def leader(server: hurt.Server) -> psutil.Process:
     """The process that was started."""
     worker = psutil.Process()
     port = int(server.url.rpartition(":")[2])

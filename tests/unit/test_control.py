@@ -12,7 +12,7 @@ from fastapi.testclient import TestClient
 
 from sglang_cachedit_plugin import defaults, host
 from sglang_cachedit_plugin.defaults import Defaults
-from sglang_cachedit_plugin.overrides import MAX_BYTES
+from sglang_cachedit_plugin.overrides import MAX_BYTES, read_overrides
 from sglang_cachedit_plugin.serving import channel, control
 from sglang_cachedit_plugin.settings import KNOBS
 from sglang_cachedit_plugin.sources import CONTROL_KEY_VARIABLE, read_file
@@ -46,6 +46,23 @@ class Replicas:
         finally:
             self.own[number] = defaults.current()
             defaults.install(http)
+
+
+class Unordered(Replicas):
+    """Workers that take 0.1 s to hear of a change; their word on how they are is said at once and arrives late."""
+
+    def __init__(self, count: int, late: float):
+        super().__init__(count)
+        self.late = late
+
+    async def tell(self, message):
+        shown = json.loads(message.text)["do"] == "show"
+        if not shown:
+            await asyncio.sleep(0.1)
+        answers = await super().tell(message)
+        if shown:
+            await asyncio.sleep(self.late)
+        return answers
 
 
 @pytest.fixture(autouse=True)
@@ -151,6 +168,28 @@ def test_get_does_not_wait_for_a_busy_worker(replicas):
     assert state["config"]["max_warmup_steps"]["value"] == 6
 
 
+@pytest.mark.parametrize("late", [0.0, 0.15], ids=["arrives before", "arrives after"])
+def test_what_workers_said_before_a_change_is_not_shown_after_it(monkeypatch, late):
+    made = Unordered(2, late)
+    monkeypatch.setattr(host, "tell_replicas", made.tell)
+
+    async def both():
+        await asyncio.gather(control._install(read_overrides({"max_warmup_steps": 6})), control.workers.ask())
+
+    asyncio.run(both())
+    assert [message["do"] for message in made.messages] == ["show", "set"]
+    assert control.workers.describe()["consistent"]
+
+
+def test_a_change_that_arrives_after_a_later_one_is_not_made(replicas):
+    late = {"do": "set", "settings": {"max_warmup_steps": 9}, "number": 1}
+    client().put(ADDRESS, json={"max_warmup_steps": 6})
+    client().put(ADDRESS, json={"max_warmup_steps": 7})
+    answer = replicas._answer(0, json.dumps(late))
+    assert answer.output is None and "change 1 came after change 2" in answer.error
+    assert client().get(ADDRESS).json()["workers"]["consistent"]
+
+
 def test_workers_that_never_answered_are_null(replicas):
     replicas.broken = {0}
     assert client().get(ADDRESS).json()["workers"] is None
@@ -243,7 +282,9 @@ def test_a_message_of_another_kind_goes_its_own_way():
     assert handled == ("host", "a request")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"do": "set"}', '{"do": "set", "settings": 3}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"do": "set"}', '{"do": "set", "number": 1}', '{"do": "set", "settings": 3, "number": 1}']
+)
 def test_a_message_that_makes_no_sense_changes_nothing(text):
     before = defaults.current()
     answer = channel.handle(SERVER_ARGS, text)
@@ -254,6 +295,6 @@ def test_a_message_that_makes_no_sense_changes_nothing(text):
 def test_one_rank_that_refuses_stops_all_of_its_replica(monkeypatch):
     monkeypatch.setattr(host, "gather_replica", lambda value: [value, "rank 1: no"])
     before = defaults.current()
-    answer = channel.handle(SERVER_ARGS, '{"do": "set", "settings": {"max_warmup_steps": 6}}')
+    answer = channel.handle(SERVER_ARGS, '{"do": "set", "settings": {"max_warmup_steps": 6}, "number": 1}')
     assert answer.error == "rank 1: no"
     assert defaults.current() is before
