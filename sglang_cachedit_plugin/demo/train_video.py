@@ -1,8 +1,8 @@
 """Train the video demo: `python -m sglang_cachedit_plugin.demo.train_video FOLDER/Wan2.2-T2V-A14B-Diffusers`.
 
 Emoji that cross the frame in one of four directions, named in the prompt ("red apple moving left"), in one of four
-lanes, which the seed chooses. First the causal VAE, then both experts and the text encoder together, each expert on
-its own range of noise.
+lanes, which the seed chooses. First the causal VAE on single frames, then on videos, then both experts and the text
+encoder together, each expert on its own range of noise.
 """
 
 import argparse
@@ -40,10 +40,21 @@ def moving(pictures: torch.Tensor, direction: tuple[float, float], lane: float) 
     return torch.stack(frames, dim=2)
 
 
-def vae_loss(vae, videos: torch.Tensor, batch: int) -> torch.Tensor:
+def frames_of(videos: torch.Tensor, batch: int) -> torch.Tensor:
+    """Random frames as videos of one frame, (batch, 3, 1, 64, 64)."""
+    which = torch.randint(len(videos), (batch,), device=videos.device)
+    frame = torch.randint(videos.shape[2], (batch,), device=videos.device)
+    return videos[which, :, frame].unsqueeze(2).float()
+
+
+def videos_of(videos: torch.Tensor, batch: int) -> torch.Tensor:
+    """Random videos, (batch, 3, 9, 64, 64)."""
+    return videos[torch.randint(len(videos), (batch,), device=videos.device)].float()
+
+
+def vae_loss(vae, target: torch.Tensor) -> torch.Tensor:
     """L1, L2 and L1 of the spatial gradients, plus a little KL."""
-    target = videos[torch.randint(len(videos), (batch,), device=videos.device)].float()
-    with autocast(videos.device):
+    with autocast(target.device):
         posterior = vae.encode(target).latent_dist
         drawn = video_model.decode(vae, posterior.mean + torch.randn_like(posterior.mean) * posterior.std)
     edges = sum((drawn.diff(dim=d) - target.diff(dim=d)).abs().mean() for d in (-1, -2))
@@ -66,10 +77,17 @@ def reconstruction_psnr(vae, videos: torch.Tensor) -> float:
 
 
 def train_vae(vae, videos: torch.Tensor, args) -> None:
-    """Train, keep the averages, and write the channels' mean and spread into the configuration."""
-    loop = Loop(lambda: vae_loss(vae, videos, args.vae_batch), [vae], rate=2e-3, ema=0.998, graph=args.graph)
-    loop.run(args.vae_seconds, watch_every=args.watch_every)
-    loop.swap()
+    """Train, keep the averages, and write the channels' mean and spread into the configuration.
+
+    On videos alone it stays at a white frame for thousands of steps; single frames get it out of there in minutes.
+    """
+    phases = (frames_of, 8 * args.vae_batch, args.frame_seconds), (videos_of, args.vae_batch, args.vae_seconds)
+    for draw, batch, seconds in phases:
+        loss = lambda draw=draw, batch=batch: vae_loss(vae, draw(videos, batch))  # noqa: E731
+        loop = Loop(loss, [vae], rate=2e-3, ema=0.998, graph=args.graph)
+        loop.run(seconds, watch_every=args.watch_every)
+        loop.swap()
+        print(f"VAE, single frames: {reconstruction_psnr(vae, videos[:: len(videos) // 64, :, :1]):.2f} dB", flush=True)
     latents = encode_videos(vae, videos[:: max(1, len(videos) // 512)])
     print(f"VAE: {reconstruction_psnr(vae, videos[:: len(videos) // 64]):.2f} dB", flush=True)
     vae.register_to_config(
@@ -163,20 +181,25 @@ def train_flow(nets: VideoNetworks, pool: Videos, args, length: int, seconds: fl
     print(f"{length} text tokens: retrieval {retrieval(nets, pool, length, 4 * args.watch_count):.3f}", flush=True)
 
 
-def build(names: list[str], device) -> VideoNetworks:
-    """Networks at their start."""
+def resume(folder: Path) -> VideoNetworks:
+    """Networks of a folder that `save` wrote."""
+    from diffusers import WanPipeline
+
+    pipe = WanPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    return VideoNetworks(pipe.vae, pipe.transformer, pipe.transformer_2, pipe.text_encoder, pipe.tokenizer)
+
+
+def start(names: list[str]) -> VideoNetworks:
+    """Networks that know nothing."""
     lines = [line for name in names for direction in DIRECTIONS for line in prompts_for(name, direction)]
     tokenizer = text.train_t5_tokenizer(lines)
-    nets = VideoNetworks(
+    return VideoNetworks(
         video_model.make_vae(),
         video_model.make_expert(),
         video_model.make_expert(),
         video_model.make_encoder(tokenizer),
         tokenizer,
     )
-    for net in (nets.vae, *nets.conditioned()):
-        net.to(device).train()
-    return nets
 
 
 def load_videos(arrays: dict[str, np.ndarray], device) -> tuple[torch.Tensor, list[str]]:
@@ -192,7 +215,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("target", type=Path, help="folder to write, named Wan2.2-T2V-A14B-Diffusers")
     parser.add_argument("--data", type=Path, default=Path("outputs/emoji.npz"), help="built when missing")
-    parser.add_argument("--vae-seconds", type=float, default=120.0)
+    parser.add_argument("--resume", type=Path, help="a folder to go on from")
+    parser.add_argument("--frame-seconds", type=float, default=70.0, help="the VAE on single frames")
+    parser.add_argument("--vae-seconds", type=float, default=130.0, help="the VAE on videos; 0: as it is")
     parser.add_argument("--seconds", type=float, default=180.0, help="on 32 text tokens")
     parser.add_argument("--finish-seconds", type=float, default=40.0, help="on 512 text tokens")
     parser.add_argument("--rate", type=float, default=1e-3)
@@ -211,8 +236,11 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     videos, names = load_videos(data.load(args.data), device)
-    nets = build(names, device)
-    train_vae(nets.vae, videos, args)
+    nets = resume(args.resume) if args.resume else start(names)
+    for net in (nets.vae, *nets.conditioned()):
+        net.to(device).train().requires_grad_(True)
+    if args.vae_seconds:
+        train_vae(nets.vae, videos, args)
     nets.vae.requires_grad_(False).eval()
     pool = Videos(nets, videos, names)
     train_flow(nets, pool, args, SHORT, args.seconds, args.rate)

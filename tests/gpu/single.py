@@ -41,6 +41,7 @@ from . import launch
 from .models import Work, build
 
 DYNAMIC = {"residual_diff_threshold": 0.99, "max_warmup_steps": 2, "max_continuous_cached_steps": 3}
+VARIANTS = {"stock": {}, "plugin": {}, "plugin, output": {"forecast": "output"}}
 CALIBRATORS = {
     "DBCache": {},
     "TaylorSeer 1": {"enable_taylorseer": True, "taylorseer_order": 1},
@@ -180,9 +181,10 @@ def speed(name: str, tiny: bool, only: str = "") -> list[dict[str, Any]]:
         # Too few steps for a preset.
         kinds = {"dynamic": {**DYNAMIC, "max_warmup_steps": 1}}
     for label, knobs in kinds.items():
-        for variant in ("stock", "plugin") if only in ("", label) else ():
+        for variant in VARIANTS if only in ("", label) else ():
             try:
-                rows.append(_speed_row(work, variant, label, knobs, uncached, steps) | {"model": name})
+                own = {**knobs, **VARIANTS[variant]}
+                rows.append(_speed_row(work, variant, label, own, uncached, steps) | {"model": name})
             except Exception as error:
                 rows.append({"model": name, "variant": variant, "kind": label, "error": f"{error!r}"[:200]})
             print(rows[-1], flush=True)
