@@ -81,7 +81,7 @@ def train_vae(vae, videos: torch.Tensor, args) -> None:
 
     On videos alone it stays at a white frame for thousands of steps; single frames get it out of there in minutes.
     """
-    phases = (frames_of, 8 * args.vae_batch, args.frame_seconds), (videos_of, args.vae_batch, args.vae_seconds)
+    phases = (frames_of, 4 * args.vae_batch, args.frame_seconds), (videos_of, args.vae_batch, args.vae_seconds)
     for draw, batch, seconds in phases:
         loss = lambda draw=draw, batch=batch: vae_loss(vae, draw(videos, batch))  # noqa: E731
         loop = Loop(loss, [vae], rate=2e-3, ema=0.998, graph=args.graph)
