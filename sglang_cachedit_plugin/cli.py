@@ -22,13 +22,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _add_demo_model(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("demo-model", help="print the folder of the embedded demo model")
+    parser.add_argument("--video", action="store_true", help="that of the one that makes videos")
     parser.set_defaults(run=_demo_model)
 
 
 def _demo_model(args: argparse.Namespace) -> None:
-    from .demo import model_dir
+    from .demo import model_dir, video_model_dir
 
-    print(model_dir())
+    print(video_model_dir() if args.video else model_dir())
 
 
 def _add_tune(commands: argparse._SubParsersAction) -> None:

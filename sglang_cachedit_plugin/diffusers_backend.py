@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import defaults, engine, host, startup
+from . import defaults, engine, host, recording, startup
 from .config_file import file_label
 from .errors import MountError
 from .mount import ModelBackend
@@ -41,6 +41,9 @@ class PipelineCache:
         self._step = 0
         self._context_name: str | None = None
         self._embeddings: list[torch.Tensor] = []
+        if recording.folder() is not None and hasattr(pipe, "set_progress_bar_config"):
+            # The tuner makes hundreds of requests; their bars would bury its own progress.
+            pipe.set_progress_bar_config(disable=True)
 
     @property
     def refusal(self) -> str | None:

@@ -80,6 +80,46 @@ def test_one_step_is_finite(pipeline):
     assert picture.std() > 0.01
 
 
+@pytest.fixture(scope="module")
+def video_pipeline():
+    from diffusers import WanPipeline
+
+    made = WanPipeline.from_pretrained(demo.video_model_dir(), torch_dtype=torch.float32, local_files_only=True)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def test_the_video_model_is_complete_and_small():
+    folder = demo.video_model_dir()
+    assert folder.name == "Wan2.2-T2V-A14B-Diffusers"
+    assert (folder / "README.md").is_file()
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= LIMIT / 2
+
+
+def test_video_prompts_do_not_overlap_and_are_known(video_pipeline):
+    tune, heldout = prompts("video-tune.txt"), prompts("video-heldout.txt")
+    assert (len(tune), len(heldout)) == (12, 40)
+    assert not {line.rsplit(" ", 2)[0] for line in tune} & {line.rsplit(" ", 2)[0] for line in heldout}
+    for line in [*tune, *heldout]:
+        assert video_pipeline.tokenizer.unk_token_id not in video_pipeline.tokenizer(line).input_ids, line
+
+
+@pytest.mark.parametrize(
+    ("direction", "axis", "sign"), [("right", 1, 1), ("left", 1, -1), ("down", 0, 1), ("up", 0, -1)]
+)
+def test_what_the_prompt_names_moves_where_it_says(video_pipeline, direction, axis, sign):
+    frames = video_pipeline(
+        f"blue heart moving {direction}", negative_prompt="", height=64, width=64, num_frames=9, guidance_scale=2.0,
+        num_inference_steps=10, output_type="pt", generator=torch.Generator().manual_seed(3),
+    ).frames[0]
+    ink = 1.0 - frames[:, 0]  # (9, 64, 64): a blue heart on white has no red
+    places = torch.arange(64.0)
+    along = ink.sum(dim=2 - axis)
+    centres = (along * places).sum(dim=1) / along.sum(dim=1)
+    assert sign * (centres[-1] - centres[0]) > 15
+    assert (frames[:, 2] - frames[:, 0])[ink > 0.5].mean() > 0.3
+
+
 def test_packing_inverts():
     from sglang_cachedit_plugin.demo.model import pack, unpack
 

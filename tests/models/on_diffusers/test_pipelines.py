@@ -11,7 +11,7 @@ import diffusers
 import pytest
 import torch
 
-from sglang_cachedit_plugin import defaults, diffusers_backend, host
+from sglang_cachedit_plugin import defaults, diffusers_backend, host, recording
 from sglang_cachedit_plugin.adapters import DIFFUSERS, AdapterRow
 from sglang_cachedit_plugin.defaults import Defaults
 from sglang_cachedit_plugin.diffusers_backend import PipelineCache
@@ -80,6 +80,19 @@ def test_a_pipeline_caches_and_is_its_own_otherwise(name):
         assert cached.shape == plain[side].shape
         assert not torch.equal(cached, plain[side])
     assert torch.equal(call(pipe, case.call(SMALL)), plain[SMALL])
+
+
+def test_no_bars_are_drawn_while_the_tuner_records(monkeypatch, tmp_path, capsys):
+    case = PIPELINES["StableDiffusion3Pipeline"]
+    pipe = case.build()
+    pipe.set_progress_bar_config(disable=False)
+    PipelineCache(pipe)
+    call(pipe, case.call(SMALL))
+    assert f"{STEPS}/{STEPS}" in capsys.readouterr().err
+    monkeypatch.setenv(recording.VARIABLE, str(tmp_path))
+    PipelineCache(pipe)
+    call(pipe, case.call(SMALL))
+    assert f"{STEPS}/{STEPS}" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["FluxControlNetPipeline", "StableDiffusion3ControlNetPipeline"])
