@@ -21,7 +21,10 @@ def results(
     plan: Plan, found: Sequence[Result], evaluator: Evaluator, provenance: Mapping[str, Any],
     model: Mapping[str, Any], folder: Path,
 ) -> dict[str, Any]:
-    """Everything that ``report.write_report`` takes; pictures of the sheet are written into ``folder``."""
+    """Everything that ``report.write_report`` takes; pictures of the sheet are written into ``folder``.
+
+    Of a video the sheet has the middle frame.
+    """
     return {
         "model": dict(model), "provenance": dict(provenance),
         "grids": [_grid(result) for result in found],
@@ -32,14 +35,14 @@ def results(
 def _grid(result: Result) -> dict[str, Any]:
     words = [verdict.verdict(result.points, result.chosen)] if result.chosen is not None else []
     return {
-        "steps": result.grid.steps, "size": list(result.grid.size[:2]), "step_seconds": result.step_seconds,
+        "steps": result.grid.steps, "size": list(result.grid.size), "step_seconds": result.step_seconds,
         "points": result.points, "chosen": result.chosen["name"] if result.chosen is not None else None,
         "verdict": " ".join([*words, *(f"{remark}." for remark in result.remarks)]), "methods": result.methods,
     }
 
 
 def _sheet(plan: Plan, result: Result, evaluator: Evaluator, folder: Path) -> list[dict[str, Any]]:
-    if result.chosen is None or len(result.grid.size) > 2:
+    if result.chosen is None:
         return []
     steps = round(result.chosen["computed"])
     columns: dict[str, Candidate | None] = {
@@ -71,5 +74,6 @@ def _save(folder: Path, name: str, picture: np.ndarray) -> str:
     from PIL import Image
 
     path = f"pictures/{name}.png"
-    Image.fromarray(picture).save(folder / path)
+    still = picture if picture.ndim == 3 else picture[len(picture) // 2]
+    Image.fromarray(still).save(folder / path)
     return path

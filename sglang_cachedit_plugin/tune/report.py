@@ -19,7 +19,7 @@ def write_report(results: Mapping[str, Any], folder: Path | str) -> Path:
     """Write ``report.html``, ``report.png``, ``contact-sheet.png`` and ``results.json``; returns the page's path.
 
     Args:
-        results: ``{"model", "provenance", "grids", "sheet"}``. Of a grid: ``steps``, ``size`` (width, height),
+        results: ``{"model", "provenance", "grids", "sheet"}``. Of a grid: ``steps``, ``size`` (width, height; frames),
             ``step_seconds``, ``points``, ``chosen`` (a point's name), ``verdict``. Of a point: ``name``, ``kind``
             (tuned, baseline, fewer_steps, growing_window, peer), ``label``, ``computed`` steps, ``psnr`` in dB with
             ``mean`` and ``min`` over the held-out prompts; optional ``family`` (points that a line joins),

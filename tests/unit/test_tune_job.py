@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from sglang_cachedit_plugin import quality
 from sglang_cachedit_plugin.tune import job, outcome, polish, report, verdict, write
@@ -188,3 +189,26 @@ class Pictures(Host):
 
     def reference(self, prompt, grid):
         return super().reference(prompt, grid) | {"picture": np.full((8, 8, 3), 200, np.uint8)}
+
+
+class Videos(Host):
+    """Videos of three frames, of which the middle one is told by its brightness."""
+
+    FRAMES = np.stack([np.full((8, 8, 3), value, np.uint8) for value in (10, 120, 230)])
+
+    def reference(self, prompt, grid):
+        return super().reference(prompt, grid) | {"picture": self.FRAMES}
+
+    def measure(self, *arguments, **options):
+        return super().measure(*arguments, **options) | {"picture": self.FRAMES}
+
+
+def test_of_a_video_the_sheet_has_the_middle_frame(result, tmp_path):
+    video = replace(result, grid=Grid(result.grid.steps, (*SIZE, 3)))
+    figures = outcome.results(PLAN, [video], Videos(), PROVENANCE, MODEL, tmp_path)
+    page = report.write_report(figures, tmp_path).read_text()
+    for column in ("uncached", "chosen"):
+        still = np.asarray(Image.open(tmp_path / "pictures" / f"0-{column}.png"))
+        assert still.shape == (8, 8, 3) and (still == 120).all()
+    assert (tmp_path / "contact-sheet.png").is_file()
+    assert "8×8×3" in page
