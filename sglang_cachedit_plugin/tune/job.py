@@ -177,6 +177,11 @@ class _Grid:
         self.result.chosen = point
         if remark:
             self.result.remarks.append(remark)
+        elif metric and point[metric]["mean"] < self.plan.target[f"min_{metric}"]:
+            self.result.remarks.append(
+                f"{point['label']} reaches the target on the {len(self.plan.tune)} tuning prompts and misses it on the "
+                f"{len(self.plan.heldout)} held-out ones: tune on more prompts, or ask for more"
+            )
 
     def _between(self, metric: str) -> int | None:
         """A budget between the cheapest that meets the target and the next that does not; above all if none does."""

@@ -164,6 +164,23 @@ def test_a_quality_is_reached_with_the_fewest_steps(result):
     assert found.chosen["computed"] <= 8
 
 
+class Surprising(Host):
+    """Held-out prompts bend four times as much as those that are tuned on."""
+
+    def velocity(self, prompt, sigma):
+        a = np.random.default_rng(prompt.seed).normal(size=(3, WIDTH))[0]
+        return a + (super().velocity(prompt, sigma) - a) * (4 if prompt.seed > 10 else 1)
+
+
+@pytest.mark.parametrize(("host", "missed"), [(Host, False), (Surprising, True)])
+def test_a_quality_that_held_out_prompts_miss_is_said(host, missed):
+    plan = replace(PLAN, target={"min_psnr": 65.0}, peers=())
+    found = job.run(plan, host(), lambda text: None)[0]
+    assert found.chosen["tuning"]["psnr"] >= 65.0
+    assert (found.chosen["psnr"]["mean"] < 65.0) is missed
+    assert any("misses it on the 2 held-out ones" in remark for remark in found.remarks) is missed
+
+
 def test_the_file_holds_the_better_one_where_nothing_can_be_gained(tmp_path):
     straight = job.run(replace(PLAN, shares=(0.5,), target={"budget": 8}), Host(0.0), lambda text: None)[0]
     write.write(tmp_path / "t.yaml", [straight], PROVENANCE, MODEL)
