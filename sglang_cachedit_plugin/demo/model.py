@@ -164,7 +164,11 @@ def velocity(nets: Networks, noisy, sigma, clip_ids, t5_ids, guidance) -> torch.
 
 def bf16_copy(net: torch.nn.Module) -> torch.nn.Module:
     """A fresh, uncompiled network with the same weights, so that training can go on in float32."""
-    copy = type(net).from_config(net.config) if hasattr(net, "from_config") else type(net)(net.config)
+    if hasattr(net, "from_config"):
+        # Where it was loaded from is nobody's business.
+        copy = type(net).from_config({name: value for name, value in net.config.items() if name != "_name_or_path"})
+    else:
+        copy = type(net)(net.config)
     copy.load_state_dict(net.state_dict())
     return copy.to(torch.bfloat16)
 

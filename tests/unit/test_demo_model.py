@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import string
 from pathlib import Path
 
@@ -135,3 +136,9 @@ def test_corner_placement_moves_by_whole_image_tokens():
     assert inked[:96, :96].all()
     assert not inked[97:].any()
     assert not inked[:, 97:].any()
+
+
+@pytest.mark.parametrize("folder", [demo.model_dir(), demo.video_model_dir()], ids=lambda folder: folder.name)
+def test_no_part_tells_where_it_was_made(folder):
+    for config in folder.glob("*/config.json"):
+        assert not json.loads(config.read_text()).get("_name_or_path"), config
