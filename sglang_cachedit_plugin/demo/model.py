@@ -165,7 +165,7 @@ def velocity(nets: Networks, noisy, sigma, clip_ids, t5_ids, guidance) -> torch.
 def bf16_copy(net: torch.nn.Module) -> torch.nn.Module:
     """A fresh, uncompiled network with the same weights, so that training can go on in float32."""
     if hasattr(net, "from_config"):
-        # Where it was loaded from is nobody's business.
+        # Of a resumed training it holds the path of the folder.
         copy = type(net).from_config({name: value for name, value in net.config.items() if name != "_name_or_path"})
     else:
         copy = type(net)(net.config)

@@ -79,7 +79,7 @@ def reconstruction_psnr(vae, videos: torch.Tensor) -> float:
 def train_vae(vae, videos: torch.Tensor, args) -> None:
     """Train, keep the averages, and write the channels' mean and spread into the configuration.
 
-    On videos alone it stays at a white frame for thousands of steps; single frames get it out of there in minutes.
+    On videos alone it stays at a white frame for hundreds of steps; single frames get it out of there.
     """
     phases = (frames_of, 4 * args.vae_batch, args.frame_seconds), (videos_of, args.vae_batch, args.vae_seconds)
     for draw, batch, seconds in phases:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from . import verdict
+from . import sheet, verdict
 from .candidates import Candidate
 from .evaluate import SHEET, Evaluator, Prompt
 from .job import Plan, Result
@@ -74,6 +74,5 @@ def _save(folder: Path, name: str, picture: np.ndarray) -> str:
     from PIL import Image
 
     path = f"pictures/{name}.png"
-    still = picture if picture.ndim == 3 else picture[len(picture) // 2]
-    Image.fromarray(still).save(folder / path)
+    Image.fromarray(sheet.still(picture)).save(folder / path)
     return path

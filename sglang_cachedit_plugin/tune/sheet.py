@@ -44,7 +44,7 @@ def read(rows: Sequence[Mapping[str, Any]], base: Path) -> list[Row]:
     """Rows of the results' ``sheet``; relative paths are taken from ``base``. A file that is missing is a gap."""
     found = []
     for row in rows:
-        pictures = {column: _still(base / path) for column, path in row["images"].items() if path}
+        pictures = {column: _load(base / path) for column, path in row["images"].items() if path}
         found.append(Row(str(row.get("prompt", "")), row.get("seed"), _cells(pictures)))
     return found
 
@@ -62,13 +62,16 @@ def _cells(pictures: Mapping[str, np.ndarray | None]) -> tuple[Cell, ...]:
     return tuple(cells)
 
 
-def _still(path: Path) -> np.ndarray | None:
-    """A picture, or the middle frame of a video."""
+def still(picture: np.ndarray) -> np.ndarray:
+    """A picture (H, W, 3) itself, of a video (T, H, W, 3) the middle frame."""
+    return picture if picture.ndim == 3 else picture[len(picture) // 2]
+
+
+def _load(path: Path) -> np.ndarray | None:
     try:
-        picture = quality.load(path)
+        return still(quality.load(path))
     except OSError:
         return None
-    return picture if picture.ndim == 3 else picture[len(picture) // 2]
 
 
 def amplification(rows: Sequence[Row]) -> int:
