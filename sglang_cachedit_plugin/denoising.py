@@ -11,6 +11,7 @@ from torch import nn
 
 from . import defaults, graphs, host, own_loops, startup
 from .adapters import find_row
+from .cache.solvers import Solver
 from .errors import MountError
 from .mount import ModelBackend
 from .own_loops import Identify, OwnLoop
@@ -74,6 +75,9 @@ class CacheDitDenoisingMixin:
         if self in _stages:
             for transformer in _stages[self].backend.mounted.values():
                 transformer.forget()
+        for owner, session in _open:
+            if owner is self and session.steps is not None:
+                session.steps.forget()
 
 
 def _begin(stage: Any, batch: Any, server_args: Any, requested: Callable[[], bool] | None = None) -> Session:
@@ -121,9 +125,12 @@ def _open_request(
     mounted.backend.groups = host.groups(
         _running or [stage], batch, joint=joint, patch_size=getattr(stage.transformer, "patch_size", None)
     )
+    scheduler = getattr(batch, "scheduler", None)
     session.open(
-        mounted.runtime, mounted.backend, steps, _positions(batch), size=host.size_of(batch), one_config=one_config
+        mounted.runtime, mounted.backend, steps, _positions(batch), size=host.size_of(batch), one_config=one_config,
+        solver=None if scheduler is None else Solver(scheduler, scheduler.step),
     )
+    session.hook_scheduler()
     if with_graphs and session.stats.enabled:
         graphs.serve(mounted.backend.mounted.values(), identify)
     elif batch.is_warmup:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from . import defaults, engine, host, recording, startup
+from .cache.solvers import Solver, hooked, hooked_scheduler, latents_of
 from .config_file import file_label
 from .errors import MountError
 from .mount import ModelBackend
@@ -93,10 +94,12 @@ class PipelineCache:
         """Run one pipeline call under ``session``."""
         self.session, self._step, self._embeddings = session, 0, []
         self.backend.groups = Groups(forward=next(map(mesh_group, self.modules.values()), None))
-        with self._named_contexts(), self._counted_steps():
+        with self._named_contexts(), self._counted_steps() as solver:
             try:
                 places = _Timesteps(self.pipe.scheduler)
-                session.open(self.runtime, self.backend, self._split(num_steps), places, size=size)
+                session.open(
+                    self.runtime, self.backend, self._split(num_steps), places, size=size, solver=solver
+                )
                 if warmup:
                     session.rehearse(compiled=self.compiled)
                 yield
@@ -118,7 +121,7 @@ class PipelineCache:
         with ExitStack() as hooks:
             for module in self.modules.values():
                 if (own := getattr(module, "cache_context", None)) is not None:
-                    hooks.enter_context(_hooked(module, cache_context=self._naming(own)))
+                    hooks.enter_context(hooked(module, cache_context=self._naming(own)))
             yield
 
     def _naming(self, own: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -134,34 +137,31 @@ class PipelineCache:
         return cache_context
 
     @contextmanager
-    def _counted_steps(self) -> Iterator[None]:
+    def _counted_steps(self) -> Iterator[Solver]:
         scheduler = self.pipe.scheduler
-        own_step, own_set_timesteps, own_state = scheduler.step, scheduler.set_timesteps, scheduler.__getstate__
+        solver, own_set_timesteps = Solver(scheduler, scheduler.step), scheduler.set_timesteps
 
-        @functools.wraps(own_step)
+        @functools.wraps(solver.own_step)
         def step(*args: Any, **kwargs: Any) -> Any:
-            return self.step(scheduler, own_step, *args, **kwargs)
+            return self._scheduler_step(solver, *args, **kwargs)
 
         @functools.wraps(own_set_timesteps)
         def set_timesteps(*args: Any, **kwargs: Any) -> Any:
             # A new round of the loop: the next section of a long video, the next stage of a pyramid.
             self._step, self._embeddings = 0, []
+            if self.session is not None and self.session.steps is not None:
+                self.session.steps.begin_loop()
             return own_set_timesteps(*args, **kwargs)
 
-        def state() -> dict[str, Any]:
-            # What copy and pickle take along: pipelines copy their scheduler, and a copy must not count.
-            return {name: value for name, value in own_state().items() if name not in hooks}
+        with hooked_scheduler(scheduler, step=step, set_timesteps=set_timesteps):
+            yield solver
 
-        hooks = {"step": step, "set_timesteps": set_timesteps, "__getstate__": state}
-        with _hooked(scheduler, **hooks):
-            yield
-
-    def step(self, scheduler: Any, own_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """In place of ``step`` of the pipeline's scheduler; ``own_step`` is the scheduler's own."""
-        result = own_step(*args, **kwargs)
+    def _scheduler_step(self, solver: Solver, *args: Any, **kwargs: Any) -> Any:
+        steps = None if self.session is None else self.session.steps
+        result = solver.own_step(*args, **kwargs) if steps is None else steps.step(*args, **kwargs)
         self._step += 1
         if self.session is not None and self.session.recording is not None:
-            self.session.recording.latents(result[0] if isinstance(result, tuple) else result.prev_sample)
+            self.session.recording.latents(latents_of(result))
         return result
 
     def _split(self, num_steps: int) -> dict[str, tuple[int, int]]:
@@ -193,23 +193,6 @@ class _Timesteps(Sequence[float]):
 
     def __getitem__(self, step: int) -> float:
         return self._read[step]
-
-
-@contextmanager
-def _hooked(target: Any, **hooks: Callable[..., Any]) -> Iterator[None]:
-    """``hooks`` as attributes of the instance ``target``: its class stays its own, which pipelines compare."""
-    before = {name: target.__dict__[name] for name in hooks if name in target.__dict__}
-    for name, hook in hooks.items():
-        setattr(target, name, hook)
-    try:
-        yield
-    finally:
-        for name, hook in hooks.items():
-            # Only what is still ours: others may have put theirs in its place since.
-            if target.__dict__.get(name) is hook:
-                delattr(target, name)
-                if name in before:
-                    setattr(target, name, before[name])
 
 
 def _branch_name(index: int) -> str:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from . import agreement, host, metrics, recording, resampling
+from .cache.denoising_steps import DenoisingSteps
+from .cache.solvers import Solver
 from .defaults import Decision
 from .errors import MountError, RefusedError
 from .mount import ModelBackend, preset_mask
@@ -20,7 +23,7 @@ from .rows import Row
 from .runtime import Groups, RequestSpec, Runtime, TransformerSpec
 from .schedule import StepPlan, build_plan
 from .settings import CacheSettings
-from .stats import RequestStats
+from .stats import CorrectorStats, RequestStats
 
 REPORT = "cache_dit"
 
@@ -45,6 +48,8 @@ class Session:
         self._runtime: Runtime | None = None
         self._backend: ModelBackend | None = None
         self._positions: Sequence[float] | None = None
+        self.steps: DenoisingSteps | None = None
+        self._hooks = ExitStack()
         self.recording = Recording() if recording.folder() is not None else None
         self._started = time.perf_counter()
 
@@ -57,10 +62,12 @@ class Session:
         *,
         size: tuple[int, ...] | None = None,
         one_config: bool = False,
+        solver: Solver | None = None,
     ) -> None:
         """Bring the model to what the request wants.
 
         Args:
+            solver: the pipeline's scheduler.
             size: width and height of the picture, and frames of a video.
             one_config: both transformers take the settings of the first.
             steps: for each transformer the host's number of its first step, and how many it takes.
@@ -75,6 +82,10 @@ class Session:
         if not self.decision.enabled:
             runtime.prepare(None)
             return
+        if solver is None:
+            self.stats.corrector = CorrectorStats(enabled=False, reason="the stage has no scheduler")
+        else:
+            self.steps = DenoisingSteps(solver, self.decision.resolved.primary, self.stats, backend.groups)
         backend.stats = self.stats
         spec, problem = self._spec(steps, positions, size, one_config), None
         try:
@@ -83,9 +94,18 @@ class Session:
             problem = error
         self._verify_ranks(backend.groups, spec, problem)
         if problem is not None:
+            self.steps = None
             self.refuse(str(problem))
-        elif self.recording is not None:
+            return
+        if self.steps is not None:
+            self.steps.spec = spec
+        if self.recording is not None:
             backend.watch(self.recording.forward)
+
+    def hook_scheduler(self) -> None:
+        """The scheduler's steps go through ``steps`` until the request ends."""
+        if self.steps is not None:
+            self._hooks.enter_context(self.steps.in_place())
 
     def rehearse(self, *, compiled: bool) -> None:
         """This is a warmup request: beside its own steps, run what later ones will run."""
@@ -132,9 +152,12 @@ class Session:
             second = name == "transformer_2" and not one_config
             settings = resolved.secondary if second else resolved.primary
             settings, row = self._tuned(settings, total, size, positions)
-            plan, notes = build_plan(
-                settings, count, preset_mask, first_step=first, total_steps=total
-            )
+            if settings.error_tolerance is None:
+                plan, notes = build_plan(settings, count, preset_mask, first_step=first, total_steps=total)
+            else:
+                settings = replace(settings, forecast="output", forecast_order=1, forecast_damping=1.0)
+                row, notes = None, ()
+                plan = StepPlan(num_steps=count, static=True, computes=self._computes)
             for note in notes:
                 self.stats.note(note)
             if not (plan.may_cache and (plan.static or settings.residual_diff_threshold > 0.0)):
@@ -147,6 +170,9 @@ class Session:
                 )
             )
         return RequestSpec(transformers=tuple(specs))
+
+    def _computes(self) -> bool:
+        return self.steps is None or self.steps.computes()
 
     def _spread(self, settings: CacheSettings, row: Row | None) -> tuple[float, ...] | None:
         output = settings.forecast == "output"
@@ -179,10 +205,14 @@ class Session:
             if device is not None and device.type == "cuda":
                 torch.cuda.current_stream(device).synchronize()
             self.stats.denoising_s = time.perf_counter() - self._started
+            if self.steps is not None:
+                self.steps.finish()
             if self._runtime is not None:
                 self._look_back()
         finally:
             # A device that has failed says so at the next call, whatever that is.
+            self._hooks.close()
+            self.steps = None
             if self._runtime is not None:
                 self._runtime.prepare(None)
         if self.recording is not None and host.is_first_rank():

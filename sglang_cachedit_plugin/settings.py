@@ -138,6 +138,23 @@ class CacheSettings:
         "steps in multiples of the largest that tuning saw, exceeds this. Costs a read by the host a computed step.",
         low=0.0, optional=True, env="MAX_ACCUMULATED_DIFF", per_transformer=True,
     )
+    error_tolerance: float | None = _knob(
+        None, "float", "Error of the model output that cached steps may pass on, relative to the output: chooses the "
+        "steps of each request from the error of its own forecasts. 0 computes every step.",
+        low=0.0, high=1.0, optional=True, env="ERROR_TOLERANCE",
+    )
+    corrector: bool = _knob(
+        True, "bool", "Set cached steps right when the next output is computed: the scheduler goes back and repeats "
+        "them. No evaluation of the model.", env="CORRECTOR",
+    )
+    corrector_order: int = _knob(
+        2, "int", "Degree of the polynomial through the computed outputs that corrects cached steps.",
+        low=1, high=2, env="CORRECTOR_ORDER",
+    )
+    corrector_carry: float = _knob(
+        0.5, "float", "How far a computed output follows its corrected latents: 1 keeps the predicted clean latents, 0 "
+        "the output.", low=0.0, high=1.0, env="CORRECTOR_CARRY",
+    )
     keep_buffers: bool = _knob(
         False, "bool", "Keep the cache's tensors allocated between requests.", env="KEEP_BUFFERS"
     )
