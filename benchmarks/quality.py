@@ -91,7 +91,8 @@ def tolerance() -> dict[str, Settings]:
 def safeguards() -> dict[str, Settings]:
     """Error control with other constants, at several tolerances."""
     variants: Mapping[str, Mapping[str, Any]] = {
-        "as built": {}, "beginning 3": {"BEGINNING": 3}, "beginning 5": {"BEGINNING": 5}, "beginning 6": {"BEGINNING": 6},
+        "as built": {},
+        "beginning 3": {"BEGINNING": 3}, "beginning 5": {"BEGINNING": 5}, "beginning 6": {"BEGINNING": 6},
         "longest 3": {"LONGEST": 3}, "longest 6": {"LONGEST": 6}, "longest 6, growth": {"LONGEST": 6, "GROWTH": 1},
         "forgetting 0.25": {"FORGETTING": 0.25}, "forgetting 0.8": {"FORGETTING": 0.8},
         "power 0.5": {"POWER": 0.5}, "power 1": {"POWER": 1.0}, "power -0.5": {"POWER": -0.5},
@@ -129,7 +130,7 @@ FEWER: Mapping[str, str] = {
 
 BUILT = {
     name: getattr(error_control, name)
-    for name in ("BEGINNING", "LONGEST", "FORGETTING", "RESTART", "GROWTH", "POWER", "KEEP")
+    for name in ("BEGINNING", "LONGEST", "FORGETTING", "RESTART", "EARLY", "EARLY_WEIGHT")
 }
 
 

@@ -13,18 +13,15 @@ import math
 from collections.abc import Sequence
 
 BEGINNING = 4
-"""First steps that are computed: the directions of the picture are decided in them."""
+"""First steps that are computed: the error of a forecast is known from the third on."""
 RESTART = 2
 """Steps computed after a change of the model: as many as the forecast needs."""
 LONGEST = 4
 """Most cached steps in a row."""
-GROWTH = 0
-"""A run of cached steps is longer than the one before by a factor of two and this at most; 0: no limit."""
-POWER = 0.0
-"""Weight of an error by position."""
-KEEP = False
-FORGETTING = 0.5
+FORGETTING = 0.25
 """What the last estimate of kappa counts at least: one good forecast is no proof."""
+EARLY, EARLY_WEIGHT = 0.25, 10.0
+"""In this share of the steps, from the first, errors count so much: they decide what the picture shows."""
 
 
 class ErrorControl:
@@ -52,13 +49,11 @@ class ErrorControl:
         self._missing = BEGINNING
         self._kappa = 0.0
         self._until = 0
-        self._last_gap = 0
 
     def restart(self) -> None:
         """What is computed from now on comes from another model or with other guidance: forecasts start over."""
         self._newest = []
-        if not KEEP:
-            self._kappa = 0.0
+        self._kappa = 0.0
         self._missing = max(self._missing, RESTART)
 
     def stop(self, problem: str) -> None:
@@ -104,15 +99,19 @@ class ErrorControl:
         """How many steps after ``step`` are cached."""
         if self._kappa == 0.0 or not self.measures:
             return 0
-        places, passed, gap = self._positions, 0.0, 0
-        longest = LONGEST if not GROWTH else min(LONGEST, 2 * self._last_gap + GROWTH)
-        for later in range(step + 1, min(step + 1 + longest, self._steps - 1)):
-            error = self._kappa * self._spread(later) * abs(places[later + 1] - places[later]) / self._range
-            if POWER:
-                error *= max(abs(places[later] - places[-1]) / self._range, 1e-3) ** POWER
+        passed, gap = 0.0, 0
+        for later in range(step + 1, min(step + 1 + LONGEST, self._steps - 1)):
+            error = self._kappa * self._spread(later) * self._weight(later)
             if not passed + error <= self._tolerance:
                 break
             passed, gap = passed + error, gap + 1
         self.passed_on += passed
-        self._last_gap = gap
         return gap
+
+    def _weight(self, step: int) -> float:
+        """What a relative error of the output at ``step`` means for the latents at the end."""
+        places = self._positions
+        length = abs(places[step + 1] - places[step]) / self._range
+        left = abs(places[step] - places[-1]) / self._range
+        early = EARLY_WEIGHT if step < EARLY * self._steps else 1.0
+        return early * length / math.sqrt(left)
