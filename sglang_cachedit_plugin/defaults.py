@@ -98,7 +98,7 @@ class Defaults:
         resolved = resolve(*order, self.file.source, self.environment)
         safety = request.primary.get("max_accumulated_diff")
         if safety is not None and safety.value is not None and resolved.primary.forecast != "output":
-            raise SettingError("max_accumulated_diff", safety.value, safety.origin, NEEDS_OUTPUT)
+            raise SettingError("max_accumulated_diff", safety.value, safety.origin, NEEDS_OUTPUT.format("forecast"))
         enabled = self.enabled if enable is None else enable
         return Decision(enabled=enabled, reason=self._why_off(enable, enabled), resolved=resolved)
 
