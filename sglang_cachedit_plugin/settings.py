@@ -83,7 +83,8 @@ class CacheSettings:
         low=0.0, high=1.0, env="DMD_RIDGE", per_transformer=True,
     )
     dmd_svd_precision: str = _knob(
-        "medium", "choice", "Precision of the decomposition.",
+        "medium", "choice", "Precision of the sums that the decomposition is made from: low float32, medium and high "
+        "float64.",
         choices=("low", "medium", "high"), env="DMD_SVD_PRECISION", per_transformer=True,
     )
     num_inference_steps: int | None = _knob(
@@ -137,9 +138,6 @@ class CacheSettings:
         None, "float", "Online safety of a tuned schedule: compute on while the forecast's error, summed over computed "
         "steps in multiples of the largest that tuning saw, exceeds this. Costs a read by the host a computed step.",
         low=0.0, optional=True, env="MAX_ACCUMULATED_DIFF", per_transformer=True,
-    )
-    keep_buffers: bool = _knob(
-        False, "bool", "Keep the cache's tensors allocated between requests.", env="KEEP_BUFFERS"
     )
     strict: bool = _knob(
         False, "bool", "Refuse what cannot be cached as asked, instead of going on uncached: 400 on a server.",

@@ -35,7 +35,6 @@ PRIMARY_ONLY = [
     ("VERIFY_RANKS", "on", "verify_ranks", True),
     ("FORECAST", "output", "forecast", "output"),
     ("FORECAST_ORDER", "3", "forecast_order", 3),
-    ("KEEP_BUFFERS", "TRUE", "keep_buffers", True),
     ("STRICT", "1", "strict", True),
 ]
 
