@@ -16,7 +16,7 @@ from .mount import ModelBackend
 from .own_loops import Identify, OwnLoop
 from .parallel import tell_parallel
 from .runtime import Identity, Runtime
-from .session import Session, publish
+from .session import REPORT, Session, decide, publish
 
 
 class _Mounted:
@@ -83,7 +83,7 @@ def _begin(stage: Any, batch: Any, server_args: Any, requested: Callable[[], boo
     # Asked only now: the file may switch caching on.
     if enable is None and requested is not None and requested() != defaults.current().enabled:
         enable = requested()
-    session = Session("native", defaults.current().decide(enable, batch.sampling_params.cache_dit_params))
+    session = Session("native", decide(enable, batch.sampling_params.cache_dit_params))
     _open.append((stage, session))
     host.forget_branch()
     if session.decision.enabled and (sections := defaults.current().file.passed_on):
@@ -113,7 +113,7 @@ def _declined(stage: Any, batch: Any, session: Session) -> str | None:
 
 def _open_request(
     stage: Any, batch: Any, server_args: Any, session: Session, identify: Identify,
-    steps: dict[str, tuple[int, int]], *, joint: bool = False, one_config: bool = False,
+    steps: dict[str, tuple[int, int]], *, joint: bool = False, one_config: bool = False, exact: bool = True,
 ) -> None:
     mounted = _mounted(stage)
     with_graphs = bool(server_args.enable_breakable_cuda_graph)
@@ -121,8 +121,11 @@ def _open_request(
     mounted.backend.groups = host.groups(
         _running or [stage], batch, joint=joint, patch_size=getattr(stage.transformer, "patch_size", None)
     )
+    # The host's own requests may take other steps than the one that they copy, a further stage takes its own.
+    exact = exact and not host.serves_nobody(batch) and REPORT not in getattr(batch, "extra", {})
     session.open(
-        mounted.runtime, mounted.backend, steps, _positions(batch), size=host.size_of(batch), one_config=one_config
+        mounted.runtime, mounted.backend, steps, _positions(batch), size=host.size_of(batch), one_config=one_config,
+        exact=exact,
     )
     if with_graphs and session.stats.enabled:
         graphs.serve(mounted.backend.mounted.values(), identify)
@@ -143,7 +146,8 @@ def _enter_own_loop(stage: Any, batch: Any, server_args: Any, loop: OwnLoop) -> 
         reason = "its transformer is not loaded yet"
     if not reason:
         steps = {"transformer": (0, own_loops.num_steps(batch))}
-        _open_request(stage, batch, server_args, session, loop.identify(batch), steps)
+        known = getattr(batch, "timesteps", None) is not None
+        _open_request(stage, batch, server_args, session, loop.identify(batch), steps, exact=known)
     elif decision.enabled:
         session.refuse(f"{type(stage).__name__}: {reason}")
 

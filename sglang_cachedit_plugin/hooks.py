@@ -177,8 +177,9 @@ SEAMS: tuple[Seam, ...] = (
         target=f"{_RUNTIME}.entrypoints.diffusion_generator.DiffGenerator._send_to_scheduler_and_wait_for_response",
         parameters=("self", "batch"),
         kind="after",
-        handler="offline:print_table",
-        why="`sglang generate` and the offline engine show a table of steps and residual differences",
+        handler="offline:answered",
+        why="`sglang generate` and the offline engine show a table of steps and residual differences; what a worker "
+        "refused is remembered",
     ),
     Seam(
         target=f"{_RUNTIME}.launch_server.launch_server",
@@ -235,8 +236,8 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         target=f"{_RUNTIME}.entrypoints.diffusion_generator.DiffGenerator.generate",
         parameters=("self", "sampling_params_kwargs", "external_trace_header"),
-        kind="before",
-        handler="serving.requests:check_offline",
+        kind="around",
+        handler="offline:generate",
         why="a bad cache setting raises in the offline engine's own process; the host would log the worker's error "
         "and return None",
     ),

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from . import agreement, host, metrics, recording, resampling
+from . import agreement, defaults, host, metrics, recording, resampling
 from .defaults import Decision
-from .errors import MountError, RefusedError
+from .errors import MountError, RefusedError, SettingError
 from .mount import ModelBackend, preset_mask
 from .recording import Recording
 from .rehearsal import Rehearsal
@@ -20,9 +20,24 @@ from .rows import Row
 from .runtime import Groups, RequestSpec, Runtime, TransformerSpec
 from .schedule import StepPlan, build_plan
 from .settings import CacheSettings
+from .sources import REQUEST
 from .stats import RequestStats
 
 REPORT = "cache_dit"
+
+
+def decide(enable: bool | None, params: Mapping[str, Any] | None) -> Decision:
+    """What this worker's settings make of a request.
+
+    Raises:
+        RefusedError: they do not take it; the HTTP process checked it under settings that have changed since.
+    """
+    try:
+        return defaults.current().decide(enable, params)
+    except SettingError as error:
+        if host.publishes_metrics():
+            metrics.refused()
+        raise RefusedError(error) from None
 
 
 class Session:
@@ -57,17 +72,20 @@ class Session:
         *,
         size: tuple[int, ...] | None = None,
         one_config: bool = False,
+        exact: bool = False,
     ) -> None:
         """Bring the model to what the request wants.
 
         Args:
+            exact: ``steps`` are those of the request's own loop, so that a mask list of the request must fit them.
             size: width and height of the picture, and frames of a video.
             one_config: both transformers take the settings of the first.
             steps: for each transformer the host's number of its first step, and how many it takes.
             positions: place of each of the host's steps on the denoising path.
 
         Raises:
-            RefusedError: only with ``strict``; otherwise the reason goes to the report.
+            RefusedError: a mask list that fits no transformer; anything else only with ``strict``, otherwise the
+                reason goes to the report.
         """
         self._runtime, self._backend = runtime, backend
         self._started = time.perf_counter()
@@ -76,6 +94,8 @@ class Session:
             runtime.prepare(None)
             return
         backend.stats = self.stats
+        if exact:
+            self.check_masks(steps, one_config)
         spec, problem = self._spec(steps, positions, size, one_config), None
         try:
             runtime.prepare(spec)
@@ -111,7 +131,34 @@ class Session:
         self.disable(reason)
         if self.decision.resolved.primary.strict:
             self.stats.refused = True
-            raise RefusedError(reason, self.decision.resolved.origins["strict"])
+            raise RefusedError(SettingError("strict", True, self.decision.resolved.origins["strict"], reason))
+
+    def check_masks(self, steps: Mapping[str, tuple[int, int]], one_config: bool = False) -> None:
+        """Refuse a mask list of the request that has one entry a step for none of its transformers, nor for all.
+
+        Args:
+            steps: those that will run, as for ``open``.
+
+        Raises:
+            RefusedError: naming the lengths that fit.
+        """
+        resolved = self.decision.resolved
+        total = max((first + count for first, count in steps.values()), default=0)
+        masks: dict[str, tuple[int, set[int]]] = {}
+        for name, (_, count) in steps.items():
+            second = name == "transformer_2" and not one_config
+            settings = resolved.secondary if second else resolved.primary
+            origin = (resolved.secondary_origins if second else resolved.origins)["steps_computation_mask"]
+            if isinstance(settings.steps_computation_mask, tuple) and origin.startswith(f"{REQUEST}."):
+                masks.setdefault(origin, (len(settings.steps_computation_mask), {total}))[1].add(count)
+        for origin, (length, fitting) in masks.items():
+            if length not in fitting:
+                where, _, key = origin.rpartition(".")
+                expected = " or ".join(map(str, sorted(fitting)))
+                error = SettingError(key, f"{length} entries", where, f"expected {expected} entries, one a step")
+                self.disable(str(error))
+                self.stats.refused = True
+                raise RefusedError(error)
 
     def disable(self, reason: str) -> None:
         """Report that the request runs uncached."""

@@ -35,6 +35,8 @@ PREFIX = "SGLANG_CACHE_DIT_"
 ENABLED_VARIABLE = PREFIX + "ENABLED"
 CONTROL_KEY_VARIABLE = PREFIX + "CONTROL_KEY"
 """Key that changes of a running server need; it is no setting of the cache and is shown nowhere."""
+REQUEST = "cache_dit_params"
+"""Origin of a request's own settings."""
 MAX_NAME = 200
 """Longest name of a profile."""
 FILE_SECTIONS = (
@@ -244,7 +246,7 @@ def profile_name(key: Any, origin: str) -> str:
 
 
 def read_request(
-    raw: Any, *, origin: str = "cache_dit_params", warnings: list[str] | None = None,
+    raw: Any, *, origin: str = REQUEST, warnings: list[str] | None = None,
     profiles: Collection[str] | None = (),
 ) -> Source:
     """Settings of one request's ``cache_dit_params``.
