@@ -115,17 +115,17 @@ def _open_request(
     stage: Any, batch: Any, server_args: Any, session: Session, identify: Identify,
     steps: dict[str, tuple[int, int]], *, joint: bool = False, one_config: bool = False, exact: bool = True,
 ) -> None:
+    # The host's own requests may take other steps than the one that they copy, a further stage takes its own.
+    if exact and not host.serves_nobody(batch) and REPORT not in getattr(batch, "extra", {}):
+        session.check_masks(steps, one_config)
     mounted = _mounted(stage)
     with_graphs = bool(server_args.enable_breakable_cuda_graph)
     mounted.backend.identify = graphs.nobody if with_graphs else identify
     mounted.backend.groups = host.groups(
         _running or [stage], batch, joint=joint, patch_size=getattr(stage.transformer, "patch_size", None)
     )
-    # The host's own requests may take other steps than the one that they copy, a further stage takes its own.
-    exact = exact and not host.serves_nobody(batch) and REPORT not in getattr(batch, "extra", {})
     session.open(
-        mounted.runtime, mounted.backend, steps, _positions(batch), size=host.size_of(batch), one_config=one_config,
-        exact=exact,
+        mounted.runtime, mounted.backend, steps, _positions(batch), size=host.size_of(batch), one_config=one_config
     )
     if with_graphs and session.stats.enabled:
         graphs.serve(mounted.backend.mounted.values(), identify)

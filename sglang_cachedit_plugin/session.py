@@ -72,20 +72,17 @@ class Session:
         *,
         size: tuple[int, ...] | None = None,
         one_config: bool = False,
-        exact: bool = False,
     ) -> None:
         """Bring the model to what the request wants.
 
         Args:
-            exact: ``steps`` are those of the request's own loop, so that a mask list of the request must fit them.
             size: width and height of the picture, and frames of a video.
             one_config: both transformers take the settings of the first.
             steps: for each transformer the host's number of its first step, and how many it takes.
             positions: place of each of the host's steps on the denoising path.
 
         Raises:
-            RefusedError: a mask list that fits no transformer; anything else only with ``strict``, otherwise the
-                reason goes to the report.
+            RefusedError: only with ``strict``; otherwise the reason goes to the report.
         """
         self._runtime, self._backend = runtime, backend
         self._started = time.perf_counter()
@@ -94,8 +91,6 @@ class Session:
             runtime.prepare(None)
             return
         backend.stats = self.stats
-        if exact:
-            self.check_masks(steps, one_config)
         spec, problem = self._spec(steps, positions, size, one_config), None
         try:
             runtime.prepare(spec)
@@ -138,10 +133,13 @@ class Session:
 
         Args:
             steps: those that will run, as for ``open``.
+            one_config: as for ``open``.
 
         Raises:
             RefusedError: naming the lengths that fit.
         """
+        if not self.decision.enabled:
+            return
         resolved = self.decision.resolved
         total = max((first + count for first, count in steps.values()), default=0)
         masks: dict[str, tuple[int, set[int]]] = {}
