@@ -14,8 +14,6 @@ from .profiles import BUILT_IN
 from .settings import NEEDS_OUTPUT
 from .sources import FileConfig, Resolved, Source, Value, read_request, resolve
 
-_SWITCH = "enable_cache_dit"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
@@ -84,17 +82,6 @@ class Defaults:
         """These settings under another live change; profiles of the present one stay usable once more."""
         return replace(self, overrides=overrides, retired=self.overrides.profiles, change=change)
 
-    def check(self, fields: Mapping[str, Any]) -> None:
-        """Check a request's ``enable_cache_dit`` and ``cache_dit_params`` before any worker hears of it.
-
-        Raises:
-            SettingError: one of them cannot be used.
-        """
-        switch = fields.get(_SWITCH)
-        if switch is not None and not isinstance(switch, bool):
-            raise SettingError(_SWITCH, switch, "request", "expected true or false")
-        self.decide(switch, fields.get("cache_dit_params"))
-
     def decide(self, enable: bool | None, params: Mapping[str, Any] | None) -> Decision:
         """Settings of a request with ``enable_cache_dit`` and ``cache_dit_params``.
 
@@ -114,6 +101,18 @@ class Defaults:
             raise SettingError("max_accumulated_diff", safety.value, safety.origin, NEEDS_OUTPUT.format("forecast"))
         enabled = self.enabled if enable is None else enable
         return Decision(enabled=enabled, reason=self._why_off(enable, enabled), resolved=resolved)
+
+    def check(self, fields: Mapping[str, Any]) -> None:
+        """Check a request's ``enable_cache_dit`` and ``cache_dit_params`` before any worker hears of it.
+
+        Raises:
+            SettingError: one of them cannot be used.
+        """
+        name = "enable_cache_dit"
+        switch = fields.get(name)
+        if switch is not None and not isinstance(switch, bool):
+            raise SettingError(name, switch, "request", "expected true or false")
+        self.decide(switch, fields.get("cache_dit_params"))
 
     @staticmethod
     def _why_off(enable: bool | None, enabled: bool) -> str | None:
