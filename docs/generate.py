@@ -33,8 +33,12 @@ def settings() -> str:
         f"`{PREFIX}SECONDARY_...` for the second transformer; in the file and in requests it has a section "
         "`secondary`. Where nothing is said of the second transformer it follows the first.",
         "",
-        f"`{PREFIX}ENABLED` switches caching on for requests that say nothing; so does a file with a `cache_config`. "
-        "A request decides for itself with `enable_cache_dit`.",
+        f"`{PREFIX}ENABLED` switches caching on for requests that say nothing; so does a file with a `cache_config` "
+        "(one that only has `profiles` does not). A request decides for itself with `enable_cache_dit`.",
+        "",
+        "An empty variable is unset. True is `1`, `true`, `yes`, `y`, `t` or `on`, false `0`, `false`, `no`, `n`, "
+        "`f` or `off`, in any case, as SGLang reads them. Any other value that is not accepted ends the start with one "
+        "line.",
         "",
         "| setting | variable | default | accepted | unit | what it does |",
         "|---|---|---|---|---|---|",
@@ -85,13 +89,13 @@ def patches() -> str:
         "Generated from `hooks.py` by `python docs/generate.py`. Each seam's signature is compared with the one "
         "below when the plugin registers; if any differs, the host is left unpatched altogether.",
         "",
-        "| seam | parameters | hook | why | unnecessary from |",
-        "|---|---|---|---|---|",
+        "| seam | parameters | hook | why |",
+        "|---|---|---|---|",
     ]
     for seam in SEAMS:
         target = seam.target.removeprefix("sglang.multimodal_gen.runtime.")
         parameters = ", ".join(seam.parameters) or "any"
-        lines.append(f"| `{target}` | {parameters} | {seam.kind} | {seam.why} | {seam.until} |")
+        lines.append(f"| `{target}` | {parameters} | {seam.kind} | {seam.why} |")
     return "\n".join(lines) + "\n"
 
 

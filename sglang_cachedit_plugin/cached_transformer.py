@@ -277,10 +277,6 @@ class CachedTransformer:
         self._outputs.clear()
         self.contexts.clear()
 
-    def pause(self) -> None:
-        """Run the original forward; keep the buffers until the next request."""
-        self._identify = self.rehearsal = None
-
     def buffer_bytes(self) -> int:
         """Bytes of the tensors held for cached steps."""
         return self.contexts.held_bytes() + self._outputs.held_bytes()

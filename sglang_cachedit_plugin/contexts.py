@@ -170,8 +170,7 @@ class BranchContexts(Decisions, CachedContextManager):
         if diff is None:
             if not may_cache and self.group is None:
                 return False
-            important = self.get_important_condition_threshold()
-            diff, decisive, may_cache = self.measure(context.blocks, t1, t2, may_cache, important)
+            diff, decisive, may_cache = self.measure(context.blocks, t1, t2, may_cache)
         if t1.shape != t2.shape:
             return False
         self.lead(context.blocks, diff)

@@ -133,29 +133,25 @@ class Decisions:
         """(batch, tokens, dim) without the padding that makes shards equal."""
         return residual[:, : self.groups.real_tokens(residual.shape[1])] if residual.ndim == 3 else residual
 
-    def measure(
-        self, blocks: str, t1: torch.Tensor, t2: torch.Tensor, may_cache: bool, important: float
-    ) -> tuple[float, float, bool]:
+    def measure(self, blocks: str, t1: torch.Tensor, t2: torch.Tensor, may_cache: bool) -> tuple[float, float, bool]:
         """This branch's difference, the one that decides, and whether no rank must compute.
 
         Args:
             blocks: the block list whose residual of this step is ``t2``, and of the last computed one ``t1``.
-            important: as ``important_threshold`` of ``similarity``.
         """
         if self.group is None:
-            diff = residual_difference(t1, t2, important_threshold=important)
+            diff = residual_difference(t1, t2)
             return diff, diff, True
         shared = self.coupled and not self._separate
         adds = t1.shape == t2.shape and (not shared or self._identity.branch == COND)
         apart = self.coupled and self._separate
         diffs, compute = reduced_differences(
-            residual_sums(self._real(t1), self._real(t2), important) if adds else None,
+            residual_sums(self._real(t1), self._real(t2)) if adds else None,
             self.group,
             device=t1.device,
             compute=not may_cache,
             row=self.groups.row if apart else 0,
             rows=self.groups.rows if apart else 1,
-            important_threshold=important,
         )
         if shared:
             self._leading[blocks] = (self._identity.step, diffs[0])

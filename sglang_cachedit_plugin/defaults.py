@@ -98,9 +98,21 @@ class Defaults:
         resolved = resolve(*order, self.file.source, self.environment)
         safety = request.primary.get("max_accumulated_diff")
         if safety is not None and safety.value is not None and resolved.primary.forecast != "output":
-            raise SettingError("max_accumulated_diff", safety.value, safety.origin, NEEDS_OUTPUT)
+            raise SettingError("max_accumulated_diff", safety.value, safety.origin, NEEDS_OUTPUT.format("forecast"))
         enabled = self.enabled if enable is None else enable
         return Decision(enabled=enabled, reason=self._why_off(enable, enabled), resolved=resolved)
+
+    def check(self, fields: Mapping[str, Any]) -> None:
+        """Check a request's ``enable_cache_dit`` and ``cache_dit_params`` before any worker hears of it.
+
+        Raises:
+            SettingError: one of them cannot be used.
+        """
+        name = "enable_cache_dit"
+        switch = fields.get(name)
+        if switch is not None and not isinstance(switch, bool):
+            raise SettingError(name, switch, "request", "expected true or false")
+        self.decide(switch, fields.get("cache_dit_params"))
 
     @staticmethod
     def _why_off(enable: bool | None, enabled: bool) -> str | None:

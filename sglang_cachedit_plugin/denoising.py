@@ -17,7 +17,7 @@ from .mount import ModelBackend
 from .own_loops import Identify, OwnLoop
 from .parallel import tell_parallel
 from .runtime import Identity, Runtime
-from .session import Session, publish
+from .session import REPORT, Session, decide, publish
 
 
 class _Mounted:
@@ -87,7 +87,7 @@ def _begin(stage: Any, batch: Any, server_args: Any, requested: Callable[[], boo
     # Asked only now: the file may switch caching on.
     if enable is None and requested is not None and requested() != defaults.current().enabled:
         enable = requested()
-    session = Session("native", defaults.current().decide(enable, batch.sampling_params.cache_dit_params))
+    session = Session("native", decide(enable, batch.sampling_params.cache_dit_params))
     _open.append((stage, session))
     host.forget_branch()
     if session.decision.enabled and (sections := defaults.current().file.passed_on):
@@ -117,8 +117,11 @@ def _declined(stage: Any, batch: Any, session: Session) -> str | None:
 
 def _open_request(
     stage: Any, batch: Any, server_args: Any, session: Session, identify: Identify,
-    steps: dict[str, tuple[int, int]], *, joint: bool = False, one_config: bool = False,
+    steps: dict[str, tuple[int, int]], *, joint: bool = False, one_config: bool = False, exact: bool = True,
 ) -> None:
+    # The host's own requests may take other steps than the one that they copy, a further stage takes its own.
+    if exact and not host.serves_nobody(batch) and REPORT not in getattr(batch, "extra", {}):
+        session.check_masks(steps, one_config)
     mounted = _mounted(stage)
     with_graphs = bool(server_args.enable_breakable_cuda_graph)
     mounted.backend.identify = graphs.nobody if with_graphs else identify
@@ -150,7 +153,8 @@ def _enter_own_loop(stage: Any, batch: Any, server_args: Any, loop: OwnLoop) -> 
         reason = "its transformer is not loaded yet"
     if not reason:
         steps = {"transformer": (0, own_loops.num_steps(batch))}
-        _open_request(stage, batch, server_args, session, loop.identify(batch), steps)
+        known = getattr(batch, "timesteps", None) is not None
+        _open_request(stage, batch, server_args, session, loop.identify(batch), steps, exact=known)
     elif decision.enabled:
         session.refuse(f"{type(stage).__name__}: {reason}")
 

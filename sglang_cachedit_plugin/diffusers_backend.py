@@ -18,7 +18,7 @@ from .errors import MountError
 from .mount import ModelBackend
 from .parallel import mesh_group
 from .runtime import Groups, Identity, Runtime
-from .session import Session, publish
+from .session import Session, decide, publish
 from .stats import COND
 
 _NAMES = {"pred_cond": COND, "pred_uncond": "uncond", "conditional": COND, "unconditional": "uncond"}
@@ -232,8 +232,7 @@ def load(original: Callable[..., Any], pipeline: Any, pipe: Any, server_args: An
 def execute(original: Callable[..., Any], stage: Any, batch: Any, server_args: Any) -> Any:
     """Around one pipeline call."""
     params = batch.sampling_params
-    decision = defaults.current().decide(params.enable_cache_dit, params.cache_dit_params)
-    session = Session("diffusers", decision)
+    session = Session("diffusers", decide(params.enable_cache_dit, params.cache_dit_params))
     cache = _pipes.get(stage.diffusers_pipe)
     if cache is not None and cache.spread and batch.generator_device is None:
         # The ranks share one picture: noise drawn on the CPU is the same on all, whatever their devices.

@@ -30,13 +30,11 @@ class Seam:
 
     Args:
         target: dotted path of the function or method that is hooked.
-        defined_in: dotted path where it is defined, if a base class defines it.
         parameters: names of its parameters; empty: any.
         older: the same in hosts before, whose calls the handler takes too.
         kind: the host's hook type: around, after or replace.
         handler: ``module:attribute`` in this package, imported on first call.
         why: what the hook is for.
-        until: version of host or library that makes it unnecessary, or what must change.
     """
 
     target: str
@@ -44,9 +42,7 @@ class Seam:
     kind: str
     handler: str
     why: str
-    defined_in: str = ""
     older: tuple[tuple[str, ...], ...] = ()
-    until: str = "never: this is the plugin's work"
 
     def hook(self) -> Callable[..., Any]:
         """The callable for the host's registry."""
@@ -181,8 +177,9 @@ SEAMS: tuple[Seam, ...] = (
         target=f"{_RUNTIME}.entrypoints.diffusion_generator.DiffGenerator._send_to_scheduler_and_wait_for_response",
         parameters=("self", "batch"),
         kind="after",
-        handler="offline:print_table",
-        why="`sglang generate` and the offline engine show a table of steps and residual differences",
+        handler="offline:answered",
+        why="`sglang generate` and the offline engine show a table of steps and residual differences; what a worker "
+        "refused is remembered",
     ),
     Seam(
         target=f"{_RUNTIME}.launch_server.launch_server",
@@ -239,8 +236,8 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         target=f"{_RUNTIME}.entrypoints.diffusion_generator.DiffGenerator.generate",
         parameters=("self", "sampling_params_kwargs", "external_trace_header"),
-        kind="before",
-        handler="serving.requests:check_offline",
+        kind="around",
+        handler="offline:generate",
         why="a bad cache setting raises in the offline engine's own process; the host would log the worker's error "
         "and return None",
     ),
@@ -271,13 +268,12 @@ def parameters_of(seam: Seam, root: Path) -> tuple[str, ...] | None:
 
 def _place(seam: Seam, root: Path) -> tuple[Path | None, str]:
     """The host's file of a seam and the qualified name in it; None and the whole path where there is no file."""
-    path = seam.defined_in or seam.target
-    parts = path.split(".")
+    parts = seam.target.split(".")
     for split in range(len(parts) - 1, 0, -1):
         source = root.joinpath(*parts[:split]).with_suffix(".py")
         if source.is_file():
             return source, ".".join(parts[split:])
-    return None, path
+    return None, seam.target
 
 
 @functools.lru_cache(maxsize=32)

@@ -82,11 +82,7 @@ class ModelBackend:
     def bypass(self) -> None:
         """Run the original forwards."""
         for transformer in self.mounted.values():
-            spec = transformer.contexts.spec
-            if spec is not None and spec.settings.keep_buffers:
-                transformer.pause()
-            else:
-                transformer.bypass()
+            transformer.bypass()
 
     def rehearse(self, rehearsal: Rehearsal) -> None:
         """Before the request's own forwards, run what later requests will run."""

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from . import agreement, host, metrics, recording, resampling
+from . import agreement, defaults, host, metrics, recording, resampling
 from .cache.denoising_steps import DenoisingSteps
 from .cache.solvers import Solver
 from .defaults import Decision
-from .errors import MountError, RefusedError
+from .errors import MountError, RefusedError, SettingError
 from .mount import ModelBackend, preset_mask
 from .recording import Recording
 from .rehearsal import Rehearsal
@@ -23,9 +23,24 @@ from .rows import Row
 from .runtime import Groups, RequestSpec, Runtime, TransformerSpec
 from .schedule import StepPlan, build_plan
 from .settings import CacheSettings
+from .sources import REQUEST
 from .stats import CorrectorStats, RequestStats
 
 REPORT = "cache_dit"
+
+
+def decide(enable: bool | None, params: Mapping[str, Any] | None) -> Decision:
+    """What this worker's settings make of a request.
+
+    Raises:
+        RefusedError: they do not take it; the HTTP process checked it under settings that have changed since.
+    """
+    try:
+        return defaults.current().decide(enable, params)
+    except SettingError as error:
+        if host.publishes_metrics():
+            metrics.refused()
+        raise RefusedError(error) from None
 
 
 class Session:
@@ -131,7 +146,37 @@ class Session:
         self.disable(reason)
         if self.decision.resolved.primary.strict:
             self.stats.refused = True
-            raise RefusedError(reason, self.decision.resolved.origins["strict"])
+            raise RefusedError(SettingError("strict", True, self.decision.resolved.origins["strict"], reason))
+
+    def check_masks(self, steps: Mapping[str, tuple[int, int]], one_config: bool = False) -> None:
+        """Refuse a mask list of the request that has one entry a step for none of its transformers, nor for all.
+
+        Args:
+            steps: those that will run, as for ``open``.
+            one_config: as for ``open``.
+
+        Raises:
+            RefusedError: naming the lengths that fit.
+        """
+        if not self.decision.enabled:
+            return
+        resolved = self.decision.resolved
+        total = max((first + count for first, count in steps.values()), default=0)
+        masks: dict[str, tuple[int, set[int]]] = {}
+        for name, (_, count) in steps.items():
+            second = name == "transformer_2" and not one_config
+            settings = resolved.secondary if second else resolved.primary
+            origin = (resolved.secondary_origins if second else resolved.origins)["steps_computation_mask"]
+            if isinstance(settings.steps_computation_mask, tuple) and origin.startswith(f"{REQUEST}."):
+                masks.setdefault(origin, (len(settings.steps_computation_mask), {total}))[1].add(count)
+        for origin, (length, fitting) in masks.items():
+            if length not in fitting:
+                where, _, key = origin.rpartition(".")
+                expected = " or ".join(map(str, sorted(fitting)))
+                error = SettingError(key, f"{length} entries", where, f"expected {expected} entries, one a step")
+                self.disable(str(error))
+                self.stats.refused = True
+                raise RefusedError(error)
 
     def disable(self, reason: str) -> None:
         """Report that the request runs uncached."""

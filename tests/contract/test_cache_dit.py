@@ -59,7 +59,6 @@ def test_an_override_takes_what_the_original_takes(name):
         ("clear_contexts", ["self"]),
         ("get_Fn_buffer", ["self", "prefix"]),
         ("set_Fn_buffer", ["self", "buffer", "prefix"]),
-        ("get_important_condition_threshold", ["self"]),
         ("__init__", ["self", "name", "persistent_context"]),
     ],
 )

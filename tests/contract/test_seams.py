@@ -20,7 +20,7 @@ KINDS = {"replace", "around", "after", "before"}
 
 def source_of(seam: hooks.Seam) -> tuple[Path, list[str]]:
     """The host's file of a seam, and the qualified name inside it."""
-    parts = (seam.defined_in or seam.target).split(".")
+    parts = seam.target.split(".")
     for split in range(len(parts) - 1, 0, -1):
         path = Path(*parts[:split]).with_suffix(".py")
         if (ROOT / path).is_file():
