@@ -187,10 +187,12 @@ class CachedTransformer:
                 output = self._patched(*args, **kwargs)
             finally:
                 set_forwards(own_forwards)
-            unfinished, lost = (
-                any(getattr(chain, what) for chain in self._swaps.chains) for what in ("unfinished", "lost")
+            mixed, unfinished, lost = (
+                any(getattr(chain, what) for chain in self._swaps.chains) for what in ("mixed", "unfinished", "lost")
             )
-        if unfinished:
+        if mixed:
+            self.contexts.poison(identity.branch, "samples take turns in the blocks and cannot be told apart")
+        elif unfinished:
             self.contexts.poison(identity.branch, "the block loop left out its last block")
         if lost:
             self.contexts.record(cached=False)
