@@ -29,7 +29,7 @@ class OutputHistory:
         self._new = functools.partial(Extrapolator, order, damping, depth)
         self.last_step = -1
         self.guard: ForecastGuard | None = None
-        self.on_schedule = True
+        self.as_planned = True
         """Whether every output was computed because the schedule says so."""
         self.start_over()
 

@@ -76,7 +76,7 @@ class OutputSteps:
                 contexts.begin_forward(identity)
                 if self._cached_by_plan(identity, history):
                     # Fitted weights belong to the schedule's own computed steps.
-                    weights = spec.weights_of(identity.branch, identity.step) if history.on_schedule else None
+                    weights = spec.weights_of(identity.branch, identity.step) if history.as_planned else None
                     return history.predict(position, weights)
                 output = original()
                 contexts.record(cached=False)
@@ -111,7 +111,7 @@ class OutputSteps:
         if self._contexts.action() is not Action.CACHE:
             return False
         if not self._usable(identity, history):
-            history.on_schedule = False
+            history.as_planned = False
             return False
         self._contexts.record(cached=True)
         return True
