@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from cache_dit import DBCacheConfig, DMDCalibratorConfig, TaylorSeerCalibratorConfig
@@ -33,11 +34,10 @@ class BranchContext(CachedContext):
     blocks: str = ""
     last_step: int = -1
     last_diff: tuple[int, float] | None = None
-    streak: int = 0
-    cached_count: int = 0
     has_reference: bool = False
     absent: set[str] = field(default_factory=set)
     residual_shape: torch.Size | None = None
+    given: tuple[Any, ...] = ()
 
     def make_room(self) -> None:
         """Free what the computed step that begins now will replace, before its blocks run."""

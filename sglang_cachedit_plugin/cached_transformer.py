@@ -12,6 +12,7 @@ from torch import nn
 from . import adapters, swaps
 from .compiling import step_aside, with_own_code
 from .contexts import BranchContexts
+from .decisions import given
 from .errors import MountError
 from .output_steps import OutputSteps
 from .own_forwards import set_forwards, undone
@@ -71,7 +72,7 @@ class CachedTransformer:
         @step_aside
         @functools.wraps(self._original)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            identity = self._identity(kwargs)
+            identity = self._identity(args, kwargs)
             if identity is None:
                 return self._original(*args, **kwargs)
             if self.rehearsal is not None:
@@ -125,10 +126,13 @@ class CachedTransformer:
         self.contexts.tell(None)
         return output
 
-    def _identity(self, kwargs: Mapping[str, Any]) -> Identity | None:
+    def _identity(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Identity | None:
         if self._identity_outside is not None:
             return self._identity_outside[0]
-        return self._identify(self.name, kwargs) if self._identify is not None else None
+        identity = self._identify(self.name, kwargs) if self._identify is not None else None
+        if identity is not None:
+            self.contexts.given = given(args, kwargs)
+        return identity
 
     def identify_outside(self) -> None:
         """Tell forwards apart by what the whole model is given, not by what hooks leave of it for this rank.
@@ -140,7 +144,7 @@ class CachedTransformer:
         @step_aside
         @functools.wraps(hooked)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            self._identity_outside = (self._identity(kwargs),)
+            self._identity_outside = (self._identity(args, kwargs),)
             try:
                 return hooked(*args, **kwargs)
             finally:
@@ -161,8 +165,11 @@ class CachedTransformer:
             return self._swapped_forward(identity, args, kwargs)
         output = self.probe.run(
             *edges, functools.partial(self._swapped_forward, identity, args, kwargs),
-            functools.partial(self._original, *args, **kwargs),
+            functools.partial(self._original, *args, **kwargs), recover=not self.contexts.told,
         )
+        problem = self.contexts.problem_anywhere(self.probe.problem)
+        if problem != self.probe.problem:
+            self.probe.found_elsewhere(*edges, problem)
         if self.probe.problem is not None:
             if settings.strict:
                 raise MountError(self._problem(self.probe.problem))

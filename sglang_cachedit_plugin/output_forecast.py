@@ -31,6 +31,7 @@ class OutputHistory:
         self._structure: Any = None
         self._constants: list[Any] = []
         self.last_step = -1
+        self.as_planned = True
         self.guard: ForecastGuard | None = None
 
     @property

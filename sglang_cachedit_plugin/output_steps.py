@@ -71,8 +71,8 @@ class OutputSteps:
                 contexts.begin_forward(identity)
                 if self._cached_by_plan(identity, history):
                     # Fitted weights belong to the schedule's own computed steps.
-                    kept = history.guard is None or not history.guard.recomputed
-                    return history.predict(position, spec.weights_of(identity.branch, identity.step) if kept else None)
+                    weights = spec.weights_of(identity.branch, identity.step) if history.as_planned else None
+                    return history.predict(position, weights)
                 output = original()
                 contexts.record(cached=False)
         except _SkipForward:
@@ -103,12 +103,14 @@ class OutputSteps:
 
     @torch.compiler.disable
     def _cached_by_plan(self, identity: Identity, history: OutputHistory) -> bool:
-        if not history.ready or self._contexts.is_poisoned(identity.branch):
-            return False
         if self._contexts.action() is not Action.CACHE:
             return False
-        if history.guard is not None and history.guard.recompute(identity.step):
+        may_cache = history.ready and not self._contexts.is_poisoned(identity.branch)
+        if may_cache and history.guard is not None and history.guard.recompute(identity.step):
             self._contexts.stats.remark(identity.branch, history.guard.note(identity.branch))
+            may_cache = False
+        if not self._contexts.agreed(may_cache):
+            history.as_planned = False
             return False
         self._contexts.record(cached=True)
         return True
