@@ -34,8 +34,6 @@ class BranchContext(CachedContext):
     branch: str = ""
     last_step: int = -1
     last_diff: tuple[int, float] | None = None
-    streak: int = 0
-    cached_count: int = 0
     has_reference: bool = False
     absent: set[str] = field(default_factory=set)
     residual_shape: torch.Size | None = None

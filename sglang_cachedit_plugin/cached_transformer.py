@@ -173,8 +173,11 @@ class CachedTransformer:
             return self._swapped_forward(identity, args, kwargs)
         output = self.probe.run(
             *edges, functools.partial(self._swapped_forward, identity, args, kwargs),
-            functools.partial(self._original, *args, **kwargs),
+            functools.partial(self._original, *args, **kwargs), recover=not self.contexts.told,
         )
+        problem = self.contexts.problem_anywhere(self.probe.problem)
+        if problem != self.probe.problem:
+            self.probe.found_elsewhere(*edges, problem)
         if self.probe.problem is not None:
             if settings.strict:
                 raise MountError(self._problem(self.probe.problem))

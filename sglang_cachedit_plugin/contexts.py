@@ -141,14 +141,15 @@ class BranchContexts(Decisions, CachedContextManager):
         prefix: str = "Fn",
     ) -> bool:
         """Whether the middle blocks may be left out of this forward."""
-        if self.guarded and (self.coupled or self.joint):
+        if self.told:
             self.tell(None)
         cached = self._decide(states_tensor, prefix)
         self.verify(cached, self.group, self._diff())
         context = self._current_context
-        if not context.repeated:
+        if self.coupled or not context.repeated:
             # A second forward that cannot be told from the first must not part ranks whose plans go by the run.
-            context.streak = context.streak + 1 if cached else 0
+            run = self.run_of(context.blocks)
+            run.streak = run.streak + 1 if cached else 0
         if not cached:
             context.make_room()
         self._outcomes.append(cached)
@@ -163,14 +164,18 @@ class BranchContexts(Decisions, CachedContextManager):
         return context.last_diff[1] if measured and context.last_diff[0] == self._identity.step else math.nan
 
     def _decide(self, residual: torch.Tensor, prefix: str) -> bool:
-        context, identity = self._current_context, self._identity
-        if not context.has_reference:
+        context, run = self._current_context, self.run_of(self._current_context.blocks)
+        action = self.action(run.cached, run.streak)
+        if action is Action.COMPUTE or run.first == run.step:
             return False
-        action = self.action(context.cached_count, context.streak)
-        may_cache = identity.branch not in self._poisoned and context.residual_shape == residual.shape
-        if action is not Action.MEASURE:
-            return action is Action.CACHE and may_cache
-        reference = self.get_Fn_buffer(prefix)
+        may_cache = (
+            context.has_reference
+            and self._identity.branch not in self._poisoned
+            and context.residual_shape == residual.shape
+        )
+        if action is Action.CACHE:
+            return self.agreed(may_cache)
+        reference = self.get_Fn_buffer(prefix) if context.has_reference else None
         limit = self.spec.settings.max_accumulated_residual_diff_threshold
         may_cache = may_cache and not (limit and context.accumulated_residual_diff >= limit)
         return self._similar(reference, residual, self.spec.settings.residual_diff_threshold, may_cache)
@@ -183,17 +188,18 @@ class BranchContexts(Decisions, CachedContextManager):
         """Whether the residual ``t2`` of this step is within ``threshold`` of the stored ``t1``."""
         return self._similar(t1, t2, threshold, True)
 
-    def _similar(self, t1: torch.Tensor, t2: torch.Tensor, threshold: float, may_cache: bool) -> bool:
+    def _similar(self, t1: torch.Tensor | None, t2: torch.Tensor, threshold: float, may_cache: bool) -> bool:
         """As ``similarity``.
 
         Args:
-            may_cache: False where this rank computes whatever the difference. The ranks of its group may not
-                know (unequal shards can change shape on one rank only), so it takes part in their decision.
+            may_cache: False where this rank computes whatever the difference. The ranks of its group may not know
+                (the branch may be new to this rank, or its shard alone has another shape), so it takes part in their
+                decision.
         """
         if threshold <= 0.0:
             return False
         if threshold >= 1.0:
-            return may_cache
+            return self.agreed(may_cache)
         context, step = self._current_context, self._identity.step
         diff = decisive = self.shared_diff(context.blocks)
         if diff is None:
@@ -201,9 +207,9 @@ class BranchContexts(Decisions, CachedContextManager):
                 return False
             important = self.get_important_condition_threshold()
             diff, decisive, may_cache = self.measure(context.blocks, t1, t2, may_cache, important)
-        if t1.shape != t2.shape:
-            return False
         self.lead(context.blocks, diff)
+        if t1 is None or t1.shape != t2.shape:
+            return False
         self.branch_stats.measured(step, diff)
         context.last_diff = (step, diff)
         if math.isfinite(diff):
@@ -212,8 +218,8 @@ class BranchContexts(Decisions, CachedContextManager):
 
     @torch.compiler.disable
     def add_cached_step(self) -> None:
-        """Count a cached step of the context."""
-        self._current_context.cached_count += 1
+        """Count a cached step of the block list."""
+        self.run_of(self._current_context.blocks).cached += 1
 
     @torch.compiler.disable
     def set_Fn_buffer(self, buffer: torch.Tensor, prefix: str = "Fn") -> None:  # noqa: N802

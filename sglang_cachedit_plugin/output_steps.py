@@ -110,7 +110,7 @@ class OutputSteps:
     def _cached_by_plan(self, identity: Identity, history: OutputHistory) -> bool:
         if self._contexts.action() is not Action.CACHE:
             return False
-        if not self._usable(identity, history):
+        if not self._contexts.agreed(self._usable(identity, history)):
             history.as_planned = False
             return False
         self._contexts.record(cached=True)
