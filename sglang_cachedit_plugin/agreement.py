@@ -84,6 +84,19 @@ def verify_same(what: str, value: str, group: dist.ProcessGroup) -> None:
         raise RanksDisagreeError(f"ranks disagree in {what}: {words}", group)
 
 
+def any_rank(flag: bool, group: dist.ProcessGroup) -> bool:
+    """Whether ``flag`` holds on a rank of ``group``: one all-reduce of one float32, and one read by the host."""
+    flags = torch.full((1,), float(flag), device=_device(group))
+    dist.all_reduce(flags, group=group)
+    return flags.item() > 0.0
+
+
+def problems(own: str, group: dist.ProcessGroup) -> str:
+    """What is wrong on the ranks of ``group``, ``own`` first; empty where nothing is."""
+    told = {rank: text for rank, text in _gathered_texts(own, group).items() if text and rank != dist.get_rank()}
+    return own or "; ".join(f"rank {rank}: {text}" for rank, text in told.items())
+
+
 def all_succeeded(step: int, failure: BaseException | None, group: dist.ProcessGroup) -> None:
     """Tell the other ranks of ``group`` whether this one's forward failed.
 

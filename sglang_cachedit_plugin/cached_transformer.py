@@ -13,6 +13,7 @@ from . import adapters, swaps
 from .compiling import step_aside, with_own_code
 from .contexts import BranchContexts
 from .errors import MountError
+from .inputs import given
 from .output_steps import OutputSteps
 from .own_forwards import set_forwards, undone
 from .probe import MountProbe
@@ -71,7 +72,7 @@ class CachedTransformer:
         @step_aside
         @functools.wraps(self._original)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            identity = self._identity(kwargs)
+            identity = self._identity(args, kwargs)
             if identity is None:
                 return self._original(*args, **kwargs)
             if self.rehearsal is not None:
@@ -83,6 +84,7 @@ class CachedTransformer:
     @step_aside
     def run(self, identity: Identity, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One forward of the request under way."""
+        self._receive(identity)
         run = self._guarded if self.contexts.guarded else self._run
         output = run(identity, args, kwargs)
         if self.on_forward is not None and self.contexts.computed_last(identity):
@@ -94,6 +96,8 @@ class CachedTransformer:
 
         Only static schedules with ``forecast: output`` cache any step here.
         """
+        self.contexts.given = given(args, kwargs)
+        self._receive(identity)
         computed = functools.partial(forward, *args, **kwargs)
         if self.contexts.spec.plan.static:
             return self._outputs.forward(identity, computed, computed)
@@ -105,6 +109,11 @@ class CachedTransformer:
     def run_original(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One forward without the cache."""
         return self._original(*args, **kwargs)
+
+    def _receive(self, identity: Identity) -> None:
+        """What the branch has computed so far is dropped where its inputs had another form."""
+        if self.contexts.receive(identity):
+            self._outputs.start_over(identity.branch)
 
     def _run(self, identity: Identity, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.probe.problem is not None:
@@ -125,10 +134,13 @@ class CachedTransformer:
         self.contexts.tell(None)
         return output
 
-    def _identity(self, kwargs: Mapping[str, Any]) -> Identity | None:
+    def _identity(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Identity | None:
         if self._identity_outside is not None:
             return self._identity_outside[0]
-        return self._identify(self.name, kwargs) if self._identify is not None else None
+        identity = self._identify(self.name, kwargs) if self._identify is not None else None
+        if identity is not None:
+            self.contexts.given = given(args, kwargs)
+        return identity
 
     def identify_outside(self) -> None:
         """Tell forwards apart by what the whole model is given, not by what hooks leave of it for this rank.
@@ -140,7 +152,7 @@ class CachedTransformer:
         @step_aside
         @functools.wraps(hooked)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            self._identity_outside = (self._identity(kwargs),)
+            self._identity_outside = (self._identity(args, kwargs),)
             try:
                 return hooked(*args, **kwargs)
             finally:
@@ -161,8 +173,11 @@ class CachedTransformer:
             return self._swapped_forward(identity, args, kwargs)
         output = self.probe.run(
             *edges, functools.partial(self._swapped_forward, identity, args, kwargs),
-            functools.partial(self._original, *args, **kwargs),
+            functools.partial(self._original, *args, **kwargs), recover=not self.contexts.told,
         )
+        problem = self.contexts.problem_anywhere(self.probe.problem)
+        if problem != self.probe.problem:
+            self.probe.found_elsewhere(*edges, problem)
         if self.probe.problem is not None:
             if settings.strict:
                 raise MountError(self._problem(self.probe.problem))
@@ -187,10 +202,12 @@ class CachedTransformer:
                 output = self._patched(*args, **kwargs)
             finally:
                 set_forwards(own_forwards)
-            unfinished, lost = (
-                any(getattr(chain, what) for chain in self._swaps.chains) for what in ("unfinished", "lost")
+            mixed, unfinished, lost = (
+                any(getattr(chain, what) for chain in self._swaps.chains) for what in ("mixed", "unfinished", "lost")
             )
-        if unfinished:
+        if mixed:
+            self.contexts.poison(identity.branch, "samples take turns in the blocks and cannot be told apart")
+        elif unfinished:
             self.contexts.poison(identity.branch, "the block loop left out its last block")
         if lost:
             self.contexts.record(cached=False)

@@ -7,6 +7,7 @@ every forward, so a context can only ever see its own branch, whatever the order
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,6 +16,7 @@ from cache_dit.caching.cache_contexts.cache_manager import CachedContextManager
 
 from .branch_context import BranchContext
 from .decisions import Decisions
+from .inputs import Given, differ
 from .runtime import Groups, Identity, TransformerSpec
 from .schedule import Action
 from .stats import TransformerStats
@@ -36,6 +38,10 @@ class BranchContexts(Decisions, CachedContextManager):
         Decisions.__init__(self)
         self.on_decision: Callable[[bool], None] | None = None
         self._outcomes: list[bool] = []
+        self.given: Given = {}
+        """The form of what the forward under way is given."""
+        self._received: dict[str, tuple[int, Given]] = {}
+        self._changes: defaultdict[str, list[int]] = defaultdict(list)
 
     def begin_request(self, spec: TransformerSpec, stats: TransformerStats, groups: Groups) -> None:
         """Forget every context; the next forwards run under ``spec`` on ``groups`` and report to ``stats``."""
@@ -46,6 +52,8 @@ class BranchContexts(Decisions, CachedContextManager):
         """Drop all contexts with their tensors."""
         self.clear_contexts()
         self._current_context = None
+        self._received.clear()
+        self._changes.clear()
         self.forget()
 
     @torch.compiler.disable
@@ -59,6 +67,27 @@ class BranchContexts(Decisions, CachedContextManager):
     def held_bytes(self) -> int:
         """Bytes of the tensors in all contexts and their calibrators."""
         return sum(context.held_bytes() for context in self._cached_context_manager.values())
+
+    @torch.compiler.disable
+    def receive(self, identity: Identity) -> bool:
+        """Whether the inputs of a branch have another form than before; what it holds is then dropped."""
+        branch, step = identity.branch, identity.step
+        last, before = self._received.get(branch, (step, self.given))
+        self._received[branch] = step, self.given
+        if not differ(before, self.given):
+            return False
+        for context in self._cached_context_manager.values():
+            if context.branch == branch:
+                context.start_over(self.spec.settings)
+        if step > last:
+            # Otherwise the loop over the steps has begun again, and nothing is kept anyway.
+            changes = self._changes[branch]
+            changes.append(step)
+            steps = f"step{'s' * (len(changes) > 1)} {', '.join(map(str, changes))}"
+            self.stats.remark(
+                f"{branch} input", f"{branch}: its input changed shape or dtype at {steps}, computed anew"
+            )
+        return True
 
     @torch.compiler.disable
     def begin_forward(self, identity: Identity) -> None:
@@ -85,7 +114,7 @@ class BranchContexts(Decisions, CachedContextManager):
         if context is None or self._identity.step < context.last_step:
             # A step before the last one is a new round of the loop: nothing of the old one may be seen.
             self.new_round(str(cached_context))
-            context = BranchContext.create(key, str(cached_context), self.spec)
+            context = BranchContext.create(key, str(cached_context), self._identity.branch, self.spec)
             self._cached_context_manager[key] = context
         self._current_context = context
         return context
@@ -112,14 +141,15 @@ class BranchContexts(Decisions, CachedContextManager):
         prefix: str = "Fn",
     ) -> bool:
         """Whether the middle blocks may be left out of this forward."""
-        if self.guarded and (self.coupled or self.joint):
+        if self.told:
             self.tell(None)
         cached = self._decide(states_tensor, prefix)
         self.verify(cached, self.group, self._diff())
         context = self._current_context
-        if not context.repeated:
+        if self.coupled or not context.repeated:
             # A second forward that cannot be told from the first must not part ranks whose plans go by the run.
-            context.streak = context.streak + 1 if cached else 0
+            run = self.run_of(context.blocks)
+            run.streak = run.streak + 1 if cached else 0
         if not cached:
             context.make_room()
         self._outcomes.append(cached)
@@ -134,14 +164,18 @@ class BranchContexts(Decisions, CachedContextManager):
         return context.last_diff[1] if measured and context.last_diff[0] == self._identity.step else math.nan
 
     def _decide(self, residual: torch.Tensor, prefix: str) -> bool:
-        context, identity = self._current_context, self._identity
-        if not context.has_reference:
+        context, run = self._current_context, self.run_of(self._current_context.blocks)
+        action = self.action(run.cached, run.streak)
+        if action is Action.COMPUTE or run.first == run.step:
             return False
-        action = self.action(context.cached_count, context.streak)
-        may_cache = identity.branch not in self._poisoned and context.residual_shape == residual.shape
-        if action is not Action.MEASURE:
-            return action is Action.CACHE and may_cache
-        reference = self.get_Fn_buffer(prefix)
+        may_cache = (
+            context.has_reference
+            and self._identity.branch not in self._poisoned
+            and context.residual_shape == residual.shape
+        )
+        if action is Action.CACHE:
+            return self.agreed(may_cache)
+        reference = self.get_Fn_buffer(prefix) if context.has_reference else None
         limit = self.spec.settings.max_accumulated_residual_diff_threshold
         may_cache = may_cache and not (limit and context.accumulated_residual_diff >= limit)
         return self._similar(reference, residual, self.spec.settings.residual_diff_threshold, may_cache)
@@ -154,26 +188,27 @@ class BranchContexts(Decisions, CachedContextManager):
         """Whether the residual ``t2`` of this step is within ``threshold`` of the stored ``t1``."""
         return self._similar(t1, t2, threshold, True)
 
-    def _similar(self, t1: torch.Tensor, t2: torch.Tensor, threshold: float, may_cache: bool) -> bool:
+    def _similar(self, t1: torch.Tensor | None, t2: torch.Tensor, threshold: float, may_cache: bool) -> bool:
         """As ``similarity``.
 
         Args:
-            may_cache: False where this rank computes whatever the difference. The ranks of its group may not
-                know (unequal shards can change shape on one rank only), so it takes part in their decision.
+            may_cache: False where this rank computes whatever the difference. The ranks of its group may not know
+                (the branch may be new to this rank, or its shard alone has another shape), so it takes part in their
+                decision.
         """
         if threshold <= 0.0:
             return False
         if threshold >= 1.0:
-            return may_cache
+            return self.agreed(may_cache)
         context, step = self._current_context, self._identity.step
         diff = decisive = self.shared_diff(context.blocks)
         if diff is None:
             if not may_cache and self.group is None:
                 return False
             diff, decisive, may_cache = self.measure(context.blocks, t1, t2, may_cache)
-        if t1.shape != t2.shape:
-            return False
         self.lead(context.blocks, diff)
+        if t1 is None or t1.shape != t2.shape:
+            return False
         self.branch_stats.measured(step, diff)
         context.last_diff = (step, diff)
         if math.isfinite(diff):
@@ -182,8 +217,8 @@ class BranchContexts(Decisions, CachedContextManager):
 
     @torch.compiler.disable
     def add_cached_step(self) -> None:
-        """Count a cached step of the context."""
-        self._current_context.cached_count += 1
+        """Count a cached step of the block list."""
+        self.run_of(self._current_context.blocks).cached += 1
 
     @torch.compiler.disable
     def set_Fn_buffer(self, buffer: torch.Tensor, prefix: str = "Fn") -> None:  # noqa: N802

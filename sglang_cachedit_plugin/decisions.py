@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,16 @@ from .runtime import Groups, Identity, TransformerSpec
 from .schedule import Action
 from .similarity import reduced_differences, residual_difference, residual_sums
 from .stats import COND, BranchStats, TransformerStats
+
+
+@dataclass
+class _Run:
+    """Cached steps of a block list so far, in one round of the loop that begins with step ``first``."""
+
+    first: int
+    step: int
+    cached: int = 0
+    streak: int = 0
 
 
 class Decisions:
@@ -28,6 +39,7 @@ class Decisions:
         self._poisoned: set[str] = set()
         self._forward_in_step = 0
         self._leading: dict[str, tuple[int, float]] = {}
+        self._runs: dict[str, _Run] = {}
 
     def start(self, spec: TransformerSpec, stats: TransformerStats, groups: Groups) -> None:
         """The next forwards run under ``spec`` on ``groups`` and report to ``stats``."""
@@ -39,6 +51,7 @@ class Decisions:
         """Drop what is known of the branches so far."""
         self._poisoned.clear()
         self._leading.clear()
+        self._runs.clear()
 
     def enter(self, identity: Identity) -> None:
         """The next decisions belong to ``identity``."""
@@ -101,19 +114,59 @@ class Decisions:
     def coupled(self) -> bool:
         """Whether this forward's decision is one with those of the other CFG ranks.
 
-        Every CFG rank runs at least one forward a step, but not always as many: the first ones are coupled.
+        Every CFG rank runs at least one forward a step, but not always as many: the first ones are coupled. Ranks
+        that gather weights from one another run as many, or none of them comes to an end.
         """
-        if self.groups.pair is None or self.joint or self._forward_in_step > 0:
-            return False
-        return self.spec.settings.lockstep or not self._separate
+        return self.groups.couple(self.spec.settings) and (self.groups.gathered or self._forward_in_step == 0)
+
+    def run_of(self, blocks: str) -> _Run:
+        """How the run of steps of a block list stands: that of the branch, or of all ranks that decide together.
+
+        What decides whether ranks exchange anything must not be of one branch alone: a rank may change its branch.
+        """
+        key = blocks if self.coupled else f"{blocks}/{self._identity.branch}"
+        run, step = self._runs.get(key), self._identity.step
+        if run is None or step < run.step:
+            run = self._runs[key] = _Run(first=step, step=step)
+        run.step = step
+        return run
+
+    @torch.compiler.disable
+    def agreed(self, may_cache: bool) -> bool:
+        """Whether the forward may be cached, where nothing is measured.
+
+        Ranks of one forward know it alike. Those that gather weights run different branches, and ask each other.
+        """
+        if not (self.groups.gathered and self.coupled):
+            return may_cache
+        return not agreement.any_rank(not may_cache, self.groups.pair)
+
+    @torch.compiler.disable
+    def problem_anywhere(self, own: str | None) -> str | None:
+        """What is wrong with the forward that was looked at, on this rank or one that may decide with it.
+
+        Which forwards are looked at follows from the requests so far, which these ranks have in common.
+
+        Raises:
+            RanksDisagreeError: the forward failed on another rank.
+        """
+        group = self.groups.pair or self.groups.forward
+        if group is None:
+            return own
+        if self.guarded:
+            self.tell(None)
+        return agreement.problems(own or "", group) or None
 
     @torch.compiler.disable
     def action(self, cached: int = 0, continuous: int = 0) -> Action:
-        """What the plan says of the forward under way; where decisions are one, the strictest branch's."""
-        spec, branch = self.spec, self._identity.branch
-        plans = [spec.plan_of(each) for each in ((COND, "uncond") if self.coupled else (branch,))]
-        actions = {plan.action(self._identity.step - spec.first_step, cached, continuous) for plan in plans}
-        return next(each for each in (Action.COMPUTE, Action.MEASURE, Action.CACHE) if each in actions)
+        """What the plan says of the forward under way."""
+        plan = self.spec.plan_of(self._identity.branch)
+        return plan.action(self._identity.step - self.spec.first_step, cached, continuous)
+
+    @property
+    def told(self) -> bool:
+        """Whether this forward's decisions are told to other CFG ranks while its blocks run."""
+        return self.guarded and (self.coupled or self.joint)
 
     def verify(self, cached: bool, group: Any, diff: float = math.nan) -> None:
         """Compare a decision with those of the other ranks of ``group``, where the request wants that.
@@ -133,22 +186,25 @@ class Decisions:
         """(batch, tokens, dim) without the padding that makes shards equal."""
         return residual[:, : self.groups.real_tokens(residual.shape[1])] if residual.ndim == 3 else residual
 
-    def measure(self, blocks: str, t1: torch.Tensor, t2: torch.Tensor, may_cache: bool) -> tuple[float, float, bool]:
+    def measure(
+        self, blocks: str, t1: torch.Tensor | None, t2: torch.Tensor, may_cache: bool
+    ) -> tuple[float, float, bool]:
         """This branch's difference, the one that decides, and whether no rank must compute.
 
         Args:
-            blocks: the block list whose residual of this step is ``t2``, and of the last computed one ``t1``.
+            blocks: the block list whose residual of this step is ``t2``, and of the last computed one ``t1``; None
+                where the branch has computed none on this rank.
         """
         if self.group is None:
             diff = residual_difference(t1, t2)
             return diff, diff, True
         shared = self.coupled and not self._separate
-        adds = t1.shape == t2.shape and (not shared or self._identity.branch == COND)
+        adds = t1 is not None and t1.shape == t2.shape and (not shared or self._identity.branch == COND)
         apart = self.coupled and self._separate
         diffs, compute = reduced_differences(
             residual_sums(self._real(t1), self._real(t2)) if adds else None,
             self.group,
-            device=t1.device,
+            device=t2.device,
             compute=not may_cache,
             row=self.groups.row if apart else 0,
             rows=self.groups.rows if apart else 1,
@@ -174,7 +230,7 @@ class Decisions:
 
     def shared_diff(self, blocks: str) -> float | None:
         """The conditional branch's difference at this step and block list, where the others follow it."""
-        if self._separate or self._identity.branch == COND:
+        if self._separate or self._identity.branch == COND or self.coupled:
             return None
         leading = self._leading.get(blocks)
         if leading is None or leading[0] != self._identity.step:

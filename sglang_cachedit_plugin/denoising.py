@@ -125,9 +125,14 @@ def _open_request(
     mounted = _mounted(stage)
     with_graphs = bool(server_args.enable_breakable_cuda_graph)
     mounted.backend.identify = graphs.nobody if with_graphs else identify
-    mounted.backend.groups = host.groups(
-        _running or [stage], batch, joint=joint, patch_size=getattr(stage.transformer, "patch_size", None)
-    )
+    try:
+        mounted.backend.groups = host.groups(
+            _running or [stage], batch, modules=mounted.backend.modules.values(), joint=joint,
+            patch_size=getattr(stage.transformer, "patch_size", None),
+        )
+    except MountError as error:
+        session.refuse(str(error))
+        return
     scheduler = getattr(batch, "scheduler", None)
     session.open(
         mounted.runtime, mounted.backend, steps, _positions(batch), size=host.size_of(batch), one_config=one_config,

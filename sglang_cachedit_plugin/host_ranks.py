@@ -6,10 +6,10 @@ As in host.py, imports of sglang stand inside functions.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .errors import HostContractError, SettingError
+from .errors import HostContractError, MountError, SettingError
 from .runtime import Groups
 
 if TYPE_CHECKING:
@@ -19,19 +19,35 @@ _ALL_RANKS = ("REPLICATED", "CFG_PARALLEL")
 """The host's kinds of stages in which every rank runs forwards of its own."""
 
 
-def groups(stages: Sequence[Any], batch: Any, *, joint: bool = False, patch_size: Any = None) -> Groups:
+def groups(
+    stages: Sequence[Any], batch: Any, *, modules: Iterable[Any] = (), joint: bool = False, patch_size: Any = None
+) -> Groups:
     """Process groups of one request on the native backend.
 
     Args:
+        modules: the transformers.
         patch_size: frames, rows and columns of latents that make a token, for latents that are not packed.
         stages: the stages under way, outermost first; where one runs on the main rank alone, or spreads one
             forward over the CFG ranks, branches are not computed side by side.
         joint: one decision covers the CFG ranks, because the stage says so.
+
+    Raises:
+        MountError: ranks that wait for one another in the transformer could not decide together.
     """
+    import torch.distributed as dist
     from sglang.multimodal_gen.runtime.distributed import parallel_state as state
 
+    from .parallel import weight_ranks
+
     if not _layout.pair or not state.model_parallel_is_initialized():
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            raise MountError(f"the layout of the {dist.get_world_size()} ranks is not known: each would decide alone")
         return Groups()
+    weights = weight_ranks(modules)
+    if not weights <= set(_layout.pair):
+        raise MountError(
+            f"FSDP gathers the weights from {len(weights)} ranks, and {len(_layout.pair)} of them serve the request"
+        )
     # A stage may run one forward over the CFG ranks: then the host's SP group is theirs for its duration.
     sp = state.get_sp_group()
     spread = not set(sp.ranks) <= set(_layout.model)
@@ -42,10 +58,13 @@ def groups(stages: Sequence[Any], batch: Any, *, joint: bool = False, patch_size
         stage.parallelism_type_for(batch).name in _ALL_RANKS for stage in stages
     )
     if spread or not side_by_side:
+        if not spread and not weights <= set(_layout.model):
+            raise MountError(f"FSDP gathers the weights from {len(weights)} ranks, not all of which run this stage")
         return Groups(forward=forward, **shards)
     pair = _layout.group(_layout.pair)
     return Groups(
-        forward=pair if joint else forward, pair=pair, row=cfg.rank_in_group, rows=cfg.world_size, **shards
+        forward=pair if joint else forward, pair=pair, row=cfg.rank_in_group, rows=cfg.world_size,
+        gathered=not weights <= set(_layout.model), **shards,
     )
 
 

@@ -37,6 +37,11 @@ class OutputSteps:
         """Drop all outputs."""
         self._histories.clear()
 
+    def start_over(self, branch: str) -> None:
+        """Drop the outputs of a branch."""
+        if branch in self._histories:
+            self._histories[branch].start_over()
+
     def held_bytes(self) -> int:
         """Bytes of the outputs kept."""
         return sum(history.held_bytes() for history in self._histories.values())
@@ -71,8 +76,8 @@ class OutputSteps:
                 contexts.begin_forward(identity)
                 if self._cached_by_plan(identity, history):
                     # Fitted weights belong to the schedule's own computed steps.
-                    kept = history.guard is None or not history.guard.recomputed
-                    return history.predict(position, spec.weights_of(identity.branch, identity.step) if kept else None)
+                    weights = spec.weights_of(identity.branch, identity.step) if history.as_planned else None
+                    return history.predict(position, weights)
                 output = original()
                 contexts.record(cached=False)
         except _SkipForward:
@@ -103,12 +108,19 @@ class OutputSteps:
 
     @torch.compiler.disable
     def _cached_by_plan(self, identity: Identity, history: OutputHistory) -> bool:
-        if not history.ready or self._contexts.is_poisoned(identity.branch):
-            return False
         if self._contexts.action() is not Action.CACHE:
+            return False
+        if not self._contexts.agreed(self._usable(identity, history)):
+            history.as_planned = False
+            return False
+        self._contexts.record(cached=True)
+        return True
+
+    def _usable(self, identity: Identity, history: OutputHistory) -> bool:
+        """Whether a step that the schedule leaves out can be forecast."""
+        if not history.ready or self._contexts.is_poisoned(identity.branch):
             return False
         if history.guard is not None and history.guard.recompute(identity.step):
             self._contexts.stats.remark(identity.branch, history.guard.note(identity.branch))
             return False
-        self._contexts.record(cached=True)
         return True

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +49,20 @@ def tell_parallel(transformer: nn.Module, layout: ParallelLayout) -> None:
     if layout.world_size > 1 and not getattr(transformer, "_is_parallelized", False):
         transformer._is_parallelized = True
         transformer._parallelism_config = layout
+
+
+def weight_ranks(modules: Iterable[nn.Module]) -> set[int]:
+    """Ranks from which FSDP gathers the weights of each block of ``modules``, this one among them; empty without."""
+    ranks: set[int] = set()
+    for module in modules:
+        spread = module.parameters() if isinstance(module, FSDPModule) else ()
+        parameter = next((each for each in spread if isinstance(each, DTensor)), None)
+        if parameter is None:
+            continue
+        for dimension, placement in enumerate(parameter.placements):
+            if placement.is_shard():
+                ranks.update(dist.get_process_group_ranks(parameter.device_mesh.get_group(dimension)))
+    return ranks
 
 
 def mesh_group(transformer: nn.Module) -> Any:

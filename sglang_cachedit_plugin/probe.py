@@ -233,14 +233,20 @@ class MountProbe:
         return self.problem is None and (first, last) not in self._passed
 
     @step_aside
-    def run(self, first: int, last: int, forward: Callable[[], Any], original: Callable[[], Any]) -> Any:
-        """The output of ``forward``, or of ``original`` where that fails; ``problem`` then says what is wrong."""
+    def run(
+        self, first: int, last: int, forward: Callable[[], Any], original: Callable[[], Any], *, recover: bool = True
+    ) -> Any:
+        """The output of ``forward``, or of ``original`` where that fails; ``problem`` then says what is wrong.
+
+        Args:
+            recover: False where other ranks wait for what comes within ``forward``: it fails.
+        """
         chains: list[ChainProbe] = []
         try:
             with self._watched(first, last) as chains:
                 output = forward()
         except Exception as error:
-            if not is_structural(error):
+            if not recover or not is_structural(error):
                 raise
             output = original()
             # The model alone could do it: the fault is the description's. Unless nothing was seen to be wrong and
@@ -255,6 +261,11 @@ class MountProbe:
         self.problem = next((found for each in chains if (found := each.finish()) is not None), None)
         # Computed blocks are the model's own, so the output is right. It is not run again: its inputs may be changed.
         return output
+
+    def found_elsewhere(self, first: int, last: int, problem: str) -> None:
+        """Another rank found ``problem`` in the forward that passed here."""
+        self._passed.discard((first, last))
+        self._failures, self.problem = 1, problem
 
     def verdict(self) -> str | None:
         """What is wrong, once the device has nothing left to do."""

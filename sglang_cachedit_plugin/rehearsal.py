@@ -52,10 +52,12 @@ class Rehearsal:
             CacheDitError: the mount is wrong and the request is strict, or ranks disagree.
             torch.OutOfMemoryError: the host tries a smaller request then.
         """
-        if (mounted.name, identity.branch) in self._done:
-            return
-        self._done.add((mounted.name, identity.branch))
         request = mounted.request()
+        # Ranks that gather weights from one another rehearse at the same time, whatever their branches.
+        key = (mounted.name, "" if request.groups.gathered else identity.branch)
+        if key in self._done:
+            return
+        self._done.add(key)
         try:
             if self._compiled:
                 mounted.run_original(args, kwargs)
@@ -87,11 +89,9 @@ def _ways(request: Request, *, blocks: bool) -> list[Request]:
         plans.append(("residual", StepPlan(num_steps=last + 1, warmup=frozenset({0}))))
     if settings.forecast == "output":
         plans.append(("output", StepPlan(num_steps=2, mask=(1, 0), static=True)))
-    # The other CFG ranks may have no such branch: nothing is decided with them.
-    groups = replace(request.groups, pair=None)
     return [
         replace(
-            request, groups=groups, stats=TransformerStats(steps=plan.num_steps), on_forward=None,
+            request, stats=TransformerStats(steps=plan.num_steps), on_forward=None,
             spec=TransformerSpec(name=request.spec.name, settings=replace(settings, forecast=forecast), plan=plan),
         )
         for forecast, plan in plans
@@ -99,9 +99,13 @@ def _ways(request: Request, *, blocks: bool) -> list[Request]:
 
 
 def _plain(settings: CacheSettings) -> CacheSettings:
-    """The same blocks and forecasts, and a threshold under which equal inputs are cached."""
+    """The same blocks and forecasts, and a threshold under which equal inputs are cached.
+
+    Nothing is decided with the other CFG ranks, which may have no such branch, unless they share weights.
+    """
     return replace(
         settings, residual_diff_threshold=0.99, max_accumulated_residual_diff_threshold=None, lockstep=False,
+        verify_ranks=False,
         cfg_diff_compute_separate=True, max_accumulated_diff=None, schedules=None, steps_computation_mask=None,
         scm_compute_bins=None, scm_cache_bins=None,
     )

@@ -29,6 +29,8 @@ class Groups:
         pair: these and the ranks that run the other CFG branches at the same time; None where branches
             take turns.
         row: this rank's place among the CFG ranks, of ``rows``.
+        gathered: the ranks of ``pair`` gather each block's weights from one another (FSDP): all of them run a block
+            or none does.
         shard: this rank's place among those that hold the sequence, of ``shards`` equal shards.
         tokens: tokens of the whole sequence without padding, None where the host does not say.
     """
@@ -37,9 +39,16 @@ class Groups:
     pair: Any = None
     row: int = 0
     rows: int = 1
+    gathered: bool = False
     shard: int = 0
     shards: int = 1
     tokens: int | None = None
+
+    def couple(self, settings: CacheSettings) -> bool:
+        """Whether CFG ranks decide together, each on a forward of its own."""
+        if self.pair is None or self.pair is self.forward:
+            return False
+        return self.gathered or settings.lockstep or not settings.cfg_diff_compute_separate
 
     def real_tokens(self, local: int) -> int:
         """How many of the ``local`` tokens on this rank are real: the host pads the end of the sequence."""

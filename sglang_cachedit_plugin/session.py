@@ -102,15 +102,19 @@ class Session:
         else:
             self.steps = DenoisingSteps(solver, self.decision.resolved.primary, self.stats, backend.groups)
         backend.stats = self.stats
-        spec, problem = self._spec(steps, positions, size, one_config), None
+        spec, failure = self._spec(steps, positions, size, one_config), None
         try:
             runtime.prepare(spec)
-        except MountError as error:
-            problem = error
-        self._verify_ranks(backend.groups, spec, problem)
-        if problem is not None:
+        except Exception as error:
+            failure = error
+        self._verify_ranks(backend.groups, spec, failure)
+        problem = self._problem(backend.groups, failure)
+        if failure is not None and not isinstance(failure, MountError):
+            raise failure
+        if problem:
+            runtime.prepare(None)
             self.steps = None
-            self.refuse(str(problem))
+            self.refuse(problem)
             return
         if self.steps is not None:
             self.steps.spec = spec
@@ -127,7 +131,13 @@ class Session:
         if self.stats.enabled and self._backend is not None:
             self._backend.rehearse(Rehearsal(host.logger().warning, compiled=compiled))
 
-    def _verify_ranks(self, groups: Groups, spec: RequestSpec, problem: MountError | None) -> None:
+    def _problem(self, groups: Groups, own: Exception | None) -> str:
+        """Why the request is not cached, empty where it is: no rank is, where one cannot be."""
+        text = "" if own is None else str(own) or type(own).__name__
+        group = groups.pair or groups.forward
+        return text if group is None else agreement.problems(text, group)
+
+    def _verify_ranks(self, groups: Groups, spec: RequestSpec, problem: Exception | None) -> None:
         group = groups.pair or groups.forward
         if group is None or not self.decision.resolved.primary.verify_ranks:
             return
@@ -237,6 +247,11 @@ class Session:
         row, note = resampling.choose(settings.schedules, steps, size, known)
         if note is not None:
             self.stats.note(note)
+        if row.uncond_mask not in (None, row.mask) and self._backend.groups.couple(settings):
+            # One decision for both branches. Fitted weights belong to the steps that the row itself computes.
+            both = tuple(map(max, row.mask, row.uncond_mask))
+            row = replace(row, mask=both, uncond_mask=None, weights=None)
+            self.stats.note("the branches decide together: steps that mask or uncond_mask marks are computed on both")
         return replace(
             settings,
             steps_computation_mask=row.mask,

@@ -41,6 +41,27 @@ def before_launch(server_args: Any, *args: Any, **kwargs: Any) -> None:
             _warn(warning)
     except SettingError as error:
         fail(error)
+    _leave_out_graphs(server_args)
+
+
+def _leave_out_graphs(server_args: Any) -> None:
+    """CUDA graphs that the host has chosen by itself make way for caching that cannot run around them.
+
+    The host does not choose them where its own variable switches caching on.
+    """
+    # Imported here: graphs bring torch, and this module is loaded while plugins register.
+    from . import graphs
+
+    chosen = server_args.enable_breakable_cuda_graph
+    if not chosen or server_args.is_arg_explicitly_set("enable_breakable_cuda_graph") or not defaults.current().enabled:
+        return
+    resolved = defaults.current().decide(None, None).resolved
+    if not (graphs.fits(resolved.primary) and graphs.fits(resolved.secondary)):
+        server_args.enable_breakable_cuda_graph = False
+        host.logger().info(
+            "cache-dit: breakable CUDA graphs are left out, all requests are cached; --enable-breakable-cuda-graph "
+            "true keeps them"
+        )
 
 
 def ensure_file(server_args: Any) -> tuple[str, ...]:

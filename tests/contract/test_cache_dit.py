@@ -80,7 +80,7 @@ def test_the_contexts_fields():
     }
     added = {field.name for field in dataclasses.fields(BranchContext)} - fields
     assert added == {
-        "blocks", "last_step", "last_diff", "streak", "cached_count", "has_reference", "absent", "residual_shape",
+        "blocks", "branch", "last_step", "last_diff", "has_reference", "absent", "residual_shape",
     }
     assert list(parameters(CachedContext.get_calibrators)) == ["self"]
 

@@ -69,7 +69,8 @@ def test_lockstep_computes_where_either_branch_must(ranks):
     assert cond["off"]["computed"] != uncond["off"]["computed"]
     assert cond["on"]["computed"] == uncond["on"]["computed"]
     assert cond["on"]["residual_diffs"] != uncond["on"]["residual_diffs"], "each branch reports its own"
-    assert cond["counts"] == {"all_reduce": len(cond["on"]["residual_diffs"])}
+    looked_at = {"all_gather": 1}
+    assert cond["counts"] == {"all_reduce": len(cond["on"]["residual_diffs"])} | looked_at
     assert cond["verified"] == cond["on"] and uncond["verified"] == uncond["on"]
 
 

@@ -91,6 +91,13 @@ def unlike_shards(rank: int) -> dict:
     return {"together": run(Groups(forward=_world())), "alone": run(Groups())}
 
 
+def _looked_at(groups: Groups) -> Rig:
+    """A model whose blocks were looked at in an earlier request; that exchanges what was found."""
+    rig = Rig().begin(1, groups=groups)
+    rig.run("cond", 0)
+    return rig
+
+
 COUNTED = {
     "static": {"steps_computation_mask": (1, 0, 1, 0, 0, 0), "steps_computation_policy": "static"},
     "static output": {
@@ -110,7 +117,7 @@ def counted_collectives(rank: int) -> dict[str, tuple[dict[str, int], int]]:
     """(collectives, measured differences) of six steps with each of COUNTED's settings."""
     found = {}
     for name, knobs in COUNTED.items():
-        rig = Rig().begin(6, groups=Groups(forward=_world()), **knobs)
+        rig = _looked_at(Groups(forward=_world())).begin(6, groups=Groups(forward=_world()), **knobs)
         with collectives() as counts:
             for step in range(6):
                 rig.run("cond", step)
@@ -197,7 +204,8 @@ def verified_every_step(rank: int) -> dict[str, int]:
     """Comparisons in six steps, by schedule."""
     found = {}
     for name in ("static", "static output", "measured"):
-        rig = Rig().begin(6, groups=Groups(forward=_world()), verify_ranks=True, **COUNTED[name])
+        groups = Groups(forward=_world())
+        rig = _looked_at(groups).begin(6, groups=groups, verify_ranks=True, **COUNTED[name])
         with collectives() as counts:
             for step in range(6):
                 rig.run("cond", step)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,10 @@ from .conftest import free_ports, host_environment, run_module
 BASE = {"width": 64, "height": 64, "num_inference_steps": 12, "prompt": "red apple", "seed": 1}
 VIDEO = {"negative_prompt": "green cat", "num_frames": 9}
 KNOBS = {"residual_diff_threshold": 0.9, "max_warmup_steps": 2}
+
+# The branches' differences lie on both sides of the threshold, and their masks differ.
+PARTING = {"residual_diff_threshold": 0.7, "max_continuous_cached_steps": -1}
+ROW = {"steps": 12, "mask": "110101010101", "uncond_mask": "111001101001"}
 
 
 def _cached(**params):
@@ -28,6 +34,9 @@ REQUESTS = {
     "static": _cached(scm_preset="fast", scm_policy="static"),
     "lockstep": _cached(lockstep=True, verify_ranks=True),
     "following": _cached(cfg_diff_compute_separate=False),
+    "measured": _cached(**PARTING),
+    "schedule": _cached(schedules=[ROW], scm_policy="static"),
+    "output": _cached(schedules=[ROW], scm_policy="static", forecast="output"),
     "failing": _cached(verify_ranks=True) | {"fail": [1, 5]},
     "after it": _cached(),
 }
@@ -37,6 +46,10 @@ LAYOUTS = {
     "flux 1": ("flux", {}, {}, SHARED),
     "flux Ulysses": ("flux", {"ulysses_degree": 2, "sp_degree": 2}, {}, SHARED),
     "flux TP": ("flux", {"tp_size": 2}, {}, SHARED),
+    "flux FSDP CFG": (
+        "flux", {"use_fsdp_inference": True, "enable_cfg_parallel": True},
+        {"negative_prompt": "green cat", "true_cfg_scale": 3.0}, ("off", "measured", "schedule", "output"),
+    ),
     "wan21 1": ("wan21", {}, VIDEO, ("off", "cached", "following")),
     "wan21 CFG": (
         "wan21", {"enable_cfg_parallel": True}, VIDEO,
@@ -116,7 +129,9 @@ def test_no_rank_fails_and_ranks_that_share_a_forward_report_the_same(results, l
         assert diffs[0] == diffs[1]
 
 
-@pytest.mark.parametrize(("layout", "request_name"), [p for p in PARALLEL if p[1] not in ("lockstep", "after it")])
+@pytest.mark.parametrize(("layout", "request_name"), [
+    p for p in PARALLEL if p[1] not in ("lockstep", "after it") and "FSDP" not in p[0]
+])
 def test_the_steps_and_the_picture_are_those_of_one_rank(results, layout, request_name):
     single = layout.split()[0] + " 1"
     alone, together = results[single][request_name], results[layout][request_name]
@@ -146,6 +161,15 @@ def test_lockstep_caches_the_same_steps_on_both_branches(results, layout):
     assert sorted(cond.values()) == sorted(uncond.values())
 
 
+@pytest.mark.parametrize("request_name", ["measured", "schedule", "output"])
+def test_branches_whose_ranks_gather_weights_from_one_another_decide_together(results, request_name):
+    cond, uncond = (_steps(each) for each in results["flux FSDP CFG"][request_name])
+    assert [list(cond), list(uncond)] == [[("transformer", "cond")], [("transformer", "uncond")]]
+    assert list(cond.values()) == list(uncond.values())
+    if request_name != "measured":
+        assert cond[("transformer", "cond")][1] == [4, 10], "cached where both masks say so"
+
+
 def test_a_failure_on_one_rank_ends_the_request_on_both_and_the_next_one_works(results):
     first, second = results["wan21 CFG"]["failing"]
     assert "step 5 failed on rank 1: RuntimeError: this block fails" in first["error"]
@@ -155,22 +179,48 @@ def test_a_failure_on_one_rank_ends_the_request_on_both_and_the_next_one_works(r
     assert _all_steps(before) == _all_steps(after)
 
 
-def test_the_command_line_with_two_processes(models, tmp_path):
-    """The whole host: launcher, scheduler, two workers; the guard compares every step."""
+def _generate(model, folder, *flags, timeout=600, **environment):
+    """What ``sglang generate`` on two processes prints: launcher, scheduler, two workers."""
     master, scheduler, _ = free_ports(3)
-    done = subprocess.run(
-        [Path(sys.executable).with_name("sglang"), "generate", "--model-path", str(models["flux"]),
-         "--prompt", "red apple", "--width", "64", "--height", "64", "--num-inference-steps", "12", "--seed", "1",
-         "--num-gpus", "2", "--ulysses-degree", "2", "--sp-degree", "2", "--attention-backend", "torch_sdpa",
-         "--warmup-mode", "off", "--master-port", str(master), "--scheduler-port", str(scheduler),
-         "--output-path", str(tmp_path)],
-        cwd=tmp_path, capture_output=True, text=True, timeout=600, errors="replace",
-        env=host_environment(
-            SGLANG_CACHE_DIT_ENABLED="true", SGLANG_CACHE_DIT_RDT="0.9", SGLANG_CACHE_DIT_WARMUP="2",
-            SGLANG_CACHE_DIT_VERIFY_RANKS="true",
-        ),
+    command = [
+        Path(sys.executable).with_name("sglang"), "generate", "--model-path", str(model), "--prompt", "red apple",
+        "--width", "64", "--height", "64", "--num-inference-steps", "12", "--seed", "1", "--num-gpus", "2",
+        "--attention-backend", "torch_sdpa", "--warmup-mode", "off", "--master-port", str(master),
+        "--scheduler-port", str(scheduler), "--output-path", str(folder), *flags,
+    ]
+    with subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        env=host_environment(**environment), start_new_session=True,
+    ) as host:
+        try:
+            log, _ = host.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            # Workers that wait for one another do not end with the launcher.
+            os.killpg(host.pid, signal.SIGKILL)
+            pytest.fail(f"not done in {timeout} s: {host.communicate()[0][-4000:]}")
+    assert host.returncode == 0, log[-4000:]
+    assert list(folder.rglob("*.png")) + list(folder.rglob("*.jpg")), log[-4000:]
+    return log
+
+
+def test_the_command_line_with_two_processes(models, tmp_path):
+    """The guard compares every step."""
+    log = _generate(
+        models["flux"], tmp_path, "--ulysses-degree", "2", "--sp-degree", "2",
+        SGLANG_CACHE_DIT_ENABLED="true", SGLANG_CACHE_DIT_RDT="0.9", SGLANG_CACHE_DIT_WARMUP="2",
+        SGLANG_CACHE_DIT_VERIFY_RANKS="true",
     )
-    log = done.stdout + done.stderr
-    assert done.returncode == 0, log[-4000:]
     assert log.count("12 steps, 4 computed, 8 cached (cond)") == 1, log[-4000:]
-    assert list(tmp_path.rglob("*.png")) + list(tmp_path.rglob("*.jpg")), log[-4000:]
+
+
+def test_fsdp_over_cfg_ranks_from_the_command_line_comes_to_an_end(models, tmp_path):
+    """Each block gathers its weights from both processes; the host refuses the pair only for its own variable."""
+    config = tmp_path / "measured.yaml"
+    config.write_text(
+        "cache_config: {max_warmup_steps: 2, residual_diff_threshold: 0.7, max_continuous_cached_steps: -1}\n"
+    )
+    log = _generate(
+        models["flux"], tmp_path, "--enable-cfg-parallel", "true", "--use-fsdp-inference", "true",
+        "--cache-dit-config", str(config), "--negative-prompt", "green cat", "--true-cfg-scale", "3", timeout=300,
+    )
+    assert log.count("12 steps, 5 computed, 7 cached (cond)") == 1, log[-4000:]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sglang_cachedit_plugin import agreement
 from sglang_cachedit_plugin.dmd import DMDForecaster
 from sglang_cachedit_plugin.errors import MountError
 from sglang_cachedit_plugin.forecast import Extrapolator
@@ -77,15 +78,14 @@ def test_forecasts_have_the_history_that_they_ask_for(monkeypatch, calibrator, k
         assert depths == [5 if kind is DMDForecaster else 3]
 
 
-def test_other_cfg_ranks_are_not_waited_for(monkeypatch):
-    seen = []
-    rig = Rig().begin(1, groups=Groups(forward=None, pair=object()), lockstep=True)
-    rehearsed(rig)
-    own = rig.mounted.begin
-    monkeypatch.setattr(rig.mounted, "begin", lambda request: (seen.append(request.groups.pair), own(request)))
-    rig.mounted.contexts.tell = lambda failure: None
+def test_other_cfg_ranks_are_asked_what_they_found_and_nothing_else(monkeypatch):
+    asked = []
+    monkeypatch.setattr(agreement, "problems", lambda own, group: asked.append((own, group)))
+    # Any other exchange over this group raises.
+    pair = object()
+    rig = rehearsed(Rig().begin(1, groups=Groups(forward=None, pair=pair), lockstep=True))
     rig.run("cond", 0)
-    assert seen[0] is None and seen[-1] is not None
+    assert asked == [("", pair)]
 
 
 def test_a_model_that_cannot_be_run_again_is_left_to_the_host():

@@ -140,6 +140,40 @@ def test_cosmos_3_branches_are_named_by_the_key_of_their_prompt():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("forecast", ["residual", "output"])
+def test_cosmos_3_guidance_that_ends_midway_goes_on_without_the_other_half_of_the_batch(forecast):
+    each = rig("Cosmos3OmniTransformer")
+    shapes = []
+
+    def forward(self, made, server_args):
+        each.case.fresh(each.model)
+        for step in range(STEPS):
+            inputs = each.case.inputs(0, step)
+            common = {
+                "latents": inputs["hidden_states"], "timestep": inputs["timestep"], "video_shape": None, "fps": 24.0,
+                "current_timestep": step,
+            }
+            prompt = {"cond_text_ids": inputs["text_ids"], "cond_text_mask": inputs["text_mask"]}
+            if step < 4:
+                other = {name.replace("cond", "uncond"): value.clone() for name, value in prompt.items()}
+                output = self._predict_noise_cfg_batched(**common, **prompt, **other, guidance_scale=4.0)
+            else:
+                output = self._run_transformer(
+                    **common, text_ids=inputs["text_ids"], text_mask=inputs["text_mask"], cache_key="cond"
+                )
+            shapes.append(output.shape == inputs["hidden_states"].shape)
+        return made
+
+    stage = on_host("Cosmos3DenoisingStage", "model_specific_stages.cosmos3", forward, each.model)
+    stage._extra_transformer_kwargs = {}
+    report = run(stage, request(**STATIC, forecast=forecast))
+    (branch,) = report["transformers"]["transformer"]["branches"].values()
+    assert (branch["computed"], branch["cached"]) == ([0, 1, 3, 4, 5], [2])
+    assert all(shapes)
+    assert report["reason"] == "transformer: cond: its input changed shape or dtype at step 4, computed anew"
+
+
+@torch.no_grad()
 def test_wan_animate_branches_are_named_by_their_flag():
     from sglang.multimodal_gen.runtime.distributed.cfg_policy import CFGBranch
 
