@@ -45,6 +45,7 @@ class Session:
         self._runtime: Runtime | None = None
         self._backend: ModelBackend | None = None
         self._positions: Sequence[float] | None = None
+        self._further = False
         self.recording = Recording() if recording.folder() is not None else None
         self._started = time.perf_counter()
 
@@ -57,12 +58,14 @@ class Session:
         *,
         size: tuple[int, ...] | None = None,
         one_config: bool = False,
+        further: bool = False,
     ) -> None:
         """Bring the model to what the request wants.
 
         Args:
             size: width and height of the picture, and frames of a video.
             one_config: both transformers take the settings of the first.
+            further: another denoising stage has served the request before; schedules were tuned for that one.
             steps: for each transformer the host's number of its first step, and how many it takes.
             positions: place of each of the host's steps on the denoising path.
 
@@ -71,7 +74,7 @@ class Session:
         """
         self._runtime, self._backend = runtime, backend
         self._started = time.perf_counter()
-        self._positions = positions
+        self._positions, self._further = positions, further
         if not self.decision.enabled:
             runtime.prepare(None)
             return
@@ -162,6 +165,9 @@ class Session:
         """``settings`` with the tuned schedule that serves the request, where there is one."""
         if settings.schedules is None or steps == 0:
             return settings, None
+        if self._further:
+            self.stats.note(f"schedules are tuned for the first denoising stage, the {steps} steps are computed")
+            return replace(settings, schedules=None, steps_computation_mask=(1,) * steps), None
         known = positions if isinstance(positions, tuple) else None
         row, note = resampling.choose(settings.schedules, steps, size, known)
         if note is not None:
@@ -215,17 +221,30 @@ def _weights(row: Row | None) -> dict[int, tuple[float, ...]]:
 
 def publish(batch: Any, stats: RequestStats, log: Callable[[str], None], *, failed: bool = False) -> None:
     """Attach the report to the request, count it, and write its log lines."""
+    attach(batch, stats)
+    count([batch], stats, log, failed=failed)
+
+
+def attach(batch: Any, stats: RequestStats) -> None:
+    """Attach the report to the request."""
     report = stats.as_dict()
     if (own := getattr(batch, "metrics", None)) is not None:
         own.cache_dit = report
-    extra = getattr(batch, "extra", {})
     # Roles that run apart hand plain extras on, and drop the metrics.
-    extra[REPORT] = report
-    if host.serves_nobody(batch):
+    getattr(batch, "extra", {})[REPORT] = report
+
+
+def count(
+    batches: Sequence[Any], stats: RequestStats, log: Callable[[str], None], *, failed: bool = False
+) -> None:
+    """Count the report of requests that were denoised together, and write its log lines."""
+    batches = [batch for batch in batches if not host.serves_nobody(batch)]
+    if not batches:
         return
     if host.publishes_metrics():
         ended = "refused" if stats.refused else "failed" if failed else None
-        metrics.observe(report, requests=len(extra.get("dynamic_batch_seeds") or [0]), ended=ended)
+        merged = sum(len(getattr(batch, "extra", {}).get("dynamic_batch_seeds") or [0]) for batch in batches)
+        metrics.observe(stats.as_dict(), requests=merged, ended=ended)
     if host.is_first_rank():
         for line in stats.lines():
             log(line)
