@@ -119,7 +119,7 @@ class CacheDitDenoisingMixin:
         return "none", "dynamic", None, None
 
     def _build_cache_dit_config(
-        self, num_inference_steps: int, steps_computation_mask: Any, scm_policy: str, *, secondary: bool = False
+        self, num_inference_steps: int, steps_computation_mask: Any, scm_policy: str, secondary: bool = False
     ) -> Any:
         """Nothing of the stage's own: what a subclass puts in its place ranks under all that was set."""
         return host.untouched_config(num_inference_steps, steps_computation_mask, scm_policy)
