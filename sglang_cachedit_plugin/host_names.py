@@ -11,8 +11,9 @@ NAMES: dict[str, tuple[str, ...]] = {
     "sglang.multimodal_gen.envs": ("environment_variables",),
     "sglang.multimodal_gen.runtime.cache.cache_dit_integration": ("CacheDitConfig",),
     "sglang.multimodal_gen.runtime.distributed.parallel_state": (
-        "get_cfg_group", "get_classifier_free_guidance_world_size", "get_replica_group", "get_ring_parallel_world_size", "get_sp_group", "get_tp_group",
-        "get_tp_world_size", "get_ulysses_parallel_world_size", "get_world_group", "model_parallel_is_initialized",
+        "get_cfg_group", "get_classifier_free_guidance_world_size", "get_replica_group",
+        "get_ring_parallel_world_size", "get_sp_group", "get_tp_group", "get_tp_world_size",
+        "get_ulysses_parallel_world_size", "get_world_group", "model_parallel_is_initialized",
     ),
     "sglang.multimodal_gen.runtime.entrypoints.openai.protocol": (
         "ImageResponse", "VideoGenerationsRequest", "VideoListResponse", "VideoResponse",
