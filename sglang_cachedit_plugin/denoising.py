@@ -108,9 +108,10 @@ class CacheDitDenoisingMixin:
             _stages[self].runtime.prepare(None)
         self._cache_dit_enabled = False
         if self in _kept:
-            # The step under way is the last of its run.
+            # The step under way is the last of its run, or that of another one which takes the caching along.
             session, last = _kept.pop(self)
-            _end(self, session, _running[-1].batches if _running else [last])
+            batch = _running[-1].batches[0] if _running else last
+            _end(self, session, [batch if own_loops.same_run(batch, last) else last])
 
     def _cache_dit_scm_masks(
         self, primary_num_steps: int, secondary_num_steps: int | None = None
@@ -365,7 +366,7 @@ def _keep(opened: list[tuple[Any, Session]], batch: Any, failed: bool) -> list[t
         return [*opened, *kept]
     _kept.update({owner: (session, batch) for owner, session in opened if owner._cache_dit_enabled})
     for owner, (session, last) in _kept.items():
-        if own_loops.run_of(last)[0] == own_loops.run_of(batch)[0]:
+        if own_loops.same_run(last, batch):
             _kept[owner] = session, batch
             attach(batch, session.stats)
     return [each for each in opened if not each[0]._cache_dit_enabled]

@@ -75,22 +75,25 @@ def _by_cache_key(batch: Any) -> Identify:
 
 def _by_run(batch: Any) -> Identify:
     """MiniMax-H3 in ComfyUI: as the context says, for requests of the run that caching was mounted for."""
-    run, prompt = run_of(batch)
+    prompt = _extra(batch, "comfyui_cond_key")
 
     def identify(name: str, kwargs: Mapping[str, Any]) -> Identity | None:
         under_way, step = host.forward_request(), host.forward_step()
-        if step is None or under_way is None or run_of(under_way)[0] != run:
+        if step is None or not same_run(under_way, batch):
             return None
-        given = run_of(under_way)[1]
+        given = _extra(under_way, "comfyui_cond_key")
         return Identity(COND if given == prompt else str(given), step)
 
     return identify
 
 
-def run_of(batch: Any) -> tuple[Any, Any]:
-    """ComfyUI's run that a request is a step of, and the prompt of that step."""
-    extra = getattr(batch, "extra", None) or {}
-    return extra.get("comfyui_session_id"), extra.get("comfyui_cond_key")
+def same_run(one: Any, other: Any) -> bool:
+    """Whether two requests of one step are steps of the same run of ComfyUI."""
+    return _extra(one, "comfyui_session_id") == _extra(other, "comfyui_session_id")
+
+
+def _extra(batch: Any, name: str) -> Any:
+    return (getattr(batch, "extra", None) or {}).get(name)
 
 
 def _by_flag(batch: Any) -> Identify:
