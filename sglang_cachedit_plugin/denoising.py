@@ -141,18 +141,15 @@ def _begin(stage: Any, batch: Any, own: Source | None = None) -> Session:
     """Decide on a request; ``own``: what the stage wants by itself."""
     params = batch.sampling_params
     decision = defaults.current().decide(params.enable_cache_dit, params.cache_dit_params, own)
-    session = Session("native", decision)
-    _open.append((stage, session))
+    outermost = _running[0].stage if _running else stage
     if _request is not None and _request.first is None:
-        _request.first = _outermost(stage)
+        _request.first = outermost
+    session = Session("native", decision, further=_request is not None and _request.first is not outermost)
+    _open.append((stage, session))
     host.forget_branch()
     if session.decision.enabled and (sections := defaults.current().file.passed_on):
         session.stats.note(f"only the diffusers backend reads {', '.join(sections)} of the config file")
     return session
-
-
-def _outermost(stage: Any) -> Any:
-    return _running[0].stage if _running else stage
 
 
 def _outside_graphs(session: Session, batch: Any) -> str | None:
@@ -188,7 +185,6 @@ def _open_request(
         mounted.runtime, mounted.backend, steps, _positions(batch, steps),
         # A stage that grows the picture starts small; schedules are tuned for the size that was asked for.
         size=_running[-1].size if _running else host.size_of(batch), one_config=one_config,
-        further=_request is not None and _request.first is not _outermost(stage),
     )
     if with_graphs and session.stats.enabled:
         graphs.serve(mounted.backend.mounted.values(), identify)

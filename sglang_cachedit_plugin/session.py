@@ -31,9 +31,10 @@ class Session:
     Args:
         backend_name: ``native`` or ``diffusers``.
         decision: whether and how the request is cached.
+        further: another denoising stage has served the request before; schedules are tuned for that one.
     """
 
-    def __init__(self, backend_name: str, decision: Decision):
+    def __init__(self, backend_name: str, decision: Decision, *, further: bool = False):
         self.decision = decision
         self.stats = RequestStats(
             backend=backend_name,
@@ -45,8 +46,8 @@ class Session:
         self._runtime: Runtime | None = None
         self._backend: ModelBackend | None = None
         self._positions: Sequence[float] | None = None
-        self._further = False
-        self.recording = Recording() if recording.folder() is not None else None
+        self._further = further
+        self.recording = None if further or recording.folder() is None else Recording()
         self._started = time.perf_counter()
 
     def open(
@@ -58,14 +59,12 @@ class Session:
         *,
         size: tuple[int, ...] | None = None,
         one_config: bool = False,
-        further: bool = False,
     ) -> None:
         """Bring the model to what the request wants.
 
         Args:
             size: width and height of the picture, and frames of a video.
             one_config: both transformers take the settings of the first.
-            further: another denoising stage has served the request before; schedules were tuned for that one.
             steps: for each transformer the host's number of its first step, and how many it takes.
             positions: place of each of the host's steps on the denoising path.
 
@@ -74,7 +73,7 @@ class Session:
         """
         self._runtime, self._backend = runtime, backend
         self._started = time.perf_counter()
-        self._positions, self._further = positions, further
+        self._positions = positions
         if not self.decision.enabled:
             runtime.prepare(None)
             return

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from sglang_cachedit_plugin import defaults, denoising, host, metrics
+from sglang_cachedit_plugin import defaults, denoising, host, metrics, recording
 from sglang_cachedit_plugin.defaults import Defaults
 from sglang_cachedit_plugin.errors import RefusedError
 from sglang_cachedit_plugin.sources import read_environment
@@ -295,6 +296,14 @@ def test_tuned_schedules_are_those_of_the_first_stage_of_a_request(counted):
     assert "the 3 steps are computed" in made.metrics.cache_dit["reason"]
 
 
+def test_the_tuner_records_the_first_stage_of_a_request(monkeypatch, tmp_path):
+    monkeypatch.setenv(recording.VARIABLE, str(tmp_path))
+    stages = ltx2()
+    executed(stages, [request(steps_computation_mask=[1] * STEPS)], stages[0].server_args)
+    recorded = load_file(tmp_path / recording.FILE)
+    assert {f"output/transformer/cond/{step}" for step in range(STEPS)} <= set(recorded)
+
+
 def test_each_request_of_a_group_with_two_denoising_stages_is_counted_once(counted):
     stages = ltx2()
     requests = [request(**STATIC), request(False)]
@@ -402,11 +411,11 @@ def test_a_run_of_comfyui_that_is_given_up_ends_with_the_next(comfy, counted):
 
 def test_two_runs_of_comfyui_by_turns_do_not_meet(comfy, counted):
     comfy_run(comfy, range(1), "a:1")
-    comfy_run(comfy, range(1), "b:1")
-    assert comfy_run(comfy, range(1, 6), "a:1")[-1] is None
-    last = comfy_run(comfy, range(1, 6), "b:1")[-1]
-    assert last is None or last["cached_steps"] == 0
-    assert sum(each["computed_steps"] for each in counted) <= 7
+    comfy_run(comfy, range(3), "b:1")
+    assert comfy_run(comfy, range(1, 3), "a:1") == [None, None]
+    assert comfy_run(comfy, range(3, 6), "b:1")[-1]["cached_steps"] == 2
+    assert comfy_run(comfy, range(3, 6), "a:1") == [None] * 3
+    assert [(each["computed_steps"], each["cached_steps"]) for each in counted] == [(1, 0), (4, 2)]
 
 
 # Cosmos 3
