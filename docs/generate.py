@@ -29,7 +29,8 @@ def settings() -> str:
         "Generated from `settings.py` by `python docs/generate.py`.",
         "",
         f"A request (`cache_dit_params`) outranks the file (`--cache-dit-config`, section `cache_config`), the file "
-        f"outranks the environment (`{PREFIX}...`). Variables marked with a star also exist as "
+        f"outranks the environment (`{PREFIX}...`), the environment outranks what the host's stage wants by itself "
+        "(the quality tier of MiniMax-H3). Variables marked with a star also exist as "
         f"`{PREFIX}SECONDARY_...` for the second transformer; in the file and in requests it has a section "
         "`secondary`. Where nothing is said of the second transformer it follows the first.",
         "",

@@ -23,20 +23,23 @@ from .rows import Row
 from .runtime import Groups, RequestSpec, Runtime, TransformerSpec
 from .schedule import StepPlan, build_plan
 from .settings import CacheSettings
-from .sources import REQUEST
+from .sources import REQUEST, Source
 from .stats import CorrectorStats, RequestStats
 
 REPORT = "cache_dit"
 
 
-def decide(enable: bool | None, params: Mapping[str, Any] | None) -> Decision:
+def decide(enable: bool | None, params: Mapping[str, Any] | None, stage: Source | None = None) -> Decision:
     """What this worker's settings make of a request.
+
+    Args:
+        stage: what the host's stage wants by itself.
 
     Raises:
         RefusedError: they do not take it; the HTTP process checked it under settings that have changed since.
     """
     try:
-        return defaults.current().decide(enable, params)
+        return defaults.current().decide(enable, params, stage)
     except SettingError as error:
         if host.publishes_metrics():
             metrics.refused()
@@ -49,9 +52,10 @@ class Session:
     Args:
         backend_name: ``native`` or ``diffusers``.
         decision: whether and how the request is cached.
+        further: another denoising stage has served the request before; schedules are tuned for that one.
     """
 
-    def __init__(self, backend_name: str, decision: Decision):
+    def __init__(self, backend_name: str, decision: Decision, *, further: bool = False):
         self.decision = decision
         self.stats = RequestStats(
             backend=backend_name,
@@ -65,7 +69,8 @@ class Session:
         self._positions: Sequence[float] | None = None
         self.steps: DenoisingSteps | None = None
         self._hooks = ExitStack()
-        self.recording = Recording() if recording.folder() is not None else None
+        self._further = further
+        self.recording = None if further or recording.folder() is None else Recording()
         self._started = time.perf_counter()
 
     def open(
@@ -243,6 +248,9 @@ class Session:
         """``settings`` with the tuned schedule that serves the request, where there is one."""
         if settings.schedules is None or steps == 0:
             return settings, None
+        if self._further:
+            self.stats.note(f"schedules are tuned for the first denoising stage, the {steps} steps are computed")
+            return replace(settings, schedules=None, steps_computation_mask=(1,) * steps), None
         known = positions if isinstance(positions, tuple) else None
         row, note = resampling.choose(settings.schedules, steps, size, known)
         if note is not None:
@@ -305,17 +313,30 @@ def _weights(row: Row | None) -> dict[int, tuple[float, ...]]:
 
 def publish(batch: Any, stats: RequestStats, log: Callable[[str], None], *, failed: bool = False) -> None:
     """Attach the report to the request, count it, and write its log lines."""
+    attach(batch, stats)
+    count([batch], stats, log, failed=failed)
+
+
+def attach(batch: Any, stats: RequestStats) -> None:
+    """Attach the report to the request."""
     report = stats.as_dict()
     if (own := getattr(batch, "metrics", None)) is not None:
         own.cache_dit = report
-    extra = getattr(batch, "extra", {})
     # Roles that run apart hand plain extras on, and drop the metrics.
-    extra[REPORT] = report
-    if host.serves_nobody(batch):
+    getattr(batch, "extra", {})[REPORT] = report
+
+
+def count(
+    batches: Sequence[Any], stats: RequestStats, log: Callable[[str], None], *, failed: bool = False
+) -> None:
+    """Count the report of requests that were denoised together, and write its log lines."""
+    batches = [batch for batch in batches if not host.serves_nobody(batch)]
+    if not batches:
         return
     if host.publishes_metrics():
         ended = "refused" if stats.refused else "failed" if failed else None
-        metrics.observe(report, requests=len(extra.get("dynamic_batch_seeds") or [0]), ended=ended)
+        merged = sum(len(getattr(batch, "extra", {}).get("dynamic_batch_seeds") or [0]) for batch in batches)
+        metrics.observe(stats.as_dict(), requests=merged, ended=ended)
     if host.is_first_rank():
         for line in stats.lines():
             log(line)

@@ -1,6 +1,7 @@
 """Where settings come from: environment, config file, request; and which of them wins.
 
-Precedence: request > file > environment > default. Each effective value carries its origin.
+Precedence: request > live change > file > environment > the host's stage > default. Each effective value carries its
+origin.
 """
 
 from __future__ import annotations

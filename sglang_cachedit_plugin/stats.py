@@ -10,6 +10,8 @@ from typing import Any
 from .errors import one_line
 
 COND = "cond"
+COND_ONLY = "cond_only"
+"""The conditional forward of a step without guidance, which every CFG rank runs."""
 
 
 @dataclass
@@ -124,12 +126,30 @@ class RequestStats:
 
     def count(self, kind: str) -> int:
         """Denoising steps of the conditional branch over all transformers; ``kind``: computed or cached."""
-        return sum(len(getattr(self._leading(t), kind)) for t in self.transformers.values())
+        return sum(len(getattr(b, kind)) for t in self.transformers.values() for b in self._leading(t))
 
     @staticmethod
-    def _leading(transformer: TransformerStats) -> BranchStats:
+    def _leading(transformer: TransformerStats) -> list[BranchStats]:
         branches = transformer.branches
-        return branches.get(COND) or next(iter(branches.values()), BranchStats())
+        return [branches[name] for name in (COND, COND_ONLY) if name in branches] or [*branches.values()][:1]
+
+    def add_stage(self, stage: str, other: RequestStats) -> None:
+        """Add what a further denoising stage of the same request did; its transformers are named after it."""
+        self.transformers |= {f"{stage}.{name}": each for name, each in other.transformers.items()}
+        self.denoising_s += other.denoising_s
+        self.refused = self.refused or other.refused
+        for note in other.notes:
+            self.note(f"{stage}: {note}")
+        if other.enabled and not self.enabled:
+            first, self.reason, self.enabled = self.reason, None, True
+            self.profile, self.config = other.profile, other.config
+            if first is not None:
+                self.note(first)
+        elif other.reason not in (None, self.reason):
+            if self.enabled:
+                self.note(f"{stage}: {other.reason}")
+            else:
+                self.reason = f"{self.reason}; {stage}: {other.reason}"
 
     def diffs(self) -> list[float]:
         """All measured differences, sorted."""
