@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -115,17 +115,11 @@ class PipelineCache:
 
     @contextmanager
     def _named_contexts(self) -> Iterator[None]:
-        originals = {}
-        for name, module in self.modules.items():
-            own = getattr(module, "cache_context", None)
-            if own is not None:
-                originals[name] = own
-                module.cache_context = self._naming(own)
-        try:
+        with ExitStack() as hooks:
+            for module in self.modules.values():
+                if (own := getattr(module, "cache_context", None)) is not None:
+                    hooks.enter_context(_hooked(module, cache_context=self._naming(own)))
             yield
-        finally:
-            for name in originals:
-                self.modules[name].__dict__.pop("cache_context", None)
 
     def _naming(self, own: Callable[[str], Any]) -> Callable[[str], Any]:
         @contextmanager
@@ -141,32 +135,34 @@ class PipelineCache:
 
     @contextmanager
     def _counted_steps(self) -> Iterator[None]:
-        # A subclass, not an instance attribute: pipelines copy their scheduler, and a copy must not count.
         scheduler = self.pipe.scheduler
-        own = type(scheduler)
+        own_step, own_set_timesteps, own_state = scheduler.step, scheduler.set_timesteps, scheduler.__getstate__
 
-        @functools.wraps(own.step)
-        def step(this: Any, *args: Any, **kwargs: Any) -> Any:
-            result = own.step(this, *args, **kwargs)
-            if this is scheduler:
-                self._step += 1
-                if self.session is not None and self.session.recording is not None:
-                    self.session.recording.latents(result[0] if isinstance(result, tuple) else result.prev_sample)
-            return result
+        @functools.wraps(own_step)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            return self.step(scheduler, own_step, *args, **kwargs)
 
-        @functools.wraps(own.set_timesteps)
-        def set_timesteps(this: Any, *args: Any, **kwargs: Any) -> Any:
-            if this is scheduler:
-                # A new round of the loop: the next section of a long video, the next stage of a pyramid.
-                self._step, self._embeddings = 0, []
-            return own.set_timesteps(this, *args, **kwargs)
+        @functools.wraps(own_set_timesteps)
+        def set_timesteps(*args: Any, **kwargs: Any) -> Any:
+            # A new round of the loop: the next section of a long video, the next stage of a pyramid.
+            self._step, self._embeddings = 0, []
+            return own_set_timesteps(*args, **kwargs)
 
-        counted = {"step": step, "set_timesteps": set_timesteps, "__module__": own.__module__}
-        scheduler.__class__ = type(own.__name__, (own,), counted)
-        try:
+        def state() -> dict[str, Any]:
+            # What copy and pickle take along: pipelines copy their scheduler, and a copy must not count.
+            return {name: value for name, value in own_state().items() if name not in hooks}
+
+        hooks = {"step": step, "set_timesteps": set_timesteps, "__getstate__": state}
+        with _hooked(scheduler, **hooks):
             yield
-        finally:
-            scheduler.__class__ = own
+
+    def step(self, scheduler: Any, own_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """In place of ``step`` of the pipeline's scheduler; ``own_step`` is the scheduler's own."""
+        result = own_step(*args, **kwargs)
+        self._step += 1
+        if self.session is not None and self.session.recording is not None:
+            self.session.recording.latents(result[0] if isinstance(result, tuple) else result.prev_sample)
+        return result
 
     def _split(self, num_steps: int) -> dict[str, tuple[int, int]]:
         """First step and number of steps of each transformer."""
@@ -197,6 +193,23 @@ class _Timesteps(Sequence[float]):
 
     def __getitem__(self, step: int) -> float:
         return self._read[step]
+
+
+@contextmanager
+def _hooked(target: Any, **hooks: Callable[..., Any]) -> Iterator[None]:
+    """``hooks`` as attributes of the instance ``target``: its class stays its own, which pipelines compare."""
+    before = {name: target.__dict__[name] for name in hooks if name in target.__dict__}
+    for name, hook in hooks.items():
+        setattr(target, name, hook)
+    try:
+        yield
+    finally:
+        for name, hook in hooks.items():
+            # Only what is still ours: others may have put theirs in its place since.
+            if target.__dict__.get(name) is hook:
+                delattr(target, name)
+                if name in before:
+                    setattr(target, name, before[name])
 
 
 def _branch_name(index: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -108,3 +109,71 @@ def test_the_pipeline_is_its_own_afterwards():
     assert type(pipe.scheduler) is FlowMatchEulerDiscreteScheduler
     assert "cache_context" not in pipe.transformer.__dict__
     assert torch.equal(pipe.run("named"), Pipe().run("named"))
+
+
+class Watched(FlowMatchEulerDiscreteScheduler):
+    """Knows whether it stepped."""
+
+    stepped = False
+
+    def step(self, *args, **kwargs):
+        self.stepped = True
+        return super().step(*args, **kwargs)
+
+
+COPIES = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda scheduler: pickle.loads(pickle.dumps(scheduler)),
+    "from_config": lambda scheduler: type(scheduler).from_config(scheduler.config),
+}
+
+
+@pytest.mark.parametrize("way", COPIES)
+def test_a_copy_of_the_scheduler_steps_for_itself_and_is_not_counted(way):
+    pipe = Pipe()
+    pipe.scheduler = Watched()
+    cache = PipelineCache(pipe)
+    session = Session("diffusers", Defaults().decide(True, {}))
+    with cache.request(session, STEPS):
+        pipe.scheduler.set_timesteps(STEPS)
+        pipe.scheduler.step(noise(1, 2), pipe.scheduler.timesteps[0], noise(2, 2))
+        copied = COPIES[way](pipe.scheduler)
+        assert type(copied) is Watched
+        assert not {"step", "set_timesteps", "__getstate__"} & set(vars(copied))
+        copied.stepped = False
+        copied.set_timesteps(STEPS)
+        copied.step(noise(1, 2), copied.timesteps[0], noise(2, 2))
+        assert copied.stepped
+        pipe.forward(noise(1, 1, 3, 8), noise(3, 1, 4, 4))
+    session.close()
+    assert session.stats.transformers["transformer"].branches["cond"].computed == [1]
+
+
+def test_the_class_of_the_scheduler_is_its_own_during_a_request():
+    pipe = Pipe()
+    with PipelineCache(pipe).request(Session("diffusers", Defaults().decide(True, {})), STEPS):
+        assert type(pipe.scheduler) is FlowMatchEulerDiscreteScheduler
+
+
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_what_others_put_on_the_scheduler_stays(when):
+    pipe, calls = Pipe(), []
+
+    def put():
+        own = pipe.scheduler.step
+
+        def step(*args, **kwargs):
+            calls.append(args)
+            return own(*args, **kwargs)
+
+        pipe.scheduler.step = step
+        return step
+
+    step = put() if when == "before" else None
+    with PipelineCache(pipe).request(Session("diffusers", Defaults().decide(True, {})), STEPS):
+        step = step or put()
+        pipe.run("batched")
+    assert pipe.scheduler.step is step
+    assert len(calls) == STEPS
+    assert set(vars(pipe.scheduler)) & {"set_timesteps", "__getstate__"} == set()
