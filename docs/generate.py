@@ -36,6 +36,12 @@ def settings() -> str:
         f"`{PREFIX}ENABLED` switches caching on for requests that say nothing; so does a file with a `cache_config`. "
         "A request decides for itself with `enable_cache_dit`.",
         "",
+        "Steps are those that a run of the denoising loop takes. On the diffusers backend these need not be the steps "
+        "asked for: image-to-image with a strength below 1 begins later, and solvers of second order (Heun, DPM2) "
+        "evaluate the model twice for each step but the last, which counts as two. Warmup, limits, presets and bins "
+        "count the steps of the run. A mask list may have an entry for each step of the run, for each step asked for, "
+        "or for each timestep of the scheduler; of the longer ones the run takes the part at its own timesteps.",
+        "",
         "| setting | variable | default | accepted | unit | what it does |",
         "|---|---|---|---|---|---|",
     ]

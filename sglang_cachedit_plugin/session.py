@@ -21,6 +21,7 @@ from .runtime import Groups, RequestSpec, Runtime, TransformerSpec
 from .schedule import StepPlan, build_plan
 from .settings import CacheSettings
 from .stats import RequestStats
+from .stretch import Stretch
 
 REPORT = "cache_dit"
 
@@ -45,6 +46,9 @@ class Session:
         self._runtime: Runtime | None = None
         self._backend: ModelBackend | None = None
         self._positions: Sequence[float] | None = None
+        self._size: tuple[int, ...] | None = None
+        self._served: RequestSpec | None = None
+        self._rehearsal: Rehearsal | None = None
         self.recording = Recording() if recording.folder() is not None else None
         self._started = time.perf_counter()
 
@@ -57,10 +61,12 @@ class Session:
         *,
         size: tuple[int, ...] | None = None,
         one_config: bool = False,
+        followed: bool = False,
     ) -> None:
         """Bring the model to what the request wants.
 
         Args:
+            followed: ``steps`` are those asked for; ``follow`` tells those of the run once they are known.
             size: width and height of the picture, and frames of a video.
             one_config: both transformers take the settings of the first.
             steps: for each transformer the host's number of its first step, and how many it takes.
@@ -71,26 +77,49 @@ class Session:
         """
         self._runtime, self._backend = runtime, backend
         self._started = time.perf_counter()
-        self._positions = positions
+        self._positions, self._size = positions, size
         if not self.decision.enabled:
             runtime.prepare(None)
             return
         backend.stats = self.stats
-        spec, problem = self._spec(steps, positions, size, one_config), None
+        notes = list(self.stats.notes)
+        spec = self._spec(steps, positions, one_config)
+        if followed:
+            self.stats.notes = notes
+        self._serve(spec)
+
+    def follow(self, steps: dict[str, tuple[int, int]], stretch: Stretch) -> None:
+        """Before the first step of a run of the loop: what it takes of the scheduler's steps, by transformer and all.
+
+        Raises:
+            RefusedError: only with ``strict``; otherwise the reason goes to the report.
+        """
+        self._positions = stretch.positions
+        spec = self._spec(steps, stretch.positions, False, stretch)
+        if spec != self._served:
+            self._serve(spec)
+
+    def _serve(self, spec: RequestSpec) -> None:
+        backend, problem = self._backend, None
+        self._served = spec
         try:
-            runtime.prepare(spec)
+            self._runtime.prepare(spec)
         except MountError as error:
             problem = error
         self._verify_ranks(backend.groups, spec, problem)
         if problem is not None:
             self.refuse(str(problem))
-        elif self.recording is not None:
+            return
+        if self.recording is not None:
             backend.watch(self.recording.forward)
+        if self._rehearsal is not None:
+            backend.rehearse(self._rehearsal)
 
     def rehearse(self, *, compiled: bool) -> None:
         """This is a warmup request: beside its own steps, run what later ones will run."""
         if self.stats.enabled and self._backend is not None:
-            self._backend.rehearse(Rehearsal(host.logger().warning, compiled=compiled))
+            self._rehearsal = Rehearsal(host.logger().warning, compiled=compiled)
+            self._backend.rehearse(self._rehearsal)
 
     def _verify_ranks(self, groups: Groups, spec: RequestSpec, problem: MountError | None) -> None:
         group = groups.pair or groups.forward
@@ -122,8 +151,8 @@ class Session:
         self,
         steps: dict[str, tuple[int, int]],
         positions: Sequence[float] | None,
-        size: tuple[int, ...] | None,
         one_config: bool,
+        stretch: Stretch | None = None,
     ) -> RequestSpec:
         resolved = self.decision.resolved
         specs = []
@@ -131,13 +160,13 @@ class Session:
         for name, (first, count) in steps.items():
             second = name == "transformer_2" and not one_config
             settings = resolved.secondary if second else resolved.primary
-            settings, row = self._tuned(settings, total, size, positions)
+            settings, row = self._tuned(settings, total, positions, stretch)
             plan, notes = build_plan(
                 settings, count, preset_mask, first_step=first, total_steps=total
             )
             for note in notes:
                 self.stats.note(note)
-            if not (plan.may_cache and (plan.static or settings.residual_diff_threshold > 0.0)):
+            if count and not (plan.may_cache and (plan.static or settings.residual_diff_threshold > 0.0)):
                 self.stats.note(f"{name}: none of its {count} steps can be cached with these settings")
             specs.append(
                 TransformerSpec(
@@ -157,13 +186,21 @@ class Session:
         return spread
 
     def _tuned(
-        self, settings: CacheSettings, steps: int, size: tuple[int, ...] | None, positions: Sequence[float] | None
+        self, settings: CacheSettings, steps: int, positions: Sequence[float] | None, stretch: Stretch | None
     ) -> tuple[CacheSettings, Row | None]:
-        """``settings`` with the tuned schedule that serves the request, where there is one."""
+        """``settings`` with the schedule of the run: of a tuned one or a mask list for the whole its part."""
+        mask = settings.steps_computation_mask
+        if stretch is not None and isinstance(mask, tuple):
+            settings = replace(settings, steps_computation_mask=stretch.mask(mask))
         if settings.schedules is None or steps == 0:
             return settings, None
-        known = positions if isinstance(positions, tuple) else None
-        row, note = resampling.choose(settings.schedules, steps, size, known)
+        if stretch is None:
+            row, note = resampling.choose(settings.schedules, steps, self._size, positions)
+        else:
+            row, note = resampling.choose(
+                settings.schedules, len(stretch.timesteps), self._size, stretch.timesteps
+            )
+            row = stretch.row(row)
         if note is not None:
             self.stats.note(note)
         return replace(
@@ -210,7 +247,8 @@ def _weights(row: Row | None) -> dict[int, tuple[float, ...]]:
     if row is None or row.weights is None:
         return {}
     cached = [step for step, computed in enumerate(row.mask) if not computed]
-    return dict(zip(cached, row.weights, strict=True))
+    # No weights: those of the extrapolation.
+    return {step: weights for step, weights in zip(cached, row.weights, strict=True) if weights}
 
 
 def publish(batch: Any, stats: RequestStats, log: Callable[[str], None], *, failed: bool = False) -> None:
