@@ -121,7 +121,10 @@ diffusers brings a class without a row.
   (`forecast: output`), or nothing.
 - **verified**: `run`: built tiny with random weights and run on the CPU by `tests/models`; computed steps are the
   model's own bit for bit, a static schedule runs only the blocks that it should, and with unchanging inputs a cached
-  step is the computed one. `structure only`: block lists and signatures are looked at, nothing is run.
+  step is the computed one. Classes of diffusers are also run by the call of a real pipeline, uncached and cached, from
+  its scheduler to its latents; `image_pipelines.py` and `video_pipelines.py` in `tests/models/on_diffusers` list
+  these pipelines. Other pipelines of a family are not run. `structure only`: block lists and signatures are looked
+  at, nothing is run.
 
 On the first computed forward of a mount the plugin checks that the blocks are as declared here (the mount probe);
 where they are not, generation goes on uncached and the report says why. A class that is not listed is looked up in

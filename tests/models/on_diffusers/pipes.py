@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import diffusers
@@ -14,6 +14,7 @@ import torch
 from . import images, videos
 
 TEXT, WIDTH = 3, 16
+NO_PROMPT = {"negative_prompt": None, "use_resolution_binning": False}
 CASES = {**images.CASES, **videos.CASES}
 
 
@@ -71,6 +72,11 @@ def pair(mask: str = "prompt_attention_mask", kind: Any = torch.long) -> dict[st
     return both
 
 
+def two_pairs(mask: str = "prompt_attention_mask") -> dict[str, Any]:
+    """Embeddings of two text encoders."""
+    return {**pair(mask), **{f"{name}_2": value for name, value in pair(mask).items()}}
+
+
 def pooled(width: int = WIDTH) -> dict[str, Any]:
     return {"pooled_prompt_embeds": noise(3, 1, width), "negative_pooled_prompt_embeds": noise(4, 1, width)}
 
@@ -95,10 +101,13 @@ def euler(**config: Any) -> Any:
     return diffusers.FlowMatchEulerDiscreteScheduler(**config)
 
 
-def _build(name: str, transformer: str, components: dict[str, Any]) -> Any:
+def _build(
+    name: str, transformer: str, components: dict[str, Any], config: dict[str, Any], after: Callable[[Any], None] | None
+) -> Any:
     cls = getattr(diffusers, name)
     given = {key: value() if callable(value) else value for key, value in components.items()}
-    given["transformer"] = CASES[transformer].build(transformer)
+    case = CASES[transformer]
+    given["transformer"] = replace(case, config={**case.config, **config}).build(transformer)
     for key, parameter in inspect.signature(cls.__init__).parameters.items():
         if key != "self" and parameter.default is parameter.empty:
             given.setdefault(key, None)
@@ -106,12 +115,22 @@ def _build(name: str, transformer: str, components: dict[str, Any]) -> Any:
         given["controlnet"] = given["controlnet"](given["transformer"])
     made = cls(**given)
     made.set_progress_bar_config(disable=True)
+    if after is not None:
+        after(made)
     return made
 
 
-def pipe(name: str, transformer: str, **components: Any) -> Callable[[], Any]:
-    """A pipeline with a tiny transformer; what ``__init__`` wants beyond ``components`` is None."""
-    return functools.partial(_build, name, transformer, components)
+def pipe(
+    name: str, transformer: str, *, config: dict[str, Any] | None = None, after: Callable[[Any], None] | None = None,
+    **components: Any,
+) -> Callable[[], Any]:
+    """A pipeline with a tiny transformer; what ``__init__`` wants beyond ``components`` is None.
+
+    Args:
+        config: other constructor arguments of the transformer than its own case has.
+        after: does the rest to the pipeline.
+    """
+    return functools.partial(_build, name, transformer, components, config or {}, after)
 
 
 def square(side: int, scale: int) -> dict[str, int]:
