@@ -222,12 +222,13 @@ def _places(scheduler: Any) -> tuple[float, ...]:
 
 def _index(scheduler: Any, own_step: Callable[..., Any], args: Any, kwargs: Any) -> int | None:
     """Index in the scheduler's timesteps of the step that it has just made, None where it cannot be told."""
-    after = getattr(scheduler, "step_index", None)
-    if after is not None:
+    if after := getattr(scheduler, "step_index", None):
         return int(after) - 1
     timestep = inspect.signature(own_step).bind(*args, **kwargs).arguments.get("timestep")
-    places = _places(scheduler)
-    return places.index(float(timestep)) if timestep is not None and float(timestep) in places else None
+    if timestep is None:
+        return None
+    place, places = float(torch.as_tensor(timestep).flatten()[0]), _places(scheduler)
+    return places.index(place) if place in places else None
 
 
 @contextmanager
