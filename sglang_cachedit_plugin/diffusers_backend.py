@@ -55,9 +55,10 @@ class PipelineCache:
     @property
     def refusal(self) -> str | None:
         """Why nothing of the pipeline can be cached, None where something can."""
-        if self.modules:
-            return None
         name = type(self.pipe).__name__
+        if self.modules:
+            counts = hasattr(getattr(self.pipe, "scheduler", None), "set_timesteps")
+            return None if counts else f"{name} has no scheduler, so its steps cannot be counted"
         if getattr(self.pipe, "unet", None) is not None:
             return f"{name} denoises with a UNet, only transformers are cached"
         return f"{name} has no transformer"
@@ -201,7 +202,7 @@ class PipelineCache:
             first = len(timesteps) - count
         self._stretch = Stretch(
             timesteps=timesteps, first=first, count=min(count, len(timesteps) - first), asked=self._asked,
-            order=scheduler.order,
+            order=getattr(scheduler, "order", 1),
         )
         self.session.follow(self._split(self._stretch.positions), self._stretch)
 

@@ -47,7 +47,6 @@ class Session:
         self._backend: ModelBackend | None = None
         self._positions: Sequence[float] | None = None
         self._size: tuple[int, ...] | None = None
-        self._served: RequestSpec | None = None
         self._rehearsal: Rehearsal | None = None
         self.recording = Recording() if recording.folder() is not None else None
         self._started = time.perf_counter()
@@ -89,19 +88,19 @@ class Session:
         self._serve(spec)
 
     def follow(self, steps: dict[str, tuple[int, int]], stretch: Stretch) -> None:
-        """Before the first step of a run of the loop: what it takes of the scheduler's steps, by transformer and all.
+        """A run of the loop begins: what it takes of the scheduler's steps, by transformer and all.
+
+        Nothing that was kept of an earlier run is of use to it.
 
         Raises:
             RefusedError: only with ``strict``; otherwise the reason goes to the report.
         """
-        self._positions = stretch.positions
-        spec = self._spec(steps, stretch.positions, False, stretch)
-        if spec != self._served:
-            self._serve(spec)
+        if self.stats.enabled:
+            self._positions = stretch.positions
+            self._serve(self._spec(steps, stretch.positions, False, stretch))
 
     def _serve(self, spec: RequestSpec) -> None:
         backend, problem = self._backend, None
-        self._served = spec
         try:
             self._runtime.prepare(spec)
         except MountError as error:

@@ -220,3 +220,21 @@ def test_a_warmup_request_rehearses_what_later_ones_run():
     report = session.close().as_dict()
     assert len(report["transformers"]["transformer"]["branches"]["cond"]["computed"]) <= STEPS
     assert len(forwards) == STEPS + 2
+
+
+def test_a_pipeline_without_a_scheduler_is_refused_with_the_reason():
+    pipe = Pipe()
+    pipe.scheduler = None
+    assert PipelineCache(pipe).refusal == "Pipe has no scheduler, so its steps cannot be counted"
+
+
+def test_runs_of_a_single_step_are_told_apart():
+    pipe = Pipe()
+    session = Session("diffusers", Defaults().decide(True, {"max_warmup_steps": 0}))
+    with PipelineCache(pipe).request(session, 1), torch.no_grad():
+        for _ in range(3):
+            pipe.scheduler.set_timesteps(1)
+            pipe.scheduler.step(pipe.forward(noise(1, 1, 3, 8), noise(3, 1, 4, 4)), 1000.0, noise(3, 1, 4, 4))
+    report = session.close().as_dict()
+    assert report["transformers"]["transformer"]["branches"]["cond"]["computed"] == [0, 0, 0]
+    assert "told apart" not in report["reason"]
