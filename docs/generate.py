@@ -41,6 +41,12 @@ def settings() -> str:
         "`f` or `off`, in any case, as SGLang reads them. Any other value that is not accepted ends the start with one "
         "line.",
         "",
+        "Steps are those that a run of the denoising loop takes. On the diffusers backend these need not be the steps "
+        "asked for: image-to-image with a strength below 1 begins later, and solvers of second order (Heun, DPM2) "
+        "evaluate the model twice for each step but the last, which counts as two. Warmup, limits, presets and bins "
+        "count the steps of the run. A mask list may have an entry for each step of the run, for each step asked for, "
+        "or for each timestep of the scheduler; of the longer ones the run takes the part at its own timesteps.",
+        "",
         "| setting | variable | default | accepted | unit | what it does |",
         "|---|---|---|---|---|---|",
     ]
@@ -120,7 +126,10 @@ diffusers brings a class without a row.
   (`forecast: output`), or nothing.
 - **verified**: `run`: built tiny with random weights and run on the CPU by `tests/models`; computed steps are the
   model's own bit for bit, a static schedule runs only the blocks that it should, and with unchanging inputs a cached
-  step is the computed one. `structure only`: block lists and signatures are looked at, nothing is run.
+  step is the computed one. Classes of diffusers are also run by the call of a real pipeline, uncached and cached, from
+  its scheduler to its latents; `image_pipelines.py` and `video_pipelines.py` in `tests/models/on_diffusers` list
+  these pipelines. Other pipelines of a family are not run. `structure only`: block lists and signatures are looked
+  at, nothing is run.
 
 On the first computed forward of a mount the plugin checks that the blocks are as declared here (the mount probe);
 where they are not, generation goes on uncached and the report says why. A class that is not listed is looked up in

@@ -72,7 +72,8 @@ class ModelBackend:
         assert self.stats is not None
         self.bypass()
         for each in spec.transformers:
-            stats = self.stats.transformers[each.name] = TransformerStats(steps=each.plan.num_steps)
+            stats = self.stats.transformers.setdefault(each.name, TransformerStats(steps=0))
+            stats.steps = each.plan.num_steps
             self.mounted[each.name].refresh(each, stats, self.identify, self.groups)
 
     def problem(self) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -25,6 +25,7 @@ from .schedule import StepPlan, build_plan
 from .settings import CacheSettings
 from .sources import REQUEST, Source
 from .stats import CorrectorStats, RequestStats
+from .stretch import Stretch
 
 REPORT = "cache_dit"
 
@@ -71,6 +72,8 @@ class Session:
         self._hooks = ExitStack()
         self._further = further
         self.recording = None if further or recording.folder() is None else Recording()
+        self._size: tuple[int, ...] | None = None
+        self._rehearsal: Rehearsal | None = None
         self._started = time.perf_counter()
 
     def open(
@@ -83,11 +86,13 @@ class Session:
         size: tuple[int, ...] | None = None,
         one_config: bool = False,
         solver: Solver | None = None,
+        followed: bool = False,
     ) -> None:
         """Bring the model to what the request wants.
 
         Args:
             solver: the pipeline's scheduler.
+            followed: ``steps`` are those asked for; ``follow`` tells those of the run once they are known.
             size: width and height of the picture, and frames of a video.
             one_config: both transformers take the settings of the first.
             steps: for each transformer the host's number of its first step, and how many it takes.
@@ -98,7 +103,7 @@ class Session:
         """
         self._runtime, self._backend = runtime, backend
         self._started = time.perf_counter()
-        self._positions = positions
+        self._positions, self._size = positions, size
         if not self.decision.enabled:
             runtime.prepare(None)
             return
@@ -107,24 +112,50 @@ class Session:
         else:
             self.steps = DenoisingSteps(solver, self.decision.resolved.primary, self.stats, backend.groups)
         backend.stats = self.stats
-        spec, failure = self._spec(steps, positions, size, one_config), None
+        notes = list(self.stats.notes)
+        spec = self._spec(steps, positions, one_config)
+        if followed:
+            self.stats.notes = notes
+        self._serve(spec)
+
+    def follow(self, steps: dict[str, tuple[int, int]], stretch: Stretch) -> None:
+        """A run of the loop begins: what it takes of the scheduler's steps, by transformer and all.
+
+        Nothing that was kept of an earlier run is of use to it.
+
+        Raises:
+            RefusedError: only with ``strict``; otherwise the reason goes to the report.
+        """
+        if self.stats.enabled:
+            self._positions = stretch.positions
+            if self._rehearsal is None:
+                # A mask list may be written for the whole of which the run takes a part.
+                self.check_masks(steps, also={stretch.asked, len(stretch.timesteps)})
+            self._serve(self._spec(steps, stretch.positions, False, stretch))
+
+    def _serve(self, spec: RequestSpec) -> None:
+        assert self._backend is not None and self._runtime is not None
+        groups, failure = self._backend.groups, None
         try:
-            runtime.prepare(spec)
+            self._runtime.prepare(spec)
         except Exception as error:
             failure = error
-        self._verify_ranks(backend.groups, spec, failure)
-        problem = self._problem(backend.groups, failure)
+        self._verify_ranks(groups, spec, failure)
+        problem = self._problem(groups, failure)
         if failure is not None and not isinstance(failure, MountError):
             raise failure
         if problem:
-            runtime.prepare(None)
+            self._runtime.prepare(None)
             self.steps = None
             self.refuse(problem)
             return
         if self.steps is not None:
             self.steps.spec = spec
+        backend = self._backend
         if self.recording is not None:
             backend.watch(self.recording.forward)
+        if self._rehearsal is not None:
+            backend.rehearse(self._rehearsal)
 
     def hook_scheduler(self) -> None:
         """The scheduler's steps go through ``steps`` until the request ends."""
@@ -134,7 +165,8 @@ class Session:
     def rehearse(self, *, compiled: bool) -> None:
         """This is a warmup request: beside its own steps, run what later ones will run."""
         if self.stats.enabled and self._backend is not None:
-            self._backend.rehearse(Rehearsal(host.logger().warning, compiled=compiled))
+            self._rehearsal = Rehearsal(host.logger().warning, compiled=compiled)
+            self._backend.rehearse(self._rehearsal)
 
     def _problem(self, groups: Groups, own: Exception | None) -> str:
         """Why the request is not cached, empty where it is: no rank is, where one cannot be."""
@@ -163,12 +195,15 @@ class Session:
             self.stats.refused = True
             raise RefusedError(SettingError("strict", True, self.decision.resolved.origins["strict"], reason))
 
-    def check_masks(self, steps: Mapping[str, tuple[int, int]], one_config: bool = False) -> None:
+    def check_masks(
+        self, steps: Mapping[str, tuple[int, int]], one_config: bool = False, *, also: Collection[int] = ()
+    ) -> None:
         """Refuse a mask list of the request that has one entry a step for none of its transformers, nor for all.
 
         Args:
             steps: those that will run, as for ``open``.
             one_config: as for ``open``.
+            also: further lengths that fit.
 
         Raises:
             RefusedError: naming the lengths that fit.
@@ -183,7 +218,7 @@ class Session:
             settings = resolved.secondary if second else resolved.primary
             origin = (resolved.secondary_origins if second else resolved.origins)["steps_computation_mask"]
             if isinstance(settings.steps_computation_mask, tuple) and origin.startswith(f"{REQUEST}."):
-                masks.setdefault(origin, (len(settings.steps_computation_mask), {total}))[1].add(count)
+                masks.setdefault(origin, (len(settings.steps_computation_mask), {total, *also}))[1].add(count)
         for origin, (length, fitting) in masks.items():
             if length not in fitting:
                 where, _, key = origin.rpartition(".")
@@ -202,8 +237,8 @@ class Session:
         self,
         steps: dict[str, tuple[int, int]],
         positions: Sequence[float] | None,
-        size: tuple[int, ...] | None,
         one_config: bool,
+        stretch: Stretch | None = None,
     ) -> RequestSpec:
         resolved = self.decision.resolved
         specs = []
@@ -211,7 +246,7 @@ class Session:
         for name, (first, count) in steps.items():
             second = name == "transformer_2" and not one_config
             settings = resolved.secondary if second else resolved.primary
-            settings, row = self._tuned(settings, total, size, positions)
+            settings, row = self._tuned(settings, total, positions, stretch)
             if settings.error_tolerance is None:
                 plan, notes = build_plan(settings, count, preset_mask, first_step=first, total_steps=total)
             else:
@@ -220,7 +255,7 @@ class Session:
                 plan = StepPlan(num_steps=count, static=True, computes=self._computes)
             for note in notes:
                 self.stats.note(note)
-            if not (plan.may_cache and (plan.static or settings.residual_diff_threshold > 0.0)):
+            if count and not (plan.may_cache and (plan.static or settings.residual_diff_threshold > 0.0)):
                 self.stats.note(f"{name}: none of its {count} steps can be cached with these settings")
             specs.append(
                 TransformerSpec(
@@ -243,16 +278,24 @@ class Session:
         return spread
 
     def _tuned(
-        self, settings: CacheSettings, steps: int, size: tuple[int, ...] | None, positions: Sequence[float] | None
+        self, settings: CacheSettings, steps: int, positions: Sequence[float] | None, stretch: Stretch | None
     ) -> tuple[CacheSettings, Row | None]:
-        """``settings`` with the tuned schedule that serves the request, where there is one."""
+        """``settings`` with the schedule of the run: of a tuned one or a mask list for the whole its part."""
+        mask = settings.steps_computation_mask
+        if stretch is not None and isinstance(mask, tuple):
+            settings = replace(settings, steps_computation_mask=stretch.mask(mask))
         if settings.schedules is None or steps == 0:
             return settings, None
         if self._further:
             self.stats.note(f"schedules are tuned for the first denoising stage, the {steps} steps are computed")
             return replace(settings, schedules=None, steps_computation_mask=(1,) * steps), None
-        known = positions if isinstance(positions, tuple) else None
-        row, note = resampling.choose(settings.schedules, steps, size, known)
+        if stretch is None:
+            row, note = resampling.choose(settings.schedules, steps, self._size, positions)
+        else:
+            row, note = resampling.choose(
+                settings.schedules, len(stretch.timesteps), self._size, stretch.timesteps
+            )
+            row = stretch.row(row)
         if note is not None:
             self.stats.note(note)
         if row.uncond_mask not in (None, row.mask) and self._backend.groups.couple(settings):
@@ -308,7 +351,8 @@ def _weights(row: Row | None) -> dict[int, tuple[float, ...]]:
     if row is None or row.weights is None:
         return {}
     cached = [step for step, computed in enumerate(row.mask) if not computed]
-    return dict(zip(cached, row.weights, strict=True))
+    # No weights: those of the extrapolation.
+    return {step: weights for step, weights in zip(cached, row.weights, strict=True) if weights}
 
 
 def publish(batch: Any, stats: RequestStats, log: Callable[[str], None], *, failed: bool = False) -> None:
