@@ -41,14 +41,14 @@ class Stretch:
         return slice(self.first, self.first + self.count)
 
     def mask(self, mask: Sequence[int]) -> tuple[int, ...]:
-        """The run's part of a mask list for the whole schedule or for the steps asked for; others as they are."""
+        """The run's part of a mask list for the steps asked for or for the whole schedule; others as they are."""
         whole = len(self.timesteps)
-        if len(mask) == self.count:
-            return tuple(mask)
         if len(mask) == self.asked:
             # One entry holds for both evaluations of a step.
             mask = [mask[min(step // self.order, self.asked - 1)] for step in range(whole)]
-        return self._of_run(mask) if len(mask) == whole else tuple(mask)
+        if len(mask) == self.count or len(mask) != whole:
+            return tuple(mask)
+        return self._of_run(mask)
 
     def row(self, row: Row) -> Row:
         """The run's part of a tuned schedule for the whole."""

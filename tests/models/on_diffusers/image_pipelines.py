@@ -185,6 +185,11 @@ IMAGES: dict[str, PipeCase] = {
         call=lambda side: {**_flux_picture(side), "mask_image": torch.ones(1, 1, side * 2, side * 2)},
         branches=("cond",), first=3,
     ),
+    "StableDiffusion3Img2ImgPipeline": PipeCase(
+        build=pipe("StableDiffusion3Img2ImgPipeline", "SD3Transformer2DModel", scheduler=euler, vae=lambda: vae(4)),
+        call=lambda side: {**pair(""), **pooled(), **square(side, 1), "image": picture(side), "strength": 0.5},
+        branches=("cond",), first=3,
+    ),
     "BriaPipeline": PipeCase(
         build=pipe("BriaPipeline", "BriaTransformer2DModel", scheduler=euler, vae=lambda: vae(1)),
         call=lambda side: {**pair(""), **square(side, 2)}, branches=("cond",),

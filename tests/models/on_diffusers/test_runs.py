@@ -132,3 +132,17 @@ def test_evaluations_beyond_the_steps_asked_for_are_cached_where_the_difference_
     with PipelineCache(pipe).request(session, 6):
         call(pipe, case.call(SMALL), 6)
     assert schedule(session.close().as_dict())["transformer"]["cond"] == ([0], list(range(1, 11)))
+
+
+def test_image_to_image_with_a_second_order_solver_begins_between_two_steps():
+    case = PIPELINES["StableDiffusion3Img2ImgPipeline"]
+    pipe = case.build()
+    pipe.scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
+    plain = call(pipe, case.call(SMALL), 6)
+    cache = PipelineCache(pipe)
+    computed, report = serve(cache, case.call(SMALL), [1] * 6, 6)
+    assert torch.equal(computed, plain)
+    assert schedule(report)["transformer"]["cond"] == (list(range(5)), [])
+    # Of the six steps the last three: two evaluations, two, one.
+    _, report = serve(cache, case.call(SMALL), (1, 1, 1, 1, 0, 0), 6)
+    assert schedule(report)["transformer"]["cond"] == ([0, 1], [2, 3, 4])
