@@ -193,17 +193,42 @@ def _open_request(
         session.refuse(str(error))
         return
     scheduler = getattr(batch, "scheduler", None)
+    solver = None if scheduler is None else Solver(scheduler, scheduler.step)
+    controlled = session.decision.resolved.primary.error_tolerance is not None
+    if controlled and solver is not None and _makes_base_steps(stage):
+        session.open_for_stage(mounted.runtime, mounted.backend, steps, solver)
+        session.hook_scheduler()
+        return
     session.open(
         mounted.runtime, mounted.backend, steps, _positions(batch, steps),
         # A stage that grows the picture starts small; schedules are tuned for the size that was asked for.
-        size=_running[-1].size if _running else host.size_of(batch), one_config=one_config,
-        solver=None if scheduler is None else Solver(scheduler, scheduler.step),
+        size=_running[-1].size if _running else host.size_of(batch), one_config=one_config, solver=solver,
     )
     session.hook_scheduler()
     if with_graphs and session.stats.enabled:
         graphs.serve(mounted.backend.mounted.values(), identify)
     elif batch.is_warmup:
         session.rehearse(compiled=bool(server_args.enable_torch_compile))
+
+
+def _makes_base_steps(stage: Any) -> bool:
+    """Whether all steps of a stage go through ``DenoisingStage._predict_noise_with_cfg``."""
+    # Stages that grow the picture have a loop of their own over the base's steps.
+    own_loop = host.overrides(stage, "forward") and not hasattr(stage, "_run_stage_steps")
+    methods = ("_denoise", "_run_denoising_loop", "_run_denoising_step", "_predict_noise_with_cfg")
+    return not own_loop and _loop(stage) is None and not any(host.overrides(stage, each) for each in methods)
+
+
+def predict_noise(original: Callable[..., Any], stage: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around ``DenoisingStage._predict_noise_with_cfg``: a step that an error tolerance leaves out runs no branch."""
+    session = next((session for owner, session in reversed(_open) if owner is stage), None)
+    if session is None or session.steps is None or not session.stage_decides:
+        return original(stage, *args, **kwargs)
+    second = kwargs["current_model"] is getattr(stage, "transformer_2", None)
+    branches = [host.branch_name(branch.name) for branch in kwargs["cfg_policy"].branches]
+    return session.steps.predict(
+        "transformer_2" if second else "transformer", branches, lambda: original(stage, *args, **kwargs)
+    )
 
 
 def _enter_own_loop(stage: Any, batch: Any, server_args: Any, loop: OwnLoop) -> None:

@@ -17,8 +17,8 @@ from .cached_transformer import CachedTransformer, Identify
 from .settings import CacheSettings
 
 REFUSED = (
-    "breakable CUDA graphs are on: they replay the transformer as a whole, so only forecast: output with a static "
-    "schedule is cached"
+    "breakable CUDA graphs are on: they replay the transformer as a whole, so only an error tolerance, or "
+    "forecast: output with a static schedule, is cached"
 )
 CAPTURING = "breakable CUDA graphs are captured by this warmup request, every step is computed"
 
@@ -27,6 +27,8 @@ _around: weakref.WeakKeyDictionary[nn.Module, tuple[CachedTransformer, Identify]
 
 def fits(settings: CacheSettings) -> bool:
     """Whether requests with these settings can be cached around a graph."""
+    if settings.error_tolerance is not None:
+        return True
     scheduled = settings.steps_computation_mask or settings.scm_compute_bins or settings.schedules
     return bool(scheduled) and settings.steps_computation_policy == "static" and settings.forecast == "output"
 

@@ -176,6 +176,18 @@ SEAMS: tuple[Seam, ...] = (
         why="the name of the branch whose forward comes next; the request itself carries only a boolean",
     ),
     Seam(
+        target=f"{_DENOISING}._predict_noise_with_cfg",
+        parameters=(
+            "self", "current_model", "latent_model_input", "timestep", "batch", "timestep_index", "attn_metadata",
+            "target_dtype", "current_guidance_scale", "cfg_policy", "cfg_gate_state", "server_args", "guidance",
+            "latents",
+        ),
+        kind="around",
+        handler="denoising:predict_noise",
+        why="under an error tolerance a cached step is the forecast of the guided output: no branch runs, nothing is "
+        "combined, and any model is served whose stage makes its steps here",
+    ),
+    Seam(
         target=f"{_DENOISING}._maybe_get_bcg_runner",
         parameters=("self", "current_model"),
         kind="around",

@@ -28,7 +28,7 @@ from .stats import COND
 from .versions import version
 
 __all__ = [
-    "answer", "branch_comes", "build_slices", "connected", "ensure_one_replica", "explicit_flags",
+    "answer", "branch_comes", "branch_name", "build_slices", "connected", "ensure_one_replica", "explicit_flags",
     "forget_branch", "forward_identity", "forward_request", "forward_step", "gather_replica", "groups",
     "groups_ready", "is_first_rank", "known_variables", "layout", "logger", "machine", "overrides",
     "prefer_regional_compile", "publishes_metrics", "rank", "runs_branches_apart", "serves_nobody", "size_of",
@@ -107,10 +107,15 @@ def forward_identity() -> Identity | None:
         return None
     negative = bool(getattr(context.forward_batch, "is_cfg_negative", False))
     name = "uncond" if negative else COND
-    named = _BRANCH_NAMES.get(_branch_name, _branch_name)
+    named = None if _branch_name is None else branch_name(_branch_name)
     if named is not None and named not in (COND, "uncond"):
         name = named
     return Identity(branch=name, step=int(context.current_timestep))
+
+
+def branch_name(own: str) -> str:
+    """Our name of a branch that the host calls ``own``."""
+    return _BRANCH_NAMES.get(own, own)
 
 
 def forward_step() -> int | None:

@@ -24,7 +24,7 @@ from .runtime import Groups, RequestSpec, Runtime, TransformerSpec
 from .schedule import StepPlan, build_plan
 from .settings import CacheSettings
 from .sources import REQUEST, Source
-from .stats import CorrectorStats, RequestStats
+from .stats import CorrectorStats, RequestStats, TransformerStats
 from .stretch import Stretch
 
 REPORT = "cache_dit"
@@ -69,6 +69,7 @@ class Session:
         self._backend: ModelBackend | None = None
         self._positions: Sequence[float] | None = None
         self.steps: DenoisingSteps | None = None
+        self.stage_decides = False
         self._hooks = ExitStack()
         self._further = further
         self.recording = None if further or recording.folder() is None else Recording()
@@ -117,6 +118,22 @@ class Session:
         if followed:
             self.stats.notes = notes
         self._serve(spec)
+
+    def open_for_stage(
+        self, runtime: Runtime, backend: ModelBackend, steps: Mapping[str, tuple[int, int]], solver: Solver
+    ) -> None:
+        """An error tolerance decides before any branch runs: the transformers run as they are.
+
+        Args:
+            steps: as for ``open``.
+            solver: the pipeline's scheduler.
+        """
+        self._runtime, self._backend = runtime, backend
+        self._started = time.perf_counter()
+        runtime.prepare(None)
+        self.stage_decides = True
+        self.stats.transformers.update({name: TransformerStats(steps=count) for name, (_, count) in steps.items()})
+        self.steps = DenoisingSteps(solver, self.decision.resolved.primary, self.stats, backend.groups)
 
     def follow(self, steps: dict[str, tuple[int, int]], stretch: Stretch) -> None:
         """A run of the loop begins: what it takes of the scheduler's steps, by transformer and all.
@@ -333,7 +350,7 @@ class Session:
 
     def _look_back(self) -> None:
         """Report what the first forwards of the request have shown to be wrong with the mount."""
-        if not self.stats.enabled or (problem := self._backend.problem()) is None:
+        if not self.stats.enabled or self.stage_decides or (problem := self._backend.problem()) is None:
             return
         if self.stats.count("cached"):
             self.stats.note(f"{problem}; the picture may be wrong, later requests are not cached")

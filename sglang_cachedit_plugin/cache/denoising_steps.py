@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -91,6 +92,20 @@ class DenoisingSteps:
         """Whether the step under way is computed, where an error tolerance decides. Reads one number at most."""
         self._settle()
         return self._control is None or self._control.computes(self._count)
+
+    def predict(self, transformer: str, branches: Sequence[str], compute: Callable[[], Any]) -> Any:
+        """The guided model output of the step under way: computed, or the forecast from those before.
+
+        Args:
+            transformer: name of the one that would run.
+            branches: those of which the output would be combined.
+        """
+        ran = frozenset((transformer, branch) for branch in branches)
+        cached = ran == self._ran and not self.computes()
+        output = self.forecast() if cached else compute()
+        for branch in branches:
+            self._stats.transformers[transformer].branch(branch).record(self._count, cached)
+        return output
 
     def forecast(self) -> torch.Tensor:
         """The model output of the step under way, from those before."""
