@@ -11,7 +11,6 @@ from typing import Any
 from .errors import SettingError
 from .overrides import Overrides
 from .profiles import BUILT_IN
-from .settings import NEEDS_OUTPUT
 from .sources import FileConfig, Resolved, Source, Value, read_request, resolve
 
 _OFF = Value(False, "default")
@@ -106,9 +105,6 @@ class Defaults:
         order = [request, *profiles, live] if request.profile else [request, live, *profiles]
         stage = Source() if stage is None else stage
         resolved = resolve(*order, self.file.source, self.environment, stage)
-        safety = request.primary.get("max_accumulated_diff")
-        if safety is not None and safety.value is not None and resolved.primary.forecast != "output":
-            raise SettingError("max_accumulated_diff", safety.value, safety.origin, NEEDS_OUTPUT.format("forecast"))
         switch = self._given_switch or stage.enabled or _OFF
         enabled = switch.value if enable is None else enable
         return Decision(enabled=enabled, reason=self._why_off(enable, enabled), resolved=resolved)

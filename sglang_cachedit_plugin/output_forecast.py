@@ -13,7 +13,6 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .forecast import Extrapolator
-from .guard import ForecastGuard
 
 
 class OutputHistory:
@@ -28,7 +27,6 @@ class OutputHistory:
     def __init__(self, order: int, damping: float = 1.0, depth: int = 0):
         self._new = functools.partial(Extrapolator, order, damping, depth)
         self.last_step = -1
-        self.guard: ForecastGuard | None = None
         self.as_planned = True
         """Whether every output was computed because the schedule says so."""
         self.start_over()

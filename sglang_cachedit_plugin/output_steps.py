@@ -9,7 +9,6 @@ import torch
 
 from .compiling import step_aside
 from .contexts import BranchContexts
-from .guard import ForecastGuard, relative_error
 from .output_forecast import OutputHistory
 from .runtime import Identity, TransformerSpec
 from .schedule import Action
@@ -93,15 +92,10 @@ class OutputSteps:
             settings, depth = spec.settings, max(map(len, spec.weights.values()), default=0)
             history = OutputHistory(settings.forecast_order, settings.forecast_damping, depth)
             self._histories[identity.branch] = history
-            if settings.max_accumulated_diff is not None and spec.spread is not None:
-                history.guard = ForecastGuard(settings.max_accumulated_diff, spec.spread)
         return history
 
     @step_aside
     def _computed(self, identity: Identity, history: OutputHistory, position: float, output: Any) -> None:
-        if history.guard is not None and history.ready:
-            error = relative_error(history.predict(position), output, self._contexts.groups.forward)
-            history.guard.saw(identity.step, error)
         history.update(position, output)
         if not history.ready:
             self._contexts.poison(identity.branch, "its output holds no tensor that could be forecast")
@@ -110,17 +104,8 @@ class OutputSteps:
     def _cached_by_plan(self, identity: Identity, history: OutputHistory) -> bool:
         if self._contexts.action() is not Action.CACHE:
             return False
-        if not self._contexts.agreed(self._usable(identity, history)):
+        if not self._contexts.agreed(history.ready and not self._contexts.is_poisoned(identity.branch)):
             history.as_planned = False
             return False
         self._contexts.record(cached=True)
-        return True
-
-    def _usable(self, identity: Identity, history: OutputHistory) -> bool:
-        """Whether a step that the schedule leaves out can be forecast."""
-        if not history.ready or self._contexts.is_poisoned(identity.branch):
-            return False
-        if history.guard is not None and history.guard.recompute(identity.step):
-            self._contexts.stats.remark(identity.branch, history.guard.note(identity.branch))
-            return False
         return True

@@ -106,6 +106,6 @@ def _plain(settings: CacheSettings) -> CacheSettings:
     return replace(
         settings, residual_diff_threshold=0.99, max_accumulated_residual_diff_threshold=None, lockstep=False,
         verify_ranks=False,
-        cfg_diff_compute_separate=True, max_accumulated_diff=None, schedules=None, steps_computation_mask=None,
+        cfg_diff_compute_separate=True, schedules=None, steps_computation_mask=None,
         scm_compute_bins=None, scm_cache_bins=None,
     )

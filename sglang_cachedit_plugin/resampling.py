@@ -42,7 +42,7 @@ def choose(
         f"{row.label()} is resampled over {over}, {sum(mask)} steps computed"
     )
     return replace(
-        row, steps=steps, size=size, mask=mask, uncond_mask=uncond, weights=None, timesteps=None, spread=None
+        row, steps=steps, size=size, mask=mask, uncond_mask=uncond, weights=None, timesteps=None
     ), note
 
 

@@ -30,7 +30,6 @@ class Row:
         weights: for each step of ``mask`` marked 0, what the last computed outputs count, oldest first; they
             hold for ``timesteps`` only. None: those of the extrapolation.
         timesteps: the steps' places on the denoising path.
-        spread: for each step the largest relative error of the extrapolation on tuning prompts.
     """
 
     steps: int
@@ -41,7 +40,6 @@ class Row:
     damping: float | None = None
     weights: tuple[tuple[float, ...], ...] | None = None
     timesteps: tuple[float, ...] | None = None
-    spread: tuple[float, ...] | None = None
 
     def label(self) -> str:
         """Steps and size in words."""
@@ -60,9 +58,8 @@ class Row:
                 found[name] = value
         if self.weights is not None:
             found["weights"] = [list(each) for each in self.weights]
-        for name in ("timesteps", "spread"):
-            if (value := getattr(self, name)) is not None:
-                found[name] = list(value)
+        if self.timesteps is not None:
+            found["timesteps"] = list(self.timesteps)
         return found
 
 
@@ -127,12 +124,6 @@ def _timesteps(value: Any) -> tuple[float, ...]:
     return places
 
 
-def _spread(value: Any) -> tuple[float, ...]:
-    if not isinstance(value, list | tuple) or len(value) > MAX_STEPS:
-        raise ValueError
-    return tuple(_number(each, 0.0) for each in value)
-
-
 FIELDS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "steps": (lambda value: _whole(value, 1, MAX_STEPS), f"expected a whole number from 1 to {MAX_STEPS}"),
     "size": (_size, 'expected width and height, and frames of a video, such as "1024x1024"'),
@@ -142,8 +133,16 @@ FIELDS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "damping": (lambda value: _number(value, 0.0, 1.0), "expected a number from 0 to 1"),
     "weights": (_weights, f"expected for each 0 of the mask a list of 1 to {MAX_WEIGHTS} numbers"),
     "timesteps": (_timesteps, "expected one falling number for each step"),
-    "spread": (_spread, "expected one number of at least 0 for each step"),
 }
+
+
+RETIRED = frozenset({"spread"})
+"""Keys that earlier files hold; they are left out with a warning."""
+
+
+def retired_keys(value: Any) -> list[str]:
+    """What a list of rows holds of ``RETIRED``."""
+    return sorted({key for row in value or () if isinstance(row, Mapping) for key in row if key in RETIRED})
 
 
 def read_rows(name: str, value: Any, origin: str) -> tuple[Row, ...]:
@@ -170,6 +169,8 @@ def _read_row(name: str, value: Any, origin: str) -> Row:
         value = value.as_dict()
     read = {}
     for key, given in value.items():
+        if key in RETIRED:
+            continue
         if not isinstance(key, str) or key not in FIELDS:
             label = key if isinstance(key, str) else shown(key)
             raise SettingError(f"{name}.{label}", given, origin, "unknown key", nearest(label, FIELDS))
@@ -186,7 +187,7 @@ def _read_row(name: str, value: Any, origin: str) -> Row:
 
 
 def _check_lengths(name: str, read: Mapping[str, Any], origin: str) -> None:
-    for key in ("mask", "uncond_mask", "timesteps", "spread"):
+    for key in ("mask", "uncond_mask", "timesteps"):
         if key in read and len(read[key]) != read["steps"]:
             raise SettingError(
                 f"{name}.{key}", f"{len(read[key])} entries", origin, f"expected {read['steps']}, one a step"

@@ -72,8 +72,6 @@ class TransformerSpec:
         uncond_plan: the plan of the unconditional branch, where it has its own.
         weights: for each of the host's steps that ``plan`` caches, what the last computed outputs count, oldest
             first; empty: those of the extrapolation. They do not hold for a branch with a plan of its own.
-        spread: for each of the host's steps the largest error of the forecast on tuning prompts, None where the
-            schedule was not tuned.
     """
 
     name: str
@@ -83,7 +81,6 @@ class TransformerSpec:
     positions: Sequence[float] | None = None
     uncond_plan: StepPlan | None = None
     weights: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
-    spread: tuple[float, ...] | None = None
 
     def plan_of(self, branch: str) -> StepPlan:
         """The plan of a CFG branch."""

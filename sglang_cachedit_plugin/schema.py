@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .rows import MAX_ROWS, MAX_STEPS, MAX_WEIGHTS
+from .rows import MAX_ROWS, MAX_STEPS, MAX_WEIGHTS, RETIRED
 from .section_knobs import (
     ATTENTION,
     PARALLELISM,
@@ -161,8 +161,7 @@ def _rows() -> dict[str, Any]:
         "damping": {"type": "number", "minimum": 0, "maximum": 1},
         "weights": {"type": "array", "items": {**numbers, "minItems": 1, "maxItems": MAX_WEIGHTS}},
         "timesteps": numbers,
-        "spread": {**numbers, "items": {"type": "number", "minimum": 0}},
-    })
+    } | {key: {"description": "Ignored; error_tolerance takes its place."} for key in sorted(RETIRED)})
     row["required"] = ["steps", "mask"]
     return {"type": "array", "items": row, "minItems": 1, "maxItems": MAX_ROWS}
 

@@ -278,21 +278,12 @@ class Session:
                 TransformerSpec(
                     name=name, settings=settings, plan=plan, first_step=first, positions=positions,
                     uncond_plan=_uncond_plan(plan, row, first), weights=_weights(row),
-                    spread=self._spread(settings, row),
                 )
             )
         return RequestSpec(transformers=tuple(specs))
 
     def _computes(self) -> bool:
         return self.steps is None or self.steps.computes()
-
-    def _spread(self, settings: CacheSettings, row: Row | None) -> tuple[float, ...] | None:
-        output = settings.forecast == "output"
-        spread = row.spread if row is not None and output else None
-        if settings.max_accumulated_diff is not None and spread is None:
-            without = "a tuned schedule for these steps and size" if output else "forecast: output"
-            self.stats.note(f"max_accumulated_diff does nothing without {without}")
-        return spread
 
     def _tuned(
         self, settings: CacheSettings, steps: int, positions: Sequence[float] | None, stretch: Stretch | None

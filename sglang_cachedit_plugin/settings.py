@@ -16,8 +16,8 @@ from .knobs import MAX_LENGTH, PRESETS, Knob
 from .rows import Row
 
 __all__ = [
-    "ALIASES", "CALIBRATOR_KNOBS", "INERT_KNOBS", "KNOBS", "MAX_LENGTH", "PRESETS", "SCHEDULE_KNOBS", "CacheSettings",
-    "Knob", "check_consistent",
+    "ALIASES", "CALIBRATOR_KNOBS", "INERT_KNOBS", "KNOBS", "MAX_LENGTH", "PRESETS", "RETIRED_KNOBS",
+    "SCHEDULE_KNOBS", "CacheSettings", "Knob", "check_consistent",
 ]
 
 
@@ -134,11 +134,6 @@ class CacheSettings:
         1.0, "float", "What each order of that extrapolation counts, in powers: 1 the whole polynomial, 0 the last "
         "output.", low=0.0, high=1.0, env="FORECAST_DAMPING", per_transformer=True,
     )
-    max_accumulated_diff: float | None = _knob(
-        None, "float", "Online safety of a tuned schedule: compute on while the forecast's error, summed over computed "
-        "steps in multiples of the largest that tuning saw, exceeds this. Costs a read by the host a computed step.",
-        low=0.0, optional=True, env="MAX_ACCUMULATED_DIFF", per_transformer=True,
-    )
     error_tolerance: float | None = _knob(
         None, "float", "Error of the model output that cached steps may pass on, relative to the output: chooses the "
         "steps of each request from the error of its own forecasts. 0 computes every step.",
@@ -186,7 +181,11 @@ INERT_KNOBS: Mapping[str, str] = {
 }
 """Knobs of cache-dit that are read, checked as booleans, and need no action here."""
 
-NEEDS_OUTPUT = "it watches forecasts of the output: it needs {}: output"
+RETIRED_KNOBS: Mapping[str, str] = {
+    "max_accumulated_diff": "there is no such setting any more: error_tolerance takes its place, it measures the "
+    "forecast's error of each request",
+}
+"""Settings of earlier versions, and what to use."""
 
 
 def check_consistent(values: Mapping[str, Any], origin: str, spelt: Mapping[str, str] | None = None) -> None:
@@ -198,11 +197,6 @@ def check_consistent(values: Mapping[str, Any], origin: str, spelt: Mapping[str,
     names = {name: name for name in KNOBS} | dict(spelt or {})
     if values.get("enable_taylorseer") and values.get("enable_dmd"):
         raise SettingError(names["enable_dmd"], True, origin, "TaylorSeer and DMD exclude each other, enable one")
-    if values.get("max_accumulated_diff") is not None and values.get("forecast", "output") != "output":
-        raise SettingError(
-            names["max_accumulated_diff"], values["max_accumulated_diff"], origin,
-            NEEDS_OUTPUT.format(names["forecast"]),
-        )
     if values.get("schedules") is not None:
         for other in ("steps_computation_mask", "scm_compute_bins"):
             if values.get(other) is not None:

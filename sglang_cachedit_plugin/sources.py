@@ -13,13 +13,14 @@ from typing import Any
 
 from .config_file import MAX_FILE_BYTES, file_label, load_file, unique_keys
 from .errors import SettingError, nearest, shown
-from .rows import Row
+from .rows import Row, retired_keys
 from .sections import read_sections
 from .settings import (
     ALIASES,
     CALIBRATOR_KNOBS,
     INERT_KNOBS,
     KNOBS,
+    RETIRED_KNOBS,
     SCHEDULE_KNOBS,
     CacheSettings,
     Knob,
@@ -119,6 +120,9 @@ def _variables(prefix: str, per_transformer_only: bool) -> dict[str, str]:
 
 VARIABLES = _variables(PREFIX, False)
 SECONDARY_VARIABLES = _variables(PREFIX + "SECONDARY_", True)
+RETIRED_VARIABLES = {
+    PREFIX + second + name.upper(): why for name, why in RETIRED_KNOBS.items() for second in ("", "SECONDARY_")
+}
 
 
 def read_environment(
@@ -145,6 +149,8 @@ def read_environment(
             secondary = variable in SECONDARY_VARIABLES
             name = (SECONDARY_VARIABLES if secondary else VARIABLES)[variable]
             layers[secondary][name] = Value(KNOBS[name].parse(variable, text, "environment"), variable)
+        elif (why := RETIRED_VARIABLES.get(variable)) is not None:
+            raise SettingError(variable, text, "environment", why)
         elif variable in host_variables():
             warnings.append(f"{variable} is known to the host but not to this plugin and has no effect")
         else:
@@ -178,15 +184,22 @@ def read_layer(
                 BOOL.check(key, value, origin)
             continue
         if not isinstance(key, str) or key not in known:
-            near = nearest(_name(key), [*known, *extra])
-            raise SettingError(_name(key), value, origin, "unknown key", near)
+            raise _unknown(_name(key), value, origin, [*known, *extra])
         name = ALIASES.get(key, key)
         if name in layer:
             raise SettingError(key, value, origin, f"given twice, also as {spelt[name]}")
         spelt[name] = key
         layer[name] = Value(KNOBS[name].check(key, value, origin), f"{origin}.{key}")
+        if KNOBS[name].kind == "rows" and (old := retired_keys(value)):
+            warnings.append(f"{', '.join(old)} in {key} ({origin}) is ignored: error_tolerance takes its place")
     check_consistent({n: v.value for n, v in layer.items()}, origin, spelt)
     return layer
+
+
+def _unknown(key: str, value: Any, origin: str, known: Collection[str]) -> SettingError:
+    if key in RETIRED_KNOBS:
+        return SettingError(key, value, origin, RETIRED_KNOBS[key])
+    return SettingError(key, value, origin, "unknown key", nearest(key, known))
 
 
 def _name(key: Any) -> str:

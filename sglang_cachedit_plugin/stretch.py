@@ -66,7 +66,7 @@ class Stretch:
         return replace(
             row, steps=self.count, mask=self._of_run(row.mask), weights=weights,
             uncond_mask=row.uncond_mask and self._of_run(row.uncond_mask),
-            timesteps=row.timesteps and row.timesteps[self._part], spread=row.spread and row.spread[self._part],
+            timesteps=row.timesteps and row.timesteps[self._part],
         )
 
     def _of_run(self, mask: Sequence[int]) -> tuple[int, ...]:

@@ -217,13 +217,12 @@ class Tuner:
         """A trial as a point of the report."""
         settings = self.settings(trial.mask, trial.method, trial.recall)
         foretold = foretell(self.by_recall[trial.recall], trial.mask, trial.method)
-        spread = surrogate.spread(self.by_recall[trial.recall], trial.mask, trial.method)
         masks = surrogate.by_branch(trial.mask, self.grid.steps)
         return cached(
             name, "tuned", f"tuned, {sum(trial.mask) / len(masks):g} computed", settings, method=trial.method,
             mask=_named(masks), computed=_computed(masks), family="tuned",
             drift=tuple(float(each) for each in foretold.drift),
-            row=settings["schedules"][0] | {"spread": [round(float(each), 5) for each in spread]},
+            row=settings["schedules"][0],
         )
 
     def residual_variants(self, best: Trial) -> list[tuple[Candidate, float, int]]:

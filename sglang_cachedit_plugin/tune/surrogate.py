@@ -106,38 +106,6 @@ def foretell(t: Trajectories, mask: Mask, method: Method) -> Forecast:
     return Forecast(-10.0 * np.log10(sizes[-1] + FLOOR), np.sqrt(sizes).mean(1), tuple(weights))
 
 
-def spread(t: Trajectories, mask: Mask, method: Method) -> np.ndarray:
-    """The largest relative error of the extrapolation at each step over prompts and branches, (T,).
-
-    0 where nothing is known yet.
-    """
-    found = np.zeros(t.steps)
-    masks = by_branch(mask, t.steps)
-    for branch in range(len(t.parts)):
-        first = branch * t.steps
-        products = t.gram[:, first : first + t.steps, first : first + t.steps]
-        found = np.maximum(found, _spread(t, products, masks[branch % len(masks)], method))
-    return found
-
-
-def _spread(t: Trajectories, products: np.ndarray, mask: Mask, method: Method) -> np.ndarray:
-    found, known = np.zeros(t.steps), []
-    for step in range(t.steps):
-        if step in t.starts:
-            known = []
-        elif known:
-            used = known[-(method.order + 1) :]
-            places = [float(t.timesteps[at]) for at in used]
-            off = np.zeros(t.steps)
-            off[used] = damped_weights(places, float(t.timesteps[step]), method.damping)
-            off[step] -= 1.0
-            sizes = np.maximum(np.einsum("t,btu,u->b", off, products, off), 0.0) / products[:, step, step]
-            found[step] = np.sqrt(sizes.max())
-        if mask[step]:
-            known.append(step)
-    return found
-
-
 def _weights(
     t: Trajectories, step: int, used: list[tuple[float, np.ndarray]], drift: np.ndarray, method: Method
 ) -> Sequence[float]:

@@ -231,7 +231,6 @@ CONTRADICTIONS = [
     ({"scm_compute_bins": [8, 3]}, "scm_cache_bins"),
     ({"scm_cache_bins": [8, 3]}, "scm_compute_bins"),
     ({"scm_compute_bins": [4], "scm_cache_bins": [2, 2, 2]}, "scm_cache_bins"),
-    ({"max_accumulated_diff": 1.0, "forecast": "residual"}, "max_accumulated_diff"),
     ({"scm_preset": "fast", "schedules": [{"steps": 2, "mask": "10"}]}, "scm_preset"),
     ({"steps_computation_mask": "fast", "schedules": [{"steps": 2, "mask": "10"}]}, "steps_computation_mask"),
 ]

@@ -39,13 +39,12 @@ def test_a_row_is_cut_with_all_that_belongs_to_its_steps():
     row = Row(
         steps=10, mask=(1, 1, 0, 1, 0, 1, 0, 1, 0, 0), uncond_mask=(1, 0, 1, 0, 1, 0, 1, 0, 1, 0), order=2,
         weights=((0.1,), (0.2,), (0.3,), (0.4, 0.6), (0.5, 0.5)), timesteps=PATH,
-        spread=tuple(0.1 * step for step in range(10)),
     )
     assert stretch().row(row) is row
     part = stretch(4).row(row)
     assert part == Row(
         steps=6, mask=(1, 1, 0, 1, 0, 0), uncond_mask=(1, 0, 1, 0, 1, 0), order=2, timesteps=PATH[4:],
-        weights=((0.3,), (0.4, 0.6), (0.5, 0.5)), spread=row.spread[4:],
+        weights=((0.3,), (0.4, 0.6), (0.5, 0.5)),
     )
     # Of the outputs that steps 8 and 9 count, the run has one.
     assert stretch(6).row(row).weights == ((), ())

@@ -74,10 +74,9 @@ def tuned(**weights: list[float]) -> dict[str, Any]:
     cached = [step for step, computed in enumerate(MASK) if not computed]
     weights = [weights.get(f"at_{step}", [1.0]) for step in cached]
     return {
-        "forecast": "output", "max_accumulated_diff": 100.0,
+        "forecast": "output",
         "schedules": [{
             "steps": N, "mask": list(MASK), "weights": weights, "timesteps": path(),
-            "spread": [0.01 * step for step in range(N)],
         }],
     }
 
@@ -88,7 +87,6 @@ def test_a_tuned_schedule_keeps_its_weights_for_their_timesteps():
     assert report["reason"] is None
     found = {round(timesteps[step]): spec.weights_of("cond", step) for step in (2, 3, 5)}
     assert found == {round(path()[8]): (1.1,), round(path()[9]): (1.2,), round(path()[11]): (-0.3, 1.3)}
-    assert spec.spread == pytest.approx([0.01 * step for step in range(6, N)])
 
 
 def test_weights_that_count_outputs_from_before_the_run_are_left_out():
