@@ -17,6 +17,7 @@ from sglang_cachedit_plugin import host, parallel
 from sglang_cachedit_plugin.runtime import Groups
 from tests.unit.blocks import Rig, sample
 
+from .histories import histories
 from .world import collectives
 
 LAYOUTS: dict[str, dict[str, int]] = {
@@ -180,6 +181,6 @@ def mesh_over_replicas(rank: int) -> list[str]:
 SCENARIOS = {
     scenario.__name__: scenario
     for scenario in (
-        every_layout, one_forward_over_cfg_ranks, idle_replica, cfg_with_shards, meshes, mesh_over_replicas,
+        histories, every_layout, one_forward_over_cfg_ranks, idle_replica, cfg_with_shards, meshes, mesh_over_replicas,
     )
 }

@@ -12,6 +12,7 @@ from sglang_cachedit_plugin.runtime import Groups
 from sglang_cachedit_plugin.similarity import reduced_differences, residual_difference, residual_sums
 from tests.unit.blocks import Rig, sample
 
+from .histories import histories
 from .world import collectives
 
 
@@ -264,7 +265,8 @@ def _joint_failure(rank: int, groups: Groups) -> str:
 SCENARIOS = {
     scenario.__name__: scenario
     for scenario in (
-        random_shards, padded_shards, nan_on_one_rank, another_shape_on_one_rank, unlike_shards, counted_collectives,
+        histories, random_shards, padded_shards, nan_on_one_rank, another_shape_on_one_rank, unlike_shards,
+        counted_collectives,
         lockstep, lockstep_with_uneven_branches, lockstep_where_one_branch_is_lost, following_cond,
         different_decisions, verified_every_step, failure, joint_decision,
     )
