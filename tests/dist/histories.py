@@ -25,6 +25,8 @@ COUNT, FAILING = 60, 6
 """Histories in which nothing fails, and those in which one rank does."""
 BOUND = 2
 """Seconds that the ranks of a failing history wait for each other."""
+LIMIT = 20
+"""Seconds that a history may take beside that, on a busy machine."""
 BRANCHES = ("cond", "uncond", "third", "fourth")
 
 
@@ -182,6 +184,24 @@ def _serve(history: History, rank: int, groups: Groups) -> dict[str, Any]:
         "kind": history.kind, "error": error, "counts": dict(counts), "seconds": time.monotonic() - started,
         "cached": sum(len(branch.cached) for branch in rig.stats.branches.values()),
     }
+
+
+def faults(ranks: list[dict[str, list[dict[str, Any]]]]) -> list[str]:
+    """What is wrong with the histories as the ranks tell them."""
+    found = []
+    for name in ("whole", "failing"):
+        for number, each in enumerate(zip(*(rank[name] for rank in ranks), strict=True)):
+            errors = [told["error"] for told in each]
+            exchanges = {key for told in each for key in told["counts"]}
+            uneven = [key for key in exchanges if len({each[rank]["counts"].get(key, 0) for rank in key[1]}) > 1]
+            if name == "whole":
+                wrong = any(errors) or uneven
+            else:
+                late = max(told["seconds"] for told in each) > BOUND + LIMIT
+                wrong = late or (uneven and not any(errors))
+            if wrong:
+                found.append(f"{name} {number}, {each[0]['kind']}: {errors} {uneven}")
+    return found
 
 
 def _made(size: int, timeout: float | None = None) -> dict[int, list[Any]]:
