@@ -29,12 +29,23 @@ def settings() -> str:
         "Generated from `settings.py` by `python docs/generate.py`.",
         "",
         f"A request (`cache_dit_params`) outranks the file (`--cache-dit-config`, section `cache_config`), the file "
-        f"outranks the environment (`{PREFIX}...`). Variables marked with a star also exist as "
+        f"outranks the environment (`{PREFIX}...`), the environment outranks what the host's stage wants by itself "
+        "(the quality tier of MiniMax-H3). Variables marked with a star also exist as "
         f"`{PREFIX}SECONDARY_...` for the second transformer; in the file and in requests it has a section "
         "`secondary`. Where nothing is said of the second transformer it follows the first.",
         "",
-        f"`{PREFIX}ENABLED` switches caching on for requests that say nothing; so does a file with a `cache_config`. "
-        "A request decides for itself with `enable_cache_dit`.",
+        f"`{PREFIX}ENABLED` switches caching on for requests that say nothing; so does a file with a `cache_config` "
+        "(one that only has `profiles` does not). A request decides for itself with `enable_cache_dit`.",
+        "",
+        "An empty variable is unset. True is `1`, `true`, `yes`, `y`, `t` or `on`, false `0`, `false`, `no`, `n`, "
+        "`f` or `off`, in any case, as SGLang reads them. Any other value that is not accepted ends the start with one "
+        "line.",
+        "",
+        "Steps are those that a run of the denoising loop takes. On the diffusers backend these need not be the steps "
+        "asked for: image-to-image with a strength below 1 begins later, and solvers of second order (Heun, DPM2) "
+        "evaluate the model twice for each step but the last, which counts as two. Warmup, limits, presets and bins "
+        "count the steps of the run. A mask list may have an entry for each step of the run, for each step asked for, "
+        "or for each timestep of the scheduler; of the longer ones the run takes the part at its own timesteps.",
         "",
         "| setting | variable | default | accepted | unit | what it does |",
         "|---|---|---|---|---|---|",
@@ -85,13 +96,13 @@ def patches() -> str:
         "Generated from `hooks.py` by `python docs/generate.py`. Each seam's signature is compared with the one "
         "below when the plugin registers; if any differs, the host is left unpatched altogether.",
         "",
-        "| seam | parameters | hook | why | unnecessary from |",
-        "|---|---|---|---|---|",
+        "| seam | parameters | hook | why |",
+        "|---|---|---|---|",
     ]
     for seam in SEAMS:
         target = seam.target.removeprefix("sglang.multimodal_gen.runtime.")
         parameters = ", ".join(seam.parameters) or "any"
-        lines.append(f"| `{target}` | {parameters} | {seam.kind} | {seam.why} | {seam.until} |")
+        lines.append(f"| `{target}` | {parameters} | {seam.kind} | {seam.why} |")
     return "\n".join(lines) + "\n"
 
 
@@ -115,7 +126,10 @@ diffusers brings a class without a row.
   (`forecast: output`), or nothing.
 - **verified**: `run`: built tiny with random weights and run on the CPU by `tests/models`; computed steps are the
   model's own bit for bit, a static schedule runs only the blocks that it should, and with unchanging inputs a cached
-  step is the computed one. `structure only`: block lists and signatures are looked at, nothing is run.
+  step is the computed one. Classes of diffusers are also run by the call of a real pipeline, uncached and cached, from
+  its scheduler to its latents; `image_pipelines.py` and `video_pipelines.py` in `tests/models/on_diffusers` list
+  these pipelines. Other pipelines of a family are not run. `structure only`: block lists and signatures are looked
+  at, nothing is run.
 
 On the first computed forward of a mount the plugin checks that the blocks are as declared here (the mount probe);
 where they are not, generation goes on uncached and the report says why. A class that is not listed is looked up in

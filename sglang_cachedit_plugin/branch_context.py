@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from cache_dit import DBCacheConfig, DMDCalibratorConfig, TaylorSeerCalibratorConfig
@@ -32,12 +31,12 @@ class BranchContext(CachedContext):
     """cache-dit's context of one block list and branch, with what our decision needs on top."""
 
     blocks: str = ""
+    branch: str = ""
     last_step: int = -1
     last_diff: tuple[int, float] | None = None
     has_reference: bool = False
     absent: set[str] = field(default_factory=set)
     residual_shape: torch.Size | None = None
-    given: tuple[Any, ...] = ()
 
     def make_room(self) -> None:
         """Free what the computed step that begins now will replace, before its blocks run."""
@@ -47,13 +46,21 @@ class BranchContext(CachedContext):
             if calibrator is not None:
                 calibrator.make_room()
 
+    def start_over(self, settings: CacheSettings) -> None:
+        """Forget what was computed, and free it; what was counted stays."""
+        self.buffers.clear()
+        self.absent.clear()
+        self.has_reference, self.residual_shape = False, None
+        self.calibrator, self.encoder_calibrator = new_calibrator(settings), new_calibrator(settings)
+
     @classmethod
-    def create(cls, name: str, blocks: str, spec: TransformerSpec) -> BranchContext:
-        """An empty context of block list ``blocks`` for one request."""
+    def create(cls, name: str, blocks: str, branch: str, spec: TransformerSpec) -> BranchContext:
+        """An empty context of block list ``blocks`` and a CFG branch for one request."""
         settings = spec.settings
         context = cls(
             name=name,
             blocks=blocks,
+            branch=branch,
             cache_config=DBCacheConfig(
                 Fn_compute_blocks=settings.Fn_compute_blocks,
                 Bn_compute_blocks=settings.Bn_compute_blocks,
@@ -62,8 +69,7 @@ class BranchContext(CachedContext):
             ),
             calibrator_config=_calibrator_config(settings),
         )
-        context.calibrator = new_calibrator(settings)
-        context.encoder_calibrator = new_calibrator(settings)
+        context.start_over(settings)
         return context
 
     def held_bytes(self) -> int:

@@ -12,8 +12,8 @@ from torch import nn
 from . import adapters, swaps
 from .compiling import step_aside, with_own_code
 from .contexts import BranchContexts
-from .decisions import given
 from .errors import MountError
+from .inputs import given
 from .output_steps import OutputSteps
 from .own_forwards import set_forwards, undone
 from .probe import MountProbe
@@ -84,6 +84,7 @@ class CachedTransformer:
     @step_aside
     def run(self, identity: Identity, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One forward of the request under way."""
+        self._receive(identity)
         run = self._guarded if self.contexts.guarded else self._run
         output = run(identity, args, kwargs)
         if self.on_forward is not None and self.contexts.computed_last(identity):
@@ -95,6 +96,8 @@ class CachedTransformer:
 
         Only static schedules with ``forecast: output`` cache any step here.
         """
+        self.contexts.given = given(args, kwargs)
+        self._receive(identity)
         computed = functools.partial(forward, *args, **kwargs)
         if self.contexts.spec.plan.static:
             return self._outputs.forward(identity, computed, computed)
@@ -106,6 +109,11 @@ class CachedTransformer:
     def run_original(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One forward without the cache."""
         return self._original(*args, **kwargs)
+
+    def _receive(self, identity: Identity) -> None:
+        """What the branch has computed so far is dropped where its inputs had another form."""
+        if self.contexts.receive(identity):
+            self._outputs.start_over(identity.branch)
 
     def _run(self, identity: Identity, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.probe.problem is not None:
@@ -194,10 +202,12 @@ class CachedTransformer:
                 output = self._patched(*args, **kwargs)
             finally:
                 set_forwards(own_forwards)
-            unfinished, lost = (
-                any(getattr(chain, what) for chain in self._swaps.chains) for what in ("unfinished", "lost")
+            mixed, unfinished, lost = (
+                any(getattr(chain, what) for chain in self._swaps.chains) for what in ("mixed", "unfinished", "lost")
             )
-        if unfinished:
+        if mixed:
+            self.contexts.poison(identity.branch, "samples take turns in the blocks and cannot be told apart")
+        elif unfinished:
             self.contexts.poison(identity.branch, "the block loop left out its last block")
         if lost:
             self.contexts.record(cached=False)
@@ -283,10 +293,6 @@ class CachedTransformer:
         """Drop what is kept of the steps so far; the request goes on."""
         self._outputs.clear()
         self.contexts.clear()
-
-    def pause(self) -> None:
-        """Run the original forward; keep the buffers until the next request."""
-        self._identify = self.rehearsal = None
 
     def buffer_bytes(self) -> int:
         """Bytes of the tensors held for cached steps."""

@@ -7,6 +7,7 @@ every forward, so a context can only ever see its own branch, whatever the order
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,6 +16,7 @@ from cache_dit.caching.cache_contexts.cache_manager import CachedContextManager
 
 from .branch_context import BranchContext
 from .decisions import Decisions
+from .inputs import Given, differ
 from .runtime import Groups, Identity, TransformerSpec
 from .schedule import Action
 from .stats import TransformerStats
@@ -36,6 +38,10 @@ class BranchContexts(Decisions, CachedContextManager):
         Decisions.__init__(self)
         self.on_decision: Callable[[bool], None] | None = None
         self._outcomes: list[bool] = []
+        self.given: Given = {}
+        """The form of what the forward under way is given."""
+        self._received: dict[str, tuple[int, Given]] = {}
+        self._changes: defaultdict[str, list[int]] = defaultdict(list)
 
     def begin_request(self, spec: TransformerSpec, stats: TransformerStats, groups: Groups) -> None:
         """Forget every context; the next forwards run under ``spec`` on ``groups`` and report to ``stats``."""
@@ -46,6 +52,8 @@ class BranchContexts(Decisions, CachedContextManager):
         """Drop all contexts with their tensors."""
         self.clear_contexts()
         self._current_context = None
+        self._received.clear()
+        self._changes.clear()
         self.forget()
 
     @torch.compiler.disable
@@ -59,6 +67,27 @@ class BranchContexts(Decisions, CachedContextManager):
     def held_bytes(self) -> int:
         """Bytes of the tensors in all contexts and their calibrators."""
         return sum(context.held_bytes() for context in self._cached_context_manager.values())
+
+    @torch.compiler.disable
+    def receive(self, identity: Identity) -> bool:
+        """Whether the inputs of a branch have another form than before; what it holds is then dropped."""
+        branch, step = identity.branch, identity.step
+        last, before = self._received.get(branch, (step, self.given))
+        self._received[branch] = step, self.given
+        if not differ(before, self.given):
+            return False
+        for context in self._cached_context_manager.values():
+            if context.branch == branch:
+                context.start_over(self.spec.settings)
+        if step > last:
+            # Otherwise the loop over the steps has begun again, and nothing is kept anyway.
+            changes = self._changes[branch]
+            changes.append(step)
+            steps = f"step{'s' * (len(changes) > 1)} {', '.join(map(str, changes))}"
+            self.stats.remark(
+                f"{branch} input", f"{branch}: its input changed shape or dtype at {steps}, computed anew"
+            )
+        return True
 
     @torch.compiler.disable
     def begin_forward(self, identity: Identity) -> None:
@@ -85,7 +114,7 @@ class BranchContexts(Decisions, CachedContextManager):
         if context is None or self._identity.step < context.last_step:
             # A step before the last one is a new round of the loop: nothing of the old one may be seen.
             self.new_round(str(cached_context))
-            context = BranchContext.create(key, str(cached_context), self.spec)
+            context = BranchContext.create(key, str(cached_context), self._identity.branch, self.spec)
             self._cached_context_manager[key] = context
         self._current_context = context
         return context
@@ -142,7 +171,7 @@ class BranchContexts(Decisions, CachedContextManager):
         may_cache = (
             context.has_reference
             and self._identity.branch not in self._poisoned
-            and (context.residual_shape, context.given) == (residual.shape, self.given)
+            and context.residual_shape == residual.shape
         )
         if action is Action.CACHE:
             return self.agreed(may_cache)
@@ -176,8 +205,7 @@ class BranchContexts(Decisions, CachedContextManager):
         if diff is None:
             if not may_cache and self.group is None:
                 return False
-            important = self.get_important_condition_threshold()
-            diff, decisive, may_cache = self.measure(context.blocks, t1, t2, may_cache, important)
+            diff, decisive, may_cache = self.measure(context.blocks, t1, t2, may_cache)
         self.lead(context.blocks, diff)
         if t1 is None or t1.shape != t2.shape:
             return False
@@ -195,7 +223,7 @@ class BranchContexts(Decisions, CachedContextManager):
     @torch.compiler.disable
     def set_Fn_buffer(self, buffer: torch.Tensor, prefix: str = "Fn") -> None:  # noqa: N802
         """Store the residual of the first blocks, where a later step may be measured against it."""
-        self._current_context.residual_shape, self._current_context.given = buffer.shape, self.given
+        self._current_context.residual_shape = buffer.shape
         if not self.spec.plan.static:
             super().set_Fn_buffer(buffer, prefix)
 

@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from . import agreement
 from .runtime import Groups, Identity, TransformerSpec
 from .schedule import Action
 from .similarity import reduced_differences, residual_difference, residual_sums
 from .stats import COND, BranchStats, TransformerStats
-
-Given = tuple[tuple[torch.Size, torch.dtype], ...]
-"""Shape and dtype of the tensors that a forward is given."""
-
-
-def given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Given:
-    """What a forward is given: its positional arguments, states and embeddings.
-
-    A model that cuts the sequence itself cuts it within its forward, and the host cuts it into equal shards: unlike
-    the states inside, it changes on all ranks of a forward or on none.
-    """
-    streams = (*args, kwargs.get("hidden_states"), kwargs.get("encoder_hidden_states"))
-    leaves = pytree.tree_leaves(streams)
-    return tuple((each.shape, each.dtype) for each in leaves if isinstance(each, torch.Tensor))
 
 
 @dataclass
@@ -56,7 +40,6 @@ class Decisions:
         self._forward_in_step = 0
         self._leading: dict[str, tuple[int, float]] = {}
         self._runs: dict[str, _Run] = {}
-        self.given: Given = ()
 
     def start(self, spec: TransformerSpec, stats: TransformerStats, groups: Groups) -> None:
         """The next forwards run under ``spec`` on ``groups`` and report to ``stats``."""
@@ -204,29 +187,27 @@ class Decisions:
         return residual[:, : self.groups.real_tokens(residual.shape[1])] if residual.ndim == 3 else residual
 
     def measure(
-        self, blocks: str, t1: torch.Tensor | None, t2: torch.Tensor, may_cache: bool, important: float
+        self, blocks: str, t1: torch.Tensor | None, t2: torch.Tensor, may_cache: bool
     ) -> tuple[float, float, bool]:
         """This branch's difference, the one that decides, and whether no rank must compute.
 
         Args:
             blocks: the block list whose residual of this step is ``t2``, and of the last computed one ``t1``; None
                 where the branch has computed none on this rank.
-            important: as ``important_threshold`` of ``similarity``.
         """
         if self.group is None:
-            diff = residual_difference(t1, t2, important_threshold=important)
+            diff = residual_difference(t1, t2)
             return diff, diff, True
         shared = self.coupled and not self._separate
         adds = t1 is not None and t1.shape == t2.shape and (not shared or self._identity.branch == COND)
         apart = self.coupled and self._separate
         diffs, compute = reduced_differences(
-            residual_sums(self._real(t1), self._real(t2), important) if adds else None,
+            residual_sums(self._real(t1), self._real(t2)) if adds else None,
             self.group,
             device=t2.device,
             compute=not may_cache,
             row=self.groups.row if apart else 0,
             rows=self.groups.rows if apart else 1,
-            important_threshold=important,
         )
         if shared:
             self._leading[blocks] = (self._identity.step, diffs[0])

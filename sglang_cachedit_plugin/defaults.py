@@ -14,6 +14,8 @@ from .profiles import BUILT_IN
 from .settings import NEEDS_OUTPUT
 from .sources import FileConfig, Resolved, Source, Value, read_request, resolve
 
+_OFF = Value(False, "default")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
@@ -48,10 +50,12 @@ class Defaults:
     @property
     def switch(self) -> Value:
         """The same with its origin: live changes outrank the file, the file outranks the environment."""
-        for source in (self.overrides.source, self.file.source, self.environment):
-            if source.enabled is not None:
-                return source.enabled
-        return Value(False, "default")
+        return self._given_switch or _OFF
+
+    @property
+    def _given_switch(self) -> Value | None:
+        sources = (self.overrides.source, self.file.source, self.environment)
+        return next((source.enabled for source in sources if source.enabled is not None), None)
 
     @property
     def profiles(self) -> Mapping[str, Source]:
@@ -82,8 +86,13 @@ class Defaults:
         """These settings under another live change; profiles of the present one stay usable once more."""
         return replace(self, overrides=overrides, retired=self.overrides.profiles, change=change)
 
-    def decide(self, enable: bool | None, params: Mapping[str, Any] | None) -> Decision:
+    def decide(
+        self, enable: bool | None, params: Mapping[str, Any] | None, stage: Source | None = None
+    ) -> Decision:
         """Settings of a request with ``enable_cache_dit`` and ``cache_dit_params``.
+
+        Args:
+            stage: what the host's stage wants by itself; everything that was set outranks it.
 
         Raises:
             SettingError: a parameter that cannot be used.
@@ -95,12 +104,26 @@ class Defaults:
         name = request.profile or live.profile
         profiles = [known[name]] if name else []
         order = [request, *profiles, live] if request.profile else [request, live, *profiles]
-        resolved = resolve(*order, self.file.source, self.environment)
+        stage = Source() if stage is None else stage
+        resolved = resolve(*order, self.file.source, self.environment, stage)
         safety = request.primary.get("max_accumulated_diff")
         if safety is not None and safety.value is not None and resolved.primary.forecast != "output":
-            raise SettingError("max_accumulated_diff", safety.value, safety.origin, NEEDS_OUTPUT)
-        enabled = self.enabled if enable is None else enable
+            raise SettingError("max_accumulated_diff", safety.value, safety.origin, NEEDS_OUTPUT.format("forecast"))
+        switch = self._given_switch or stage.enabled or _OFF
+        enabled = switch.value if enable is None else enable
         return Decision(enabled=enabled, reason=self._why_off(enable, enabled), resolved=resolved)
+
+    def check(self, fields: Mapping[str, Any]) -> None:
+        """Check a request's ``enable_cache_dit`` and ``cache_dit_params`` before any worker hears of it.
+
+        Raises:
+            SettingError: one of them cannot be used.
+        """
+        name = "enable_cache_dit"
+        switch = fields.get(name)
+        if switch is not None and not isinstance(switch, bool):
+            raise SettingError(name, switch, "request", "expected true or false")
+        self.decide(switch, fields.get("cache_dit_params"))
 
     @staticmethod
     def _why_off(enable: bool | None, enabled: bool) -> str | None:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from . import defaults, graphs, host, own_loops, startup
+from . import defaults, graphs, host, own_loops, stage_settings
 from .adapters import find_row
+from .cache.solvers import Solver
 from .errors import MountError
 from .mount import ModelBackend
 from .own_loops import Identify, OwnLoop
 from .parallel import tell_parallel
 from .runtime import Identity, Runtime
-from .session import Session, publish
+from .session import REPORT, Session, attach, count, decide
+from .sources import Source
+from .stats import RequestStats
 
 
 class _Mounted:
@@ -27,9 +31,37 @@ class _Mounted:
         self.runtime = Runtime(backend)
 
 
+@dataclass(frozen=True)
+class _Running:
+    """A stage under way, its requests, and the size of the pictures that were asked of it."""
+
+    stage: Any
+    batches: Sequence[Any]
+    size: tuple[int, ...] | None
+
+
+@dataclass
+class _Served:
+    """What denoising stages have done so far for requests that they served together."""
+
+    batches: Sequence[Any]
+    stats: RequestStats
+    failed: bool = False
+
+
+@dataclass
+class _Request:
+    """One request, or one group, on its way through all stages; ``first`` is its first denoising stage."""
+
+    first: Any = None
+    served: list[_Served] = field(default_factory=list)
+
+
 _stages: weakref.WeakKeyDictionary[Any, _Mounted] = weakref.WeakKeyDictionary()
 _open: list[tuple[Any, Session]] = []
-_running: list[Any] = []
+_kept: dict[Any, tuple[Session, Any]] = {}
+_running: list[_Running] = []
+_request: _Request | None = None
 
 
 class CacheDitDenoisingMixin:
@@ -50,12 +82,19 @@ class CacheDitDenoisingMixin:
             num_inference_steps: steps of the transformer, or of the high and the low noise expert.
             batch: the host's request.
         """
+        if self in _kept:
+            # Its run was given up: nobody has unmounted it.
+            session, last = _kept.pop(self)
+            _end(self, session, [last])
         joint = self._cache_dit_joint_cfg_decision()
-        session = _begin(self, batch, self.server_args, self._cache_dit_requested)
-        if session.decision.enabled and (reason := _declined(self, batch, session)):
+        wanted = self._cache_dit_requested_for_batch(batch)
+        session = _begin(self, batch, stage_settings.source(self, num_inference_steps, wanted=wanted))
+        if session.decision.enabled and not wanted:
+            session.refuse(stage_settings.refusal(self))
+        elif session.decision.enabled and (reason := _declined(self, batch, session)):
             session.disable(reason)
         elif session.decision.enabled or self in _stages:
-            loop = own_loops.of(type(self))
+            loop = _loop(self)
             identify = loop.identify(batch) if loop is not None and loop.identify is not None else _identify
             _open_request(
                 self, batch, self.server_args, session, identify, _steps(self, num_inference_steps), joint=joint,
@@ -68,22 +107,48 @@ class CacheDitDenoisingMixin:
         """The host wants the original forward."""
         if self in _stages:
             _stages[self].runtime.prepare(None)
+        self._cache_dit_enabled = False
+        if self in _kept:
+            # The step under way is the last of its run, or that of another one which takes the caching along.
+            session, last = _kept.pop(self)
+            batch = _running[-1].batches[0] if _running else last
+            _end(self, session, [batch if own_loops.same_run(batch, last) else last])
+
+    def _cache_dit_scm_masks(
+        self, primary_num_steps: int, secondary_num_steps: int | None = None
+    ) -> tuple[str, str, None, None]:
+        """No schedule of the stage's own: schedules are made from the settings."""
+        return "none", "dynamic", None, None
+
+    def _build_cache_dit_config(
+        self, num_inference_steps: int, steps_computation_mask: Any, scm_policy: str, secondary: bool = False
+    ) -> Any:
+        """Nothing of the stage's own: what a subclass puts in its place ranks under all that was set."""
+        return host.untouched_config(num_inference_steps, steps_computation_mask, scm_policy)
 
     def _refresh_cache_dit_context(self, n_remaining: int, scm_preset: str | None, ctx: Any = None) -> None:
         """The picture has grown: nothing kept of the small one is of use. Steps keep their numbers."""
         if self in _stages:
             for transformer in _stages[self].backend.mounted.values():
                 transformer.forget()
+        for owner, session in _open:
+            if owner is self and session.steps is not None:
+                session.steps.forget()
 
 
-def _begin(stage: Any, batch: Any, server_args: Any, requested: Callable[[], bool] | None = None) -> Session:
-    """Decide on a request; ``requested``: what the stage would do where the request says nothing."""
-    startup.ensure_file(server_args)
-    enable = batch.sampling_params.enable_cache_dit
-    # Asked only now: the file may switch caching on.
-    if enable is None and requested is not None and requested() != defaults.current().enabled:
-        enable = requested()
-    session = Session("native", defaults.current().decide(enable, batch.sampling_params.cache_dit_params))
+def _loop(stage: Any) -> OwnLoop | None:
+    """What is known of the stage under way, which may hold ``stage``, or of ``stage``."""
+    return (own_loops.of(type(_running[-1].stage)) if _running else None) or own_loops.of(type(stage))
+
+
+def _begin(stage: Any, batch: Any, own: Source | None = None) -> Session:
+    """Decide on a request; ``own``: what the stage wants by itself."""
+    params = batch.sampling_params
+    decision = decide(params.enable_cache_dit, params.cache_dit_params, own)
+    outermost = _running[0].stage if _running else stage
+    if _request is not None and _request.first is None:
+        _request.first = outermost
+    session = Session("native", decision, further=_request is not None and _request.first is not outermost)
     _open.append((stage, session))
     host.forget_branch()
     if session.decision.enabled and (sections := defaults.current().file.passed_on):
@@ -106,29 +171,35 @@ def _declined(stage: Any, batch: Any, session: Session) -> str | None:
     for switch, name in (("enable_teacache", "TeaCache"), ("enable_spectrum", "Spectrum")):
         if getattr(batch, switch, False):
             return f"{name} is on: the host leaves out steps itself"
-    if getattr(stage, "_disable_cache_dit_for_request", False):
-        return "LTX-2 with an image: the host keeps such requests uncached"
     return None
 
 
 def _open_request(
     stage: Any, batch: Any, server_args: Any, session: Session, identify: Identify,
-    steps: dict[str, tuple[int, int]], *, joint: bool = False, one_config: bool = False,
+    steps: dict[str, tuple[int, int]], *, joint: bool = False, one_config: bool = False, exact: bool = True,
 ) -> None:
+    # The host's own requests may take other steps than the one that they copy, a further stage takes its own.
+    if exact and not host.serves_nobody(batch) and REPORT not in getattr(batch, "extra", {}):
+        session.check_masks(steps, one_config)
     mounted = _mounted(stage)
     with_graphs = bool(server_args.enable_breakable_cuda_graph)
     mounted.backend.identify = graphs.nobody if with_graphs else identify
     try:
         mounted.backend.groups = host.groups(
-            _running or [stage], batch, modules=mounted.backend.modules.values(), joint=joint,
+            [each.stage for each in _running] or [stage], batch, modules=mounted.backend.modules.values(), joint=joint,
             patch_size=getattr(stage.transformer, "patch_size", None),
         )
     except MountError as error:
         session.refuse(str(error))
         return
+    scheduler = getattr(batch, "scheduler", None)
     session.open(
-        mounted.runtime, mounted.backend, steps, _positions(batch), size=host.size_of(batch), one_config=one_config
+        mounted.runtime, mounted.backend, steps, _positions(batch, steps),
+        # A stage that grows the picture starts small; schedules are tuned for the size that was asked for.
+        size=_running[-1].size if _running else host.size_of(batch), one_config=one_config,
+        solver=None if scheduler is None else Solver(scheduler, scheduler.step),
     )
+    session.hook_scheduler()
     if with_graphs and session.stats.enabled:
         graphs.serve(mounted.backend.mounted.values(), identify)
     elif batch.is_warmup:
@@ -137,7 +208,7 @@ def _open_request(
 
 def _enter_own_loop(stage: Any, batch: Any, server_args: Any, loop: OwnLoop) -> None:
     """Open the request of a stage that never asks; raises RefusedError for one that is declined and ``strict``."""
-    session = _begin(stage, batch, server_args)
+    session = _begin(stage, batch)
     decision = session.decision
     if not decision.enabled and stage not in _stages:
         return
@@ -148,12 +219,13 @@ def _enter_own_loop(stage: Any, batch: Any, server_args: Any, loop: OwnLoop) -> 
         reason = "its transformer is not loaded yet"
     if not reason:
         steps = {"transformer": (0, own_loops.num_steps(batch))}
-        _open_request(stage, batch, server_args, session, loop.identify(batch), steps)
+        known = getattr(batch, "timesteps", None) is not None
+        _open_request(stage, batch, server_args, session, loop.identify(batch), steps, exact=known)
     elif decision.enabled:
         session.refuse(f"{type(stage).__name__}: {reason}")
 
 
-def check_worker(result: Any, worker: Any, *args: Any, **kwargs: Any) -> None:
+def check_worker(worker: Any) -> None:
     """After a worker has loaded its model: one line for each transformer that will not be cached.
 
     Raises:
@@ -196,7 +268,6 @@ def compile_mounted(original: Callable[..., Any], stage: Any, module: Any) -> No
     server_args = stage.server_args
     if not server_args.enable_torch_compile or server_args.enable_breakable_cuda_graph:
         return original(stage, module)
-    startup.ensure_file(server_args)
     try:
         _mounted(stage).runtime.mount()
     except MountError as error:
@@ -226,16 +297,19 @@ def _steps(stage: Any, num_inference_steps: int | tuple[int, int]) -> dict[str, 
     return steps
 
 
-def _positions(batch: Any) -> tuple[float, ...] | None:
+def _positions(batch: Any, steps: Mapping[str, tuple[int, int]]) -> tuple[float, ...] | None:
     timesteps = getattr(batch, "timesteps", None)
-    return None if timesteps is None else tuple(float(t) for t in timesteps.flatten().tolist())
+    total = max(first + count for first, count in steps.values())
+    # A request of one step says the timestep of that one.
+    if timesteps is None or timesteps.numel() < total:
+        return None
+    return tuple(float(t) for t in timesteps.flatten().tolist())
 
 
 def run_stage(original: Callable[..., Any], stage: Any, batch: Any, server_args: Any) -> Any:
     """Around every stage: whatever happened in it, a request opened in it ends with it."""
-    before, failed = len(_open), True
-    _running.append(stage)
-    try:
+    before = len(_open)
+    with _under_way(stage, [batch]):
         loop = own_loops.of(type(stage))
         # Action models are served requests of another kind, which cannot ask for anything.
         if loop is not None and not loop.asks and getattr(batch, "sampling_params", None) is not None:
@@ -244,20 +318,86 @@ def run_stage(original: Callable[..., Any], stage: Any, batch: Any, server_args:
         for _, session in _open[before:]:
             if session.recording is not None:
                 session.recording.latents(getattr(result, "latents", None))
-        failed = False
+        if len(_open) == before and host.overrides(stage, "_maybe_enable_cache_dit"):
+            # It decided before it came to the method that it stands in place of.
+            session = _begin(stage, batch)
+            if session.decision.enabled:
+                session.disable(stage_settings.refusal(stage))
         return result
+
+
+def run_payload(
+    original: Callable[..., Any], executor: Any, stage: Any, payload: Any, server_args: Any, run: Callable[..., Any]
+) -> Any:
+    """Around what the executor does with a stage: some denoise a group in one go, and are not called as stages."""
+    if not isinstance(payload, list) or not payload:
+        return original(executor, stage, payload, server_args, run)
+    with _under_way(stage, payload):
+        return original(executor, stage, payload, server_args, run)
+
+
+@contextmanager
+def run_request(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[None]:
+    """Around all stages of a request or group: it is counted once, however many of them denoise."""
+    global _request
+    outer, _request = _request, _Request()
+    try:
+        with original(*args, **kwargs):
+            yield
+    finally:
+        ended, _request = _request, outer
+        for served in ended.served:
+            count(served.batches, served.stats, host.logger().info, failed=served.failed)
+
+
+@contextmanager
+def _under_way(stage: Any, batches: Sequence[Any]) -> Iterator[None]:
+    before, failed = len(_open), True
+    _running.append(_Running(stage, batches, host.size_of(batches[0])))
+    try:
+        yield
+        failed = False
     finally:
         _running.pop()
         ended, _open[before:] = _open[before:], []
+        loop = own_loops.of(type(stage))
         with ExitStack() as ends:
             # Each is ended, whatever the end of another one raises.
+            if loop is not None and loop.one_step:
+                ended = _keep(ended, batches[0], failed)
             for owner, session in ended:
-                ends.callback(_end, owner, session, batch, failed)
+                ends.callback(_end, owner, session, batches, failed)
 
 
-def _end(owner: Any, session: Session, batch: Any, failed: bool) -> None:
+def _keep(opened: list[tuple[Any, Session]], batch: Any, failed: bool) -> list[tuple[Any, Session]]:
+    """Of the sessions of a stage whose requests are single steps, those that end now; the others go on."""
+    if failed:
+        kept = [(owner, session) for owner, (session, _) in _kept.items()]
+        _kept.clear()
+        return [*opened, *kept]
+    _kept.update({owner: (session, batch) for owner, session in opened if owner._cache_dit_enabled})
+    for owner, (session, last) in _kept.items():
+        if own_loops.same_run(last, batch):
+            _kept[owner] = session, batch
+            attach(batch, session.stats)
+    return [each for each in opened if not each[0]._cache_dit_enabled]
+
+
+def _end(owner: Any, session: Session, batches: Sequence[Any], failed: bool = False) -> None:
     if owner in _stages:
         graphs.stop(_stages[owner].backend.modules.values())
     module = getattr(owner, "transformer", None)
     device = next((p.device for p in module.parameters()), None) if module is not None else None
-    publish(batch, session.close(device), host.logger().info, failed=failed)
+    stats = session.close(device)
+    request = _request or _Request()
+    served = next((each for each in request.served if each.batches[0] is batches[0]), None)
+    if served is None:
+        served = _Served(batches, stats)
+        request.served.append(served)
+    else:
+        served.stats.add_stage(type(owner).__name__, stats)
+    served.failed = served.failed or failed
+    for batch in batches:
+        attach(batch, served.stats)
+    if _request is None:
+        count(batches, stats, host.logger().info, failed=failed)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
 from . import defaults, engine, host, recording, startup
+from .cache.solvers import Solver, hooked, hooked_scheduler, latents_of
 from .config_file import file_label
 from .errors import MountError
 from .mount import ModelBackend
 from .parallel import mesh_group
 from .runtime import Groups, Identity, Runtime
-from .session import Session, publish
+from .session import Session, decide, publish
 from .stats import COND
+from .stretch import Stretch
 
 _NAMES = {"pred_cond": COND, "pred_uncond": "uncond", "conditional": COND, "unconditional": "uncond"}
 
@@ -27,7 +30,10 @@ class PipelineCache:
     """The cache of one diffusers pipeline.
 
     Branches are named by the pipeline's own ``cache_context``; where it has none, by the prompt
-    embeddings that a forward gets. Steps are those of the pipeline's scheduler.
+    embeddings that a forward gets. A step is a step of the pipeline's scheduler, whatever was asked for: a run of
+    the loop takes part of its timesteps with image-to-image, and more than were asked for with solvers of second
+    order. What it takes is known with its first forward, from ``begin_index`` and the pipeline's ``num_timesteps``;
+    the scheduler's first step confirms it.
     """
 
     def __init__(self, pipe: Any):
@@ -38,7 +44,9 @@ class PipelineCache:
         self.runtime = Runtime(self.backend)
         self.session: Session | None = None
         self.spread = self.compiled = False
-        self._step = 0
+        self._step = self._asked = 0
+        self._loop_set = False
+        self._stretch: Stretch | None = None
         self._context_name: str | None = None
         self._embeddings: list[torch.Tensor] = []
         if recording.folder() is not None and hasattr(pipe, "set_progress_bar_config"):
@@ -48,9 +56,10 @@ class PipelineCache:
     @property
     def refusal(self) -> str | None:
         """Why nothing of the pipeline can be cached, None where something can."""
-        if self.modules:
-            return None
         name = type(self.pipe).__name__
+        if self.modules:
+            counts = hasattr(getattr(self.pipe, "scheduler", None), "set_timesteps")
+            return None if counts else f"{name} has no scheduler, so its steps cannot be counted"
         if getattr(self.pipe, "unet", None) is not None:
             return f"{name} denoises with a UNet, only transformers are cached"
         return f"{name} has no transformer"
@@ -62,7 +71,14 @@ class PipelineCache:
         self.runtime.mount()
 
     def identify(self, name: str, kwargs: Mapping[str, Any]) -> Identity | None:
-        """Branch and step of a forward of transformer ``name``."""
+        """Branch and step of a forward of transformer ``name``; None for one that is no denoising step."""
+        if not self._loop_set:
+            # GLM-Image fills its attention cache from a picture before the loop.
+            return None
+        if self._stretch is None:
+            self._follow()
+        if not self.session.stats.enabled:
+            return None
         if self._context_name is not None:
             branch = _NAMES.get(self._context_name, self._context_name)
         else:
@@ -91,17 +107,19 @@ class PipelineCache:
         self, session: Session, num_steps: int, size: tuple[int, ...] | None = None, *, warmup: bool = False
     ) -> Iterator[None]:
         """Run one pipeline call under ``session``."""
-        self.session, self._step, self._embeddings = session, 0, []
+        self.session, self._asked, self._loop_set = session, num_steps, False
         self.backend.groups = Groups(forward=next(map(mesh_group, self.modules.values()), None))
-        with self._named_contexts(), self._counted_steps():
+        with self._named_contexts(), self._counted_steps() as solver:
             try:
-                places = _Timesteps(self.pipe.scheduler)
-                session.open(self.runtime, self.backend, self._split(num_steps), places, size=size)
+                asked = dict.fromkeys(self.modules, (0, num_steps))
+                session.open(self.runtime, self.backend, asked, None, size=size, followed=True, solver=solver)
                 if warmup:
                     session.rehearse(compiled=self.compiled)
                 yield
+                if session.stats.enabled and not self._loop_set:
+                    session.refuse(f"{type(self.pipe).__name__} does not set the timesteps of its scheduler")
             finally:
-                self.session, self._embeddings = None, []
+                self.session, self._stretch, self._embeddings = None, None, []
 
     @contextmanager
     def uncached(self, session: Session) -> Iterator[None]:
@@ -115,17 +133,11 @@ class PipelineCache:
 
     @contextmanager
     def _named_contexts(self) -> Iterator[None]:
-        originals = {}
-        for name, module in self.modules.items():
-            own = getattr(module, "cache_context", None)
-            if own is not None:
-                originals[name] = own
-                module.cache_context = self._naming(own)
-        try:
+        with ExitStack() as hooks:
+            for module in self.modules.values():
+                if (own := getattr(module, "cache_context", None)) is not None:
+                    hooks.enter_context(hooked(module, cache_context=self._naming(own)))
             yield
-        finally:
-            for name in originals:
-                self.modules[name].__dict__.pop("cache_context", None)
 
     def _naming(self, own: Callable[[str], Any]) -> Callable[[str], Any]:
         @contextmanager
@@ -140,63 +152,83 @@ class PipelineCache:
         return cache_context
 
     @contextmanager
-    def _counted_steps(self) -> Iterator[None]:
-        # A subclass, not an instance attribute: pipelines copy their scheduler, and a copy must not count.
+    def _counted_steps(self) -> Iterator[Solver]:
         scheduler = self.pipe.scheduler
-        own = type(scheduler)
+        solver, own_set_timesteps = Solver(scheduler, scheduler.step), scheduler.set_timesteps
 
-        @functools.wraps(own.step)
-        def step(this: Any, *args: Any, **kwargs: Any) -> Any:
-            result = own.step(this, *args, **kwargs)
-            if this is scheduler:
-                self._step += 1
-                if self.session is not None and self.session.recording is not None:
-                    self.session.recording.latents(result[0] if isinstance(result, tuple) else result.prev_sample)
-            return result
+        @functools.wraps(solver.own_step)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            return self._scheduler_step(solver, *args, **kwargs)
 
-        @functools.wraps(own.set_timesteps)
-        def set_timesteps(this: Any, *args: Any, **kwargs: Any) -> Any:
-            if this is scheduler:
-                # A new round of the loop: the next section of a long video, the next stage of a pyramid.
-                self._step, self._embeddings = 0, []
-            return own.set_timesteps(this, *args, **kwargs)
+        @functools.wraps(own_set_timesteps)
+        def set_timesteps(*args: Any, **kwargs: Any) -> Any:
+            # A new run of the loop: the next section of a long video, the next stage of a pyramid.
+            self._step, self._embeddings, self._stretch, self._loop_set = 0, [], None, True
+            if self.session is not None and self.session.steps is not None:
+                self.session.steps.begin_loop()
+            return own_set_timesteps(*args, **kwargs)
 
-        counted = {"step": step, "set_timesteps": set_timesteps, "__module__": own.__module__}
-        scheduler.__class__ = type(own.__name__, (own,), counted)
-        try:
-            yield
-        finally:
-            scheduler.__class__ = own
+        with hooked_scheduler(scheduler, step=step, set_timesteps=set_timesteps):
+            yield solver
 
-    def _split(self, num_steps: int) -> dict[str, tuple[int, int]]:
+
+    def _scheduler_step(self, solver: Solver, *args: Any, **kwargs: Any) -> Any:
+        steps = None if self.session is None else self.session.steps
+        result = solver.own_step(*args, **kwargs) if steps is None else steps.step(*args, **kwargs)
+        if self._stretch is not None and self._step == 0:
+            first = _index(solver.scheduler, solver.own_step, args, kwargs)
+            if first not in (None, self._stretch.first):
+                self._follow(first)
+        self._step += 1
+        if self.session is not None and self.session.recording is not None:
+            self.session.recording.latents(latents_of(result))
+        return result
+
+    def _follow(self, first: int | None = None) -> None:
+        """Tell the session what the run takes of the scheduler's steps.
+
+        Args:
+            first: index of its first step; None before that is made: what the scheduler and the pipeline say.
+        """
+        scheduler = self.pipe.scheduler
+        timesteps = _places(scheduler)
+        # Known once the pipeline has cut its timesteps; some end before the last one.
+        count = min(getattr(self.pipe, "num_timesteps", None) or len(timesteps), len(timesteps))
+        if first is None:
+            first = getattr(scheduler, "begin_index", None)
+        if first is None:
+            # Some pipelines leave out the beginning and do not tell the scheduler.
+            first = len(timesteps) - count
+        self._stretch = Stretch(
+            timesteps=timesteps, first=first, count=min(count, len(timesteps) - first), asked=self._asked,
+            order=getattr(scheduler, "order", 1),
+        )
+        self.session.follow(self._split(self._stretch.positions), self._stretch)
+
+    def _split(self, positions: Sequence[float]) -> dict[str, tuple[int, int]]:
         """First step and number of steps of each transformer."""
-        if "transformer_2" not in self.modules:
-            return {"transformer": (0, num_steps)}
-        boundary = getattr(self.pipe.config, "boundary_ratio", None)
-        if boundary is None:
-            return {"transformer": (0, num_steps), "transformer_2": (0, num_steps)}
-        self.pipe.scheduler.set_timesteps(num_steps)
+        count, boundary = len(positions), getattr(self.pipe.config, "boundary_ratio", None)
+        if "transformer_2" not in self.modules or boundary is None:
+            return dict.fromkeys(self.modules, (0, count))
         limit = boundary * self.pipe.scheduler.config.num_train_timesteps
-        high = int((self.pipe.scheduler.timesteps >= limit).sum())
-        return {"transformer": (0, high), "transformer_2": (high, num_steps - high)}
+        high = sum(position >= limit for position in positions)
+        return {"transformer": (0, high), "transformer_2": (high, count - high)}
 
 
-class _Timesteps(Sequence[float]):
-    """The scheduler's timesteps, read once each time the pipeline has set them."""
+def _places(scheduler: Any) -> tuple[float, ...]:
+    """The scheduler's timesteps, one for each of its steps."""
+    return tuple(float(t) for t in scheduler.timesteps.flatten().tolist())
 
-    def __init__(self, scheduler: Any):
-        self._scheduler = scheduler
-        self._source: torch.Tensor | None = None
-        self._read: list[float] = []
 
-    def __len__(self) -> int:
-        if self._source is not self._scheduler.timesteps:
-            self._source = self._scheduler.timesteps
-            self._read = [float(t) for t in self._source.flatten().tolist()]
-        return len(self._read)
-
-    def __getitem__(self, step: int) -> float:
-        return self._read[step]
+def _index(scheduler: Any, own_step: Callable[..., Any], args: Any, kwargs: Any) -> int | None:
+    """Index in the scheduler's timesteps of the step that it has just made, None where it cannot be told."""
+    if after := getattr(scheduler, "step_index", None):
+        return int(after) - 1
+    timestep = inspect.signature(own_step).bind(*args, **kwargs).arguments.get("timestep")
+    if timestep is None:
+        return None
+    place, places = float(torch.as_tensor(timestep).flatten()[0]), _places(scheduler)
+    return places.index(place) if place in places else None
 
 
 def _branch_name(index: int) -> str:
@@ -236,8 +268,7 @@ def load(original: Callable[..., Any], pipeline: Any, pipe: Any, server_args: An
 def execute(original: Callable[..., Any], stage: Any, batch: Any, server_args: Any) -> Any:
     """Around one pipeline call."""
     params = batch.sampling_params
-    decision = defaults.current().decide(params.enable_cache_dit, params.cache_dit_params)
-    session = Session("diffusers", decision)
+    session = Session("diffusers", decide(params.enable_cache_dit, params.cache_dit_params))
     cache = _pipes.get(stage.diffusers_pipe)
     if cache is not None and cache.spread and batch.generator_device is None:
         # The ranks share one picture: noise drawn on the CPU is the same on all, whatever their devices.

@@ -25,19 +25,24 @@ def gram(values: Sequence[torch.Tensor], dtype: torch.dtype = torch.float64) -> 
     """Inner products of ``values`` for each batch item.
 
     Args:
-        values: ``n`` tensors of one shape (batch, ...).
+        values: ``n`` tensors of one shape: (batch, tokens, dim), or (tokens, dim) of one packed item.
         dtype: precision of the sums; the values are converted a chunk at a time.
 
     Returns:
         float64 tensor on the CPU, (batch, n, n).
     """
-    rows = [value.reshape(value.shape[0] if value.dim() > 1 else 1, -1) for value in values]
+    rows = [_items(value).flatten(1) for value in values]
     batch, size = rows[0].shape
     sums = torch.zeros(batch, len(rows), len(rows), dtype=dtype, device=rows[0].device)
     for start in range(0, size, _CHUNK):
         part = torch.stack([row[:, start : start + _CHUNK] for row in rows], dim=1).to(dtype)
         sums += part @ part.mT
     return sums.double().cpu()
+
+
+def _items(value: torch.Tensor) -> torch.Tensor:
+    """``value`` with a batch dimension; tokens of a packed tensor belong to one item."""
+    return value if value.dim() > 2 else value[None]
 
 
 class DMDFit:
@@ -128,19 +133,18 @@ class DMDForecaster:
         return self._combine(values, (step - tail[-1][0]) / spacing)
 
     def _combine(self, values: list[torch.Tensor], horizon: float) -> torch.Tensor:
-        newest = values[-1]
-        items = newest if newest.dim() > 1 else newest[None]
-        forecast = torch.empty_like(items)
+        series = [_items(value) for value in values]
+        forecast = torch.empty_like(series[-1])
         for index, fit in enumerate(self._fits):
             weights = fit.weights(horizon) if fit is not None else None
             if weights is None:
-                forecast[index] = items[index]
+                forecast[index] = series[-1][index]
                 continue
-            total = torch.zeros_like(items[index], dtype=torch.float32)
-            for weight, value in zip(weights, values[1:], strict=True):
-                total.add_(value if newest.dim() == 1 else value[index], alpha=weight)
+            total = torch.zeros_like(forecast[index], dtype=torch.float32)
+            for weight, value in zip(weights, series[1:], strict=True):
+                total.add_(value[index], alpha=weight)
             forecast[index] = total
-        return forecast.reshape(newest.shape)
+        return forecast.reshape(values[-1].shape)
 
     def _uniform_tail(self) -> list[tuple[int, float, torch.Tensor]]:
         """The longest run of latest values at one spacing."""

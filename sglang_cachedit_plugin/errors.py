@@ -46,14 +46,17 @@ class MountError(CacheDitError):
 _REFUSAL = "cache-dit refuses the request: "
 
 
-class RefusedError(MountError):
-    """A ``strict`` request that cannot be cached as it asks; known before anything of it is computed.
+class RefusedError(MountError, ValueError):
+    """A request whose settings a worker cannot use; known before anything of it is computed.
 
     What comes back from a worker is the text of its error, so the text itself says that this is a refusal.
+
+    Args:
+        why: what is wrong with the request, in one line.
     """
 
-    def __init__(self, reason: str, origin: str):
-        super().__init__(f"{_REFUSAL}{SettingError('strict', True, origin, reason)}")
+    def __init__(self, why: SettingError | str):
+        super().__init__(f"{_REFUSAL}{why}")
 
 
 def refusal_in(text: str) -> str | None:

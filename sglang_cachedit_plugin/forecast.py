@@ -79,15 +79,18 @@ class Extrapolator:
         others = [known for known in self._known if known[0] != position]
         self._known = deque([*others, (position, value)], maxlen=self._depth)
 
-    def predict(self, position: float, weights: Sequence[float] | None = None) -> torch.Tensor:
+    def predict(
+        self, position: float, weights: Sequence[float] | None = None, *, order: int | None = None
+    ) -> torch.Tensor:
         """The forecast at ``position``, accumulated in float32, in the dtype of the values.
 
         Args:
             weights: what the last values count, oldest first, instead of the polynomial's; of more weights
                 than values known nothing is used.
+            order: another degree of the polynomial.
         """
         if weights is None or len(weights) > len(self._known):
-            known = list(self._known)[-(self.order + 1) :]
+            known = list(self._known)[-((self.order if order is None else order) + 1) :]
             weights = damped_weights([place for place, _ in known], position, self.damping)
         latest = self._known[-1][1]
         if list(weights) == [1.0]:

@@ -9,6 +9,7 @@ on, so the loop stays the model's own. Decisions, buffers and forecasts are thos
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,8 +32,9 @@ class _Pass:
     """One run through the gates of a chain; a forward may make several, e.g. one for each sample.
 
     Args:
-        key: name of the context.
+        key: name of the context. The passes of a forward are numbered as they begin, which is the same in each step.
         position: the last gate entered.
+        handed_on: the measured stream that the last gate returned.
         start: the measured stream before the first block.
         entry: the streams before the first block that may be left out.
         open: between that block and the last one that may be left out.
@@ -41,11 +43,20 @@ class _Pass:
 
     key: str
     position: int = -1
+    handed_on: weakref.ref[torch.Tensor] | None = None
     start: torch.Tensor | None = None
     entry: Streams | None = None
     cached: bool = False
     open: bool = False
     outputs: int | None = None
+
+    def handed(self, value: Any) -> None:
+        """The last gate returned ``value``, which is not kept alive."""
+        self.handed_on = weakref.ref(value) if isinstance(value, torch.Tensor) else None
+
+    def returned(self, value: Any) -> bool:
+        """Whether ``value`` is the tensor that the last gate returned."""
+        return value is not None and self.handed_on is not None and self.handed_on() is value
 
 
 class Chain:
@@ -76,12 +87,13 @@ class Chain:
         self._first: nn.Module | None = None
         self.probe: ChainProbe | None = None
         self._passes: list[_Pass] = []
-        self._skipping: _Pass | None = None
+        self.mixed = False
+        """Whether passes of this forward take turns and nothing tells to which a call belongs; the rest only runs."""
 
     def reset(self) -> None:
         """Forget the passes of the last forward, with the tensors they hold."""
         self._passes.clear()
-        self._skipping = None
+        self.mixed = False
 
     @property
     def unfinished(self) -> bool:
@@ -90,8 +102,8 @@ class Chain:
 
     @property
     def lost(self) -> bool:
-        """Whether a cached pass is unfinished: the forecast never reached the output."""
-        return any(each.open and each.cached for each in self._passes)
+        """Whether a forecast never reached the output, or may have reached the wrong pass."""
+        return any(each.cached and (each.open or self.mixed) for each in self._passes)
 
     def watch(self, first: int, last: int) -> ChainProbe:
         """A probe of the next forward with these first and last blocks."""
@@ -110,58 +122,76 @@ class Chain:
         return gate
 
     @torch.compiler.disable
-    def before(self, gate: Gate, args: Any, kwargs: Any) -> tuple[_Pass, bool, Any, Any]:
-        """(pass, whether the block runs, its arguments); where it does not run, args is its output."""
+    def before(self, gate: Gate, args: Any, kwargs: Any) -> tuple[_Pass | None, bool, Any, Any]:
+        """(pass, whether the block runs, its arguments); where it does not run, args is its output.
+
+        The pass is None where nothing tells which one it is.
+        """
         first, last = self._middle()
-        skipping = self._skipping
-        if skipping is not None and skipping.position < gate.index < last - 1:
+        streams = {name: gate.read(name, args, kwargs) for name in self.streams}
+        current = self._pass_of(gate.index, streams[self.measured])
+        if current is None:
+            return None, True, args, kwargs
+        if current.cached and current.open and gate.index < last - 1:
             # Most gates of a cached step: nothing to decide, nothing to keep.
-            skipping.position = gate.index
-            streams = {name: gate.read(name, args, kwargs) for name in self.streams}
-            return skipping, False, self._packed(skipping, streams), None
-        current = self._pass_at(gate.index)
+            current.position = gate.index
+            return current, False, self._hand_on(current, streams), None
         if current.position < 0 < first:
-            current.start = self._kept(self._settled(gate.read(self.measured, args, kwargs)))
+            current.start = self._kept(self._settled(streams[self.measured]))
         if first <= gate.index < last and current.entry is None:
-            args, kwargs = self._decide(gate, current, args, kwargs)
+            args, kwargs = self._decide(gate, current, streams, args, kwargs)
         elif gate.index >= last and current.open:
             # The loop left out the last block of the middle: what it would have returned comes in here.
-            streams = {name: gate.read(name, args, kwargs) for name in self.streams}
             args, kwargs = gate.write(self._close(current, streams), args, kwargs)
         current.position = gate.index
+        streams = {name: gate.read(name, args, kwargs) for name in self.streams}
         if gate.index < first or gate.index >= last or not current.cached:
             if self.probe is not None:
-                self.probe.enter(gate.index, {name: gate.read(name, args, kwargs) for name in self.streams})
+                self.probe.enter(gate.index, streams)
             return current, True, args, kwargs
-        streams = {name: gate.read(name, args, kwargs) for name in self.streams}
         if gate.index == last - 1:
             streams = self._close(current, streams)
-        return current, False, self._packed(current, streams), None
+        return current, False, self._hand_on(current, streams), None
 
     @torch.compiler.disable
-    def after(self, gate: Gate, current: _Pass, output: Any) -> Any:
+    def after(self, gate: Gate, current: _Pass | None, output: Any) -> Any:
         """The block's output, noted where it ends the middle."""
+        if current is None:
+            return output
         if self.probe is not None:
             self.probe.leave(gate.index, output, respread=is_respread(gate.block))
         current.outputs = None if self._is_bare(output) else len(output)
+        streams = self._unpacked(output)
         if gate.index == self._middle()[1] - 1 and current.open:
-            return self._packed(current, self._close(current, self._unpacked(output)), output)
+            return self._hand_on(current, self._close(current, streams), output)
+        current.handed(streams.get(self.measured))
         return output
 
     def _middle(self) -> tuple[int, int]:
         settings = self.contexts.spec.settings
         return settings.Fn_compute_blocks, self.size - settings.Bn_compute_blocks
 
-    def _pass_at(self, index: int) -> _Pass:
-        for each in self._passes:
-            if each.position < index:
-                return each
+    def _pass_of(self, index: int, given: Any) -> _Pass | None:
+        """The pass that enters gate ``index`` with ``given``; None, now and until the forward ends, if none is sure.
+
+        A pass enters each gate once, in rising order. Among several that may come here, it is the one whose last
+        gate returned what this one is given.
+        """
+        if self.mixed:
+            return None
+        ahead = [each for each in self._passes if each.position < index]
+        if len(ahead) > 1:
+            ahead = [each for each in ahead if each.returned(given)]
+            self.mixed = len(ahead) != 1
+            return None if self.mixed else ahead[0]
+        if ahead:
+            return ahead[0]
         number = len(self._passes)
         self._passes.append(_Pass(key=self.name if number == 0 else f"{self.name}#{number}"))
         return self._passes[-1]
 
-    def _decide(self, gate: Gate, current: _Pass, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        entry = {name: self._settled(gate.read(name, args, kwargs)) for name in self.streams}
+    def _decide(self, gate: Gate, current: _Pass, streams: Streams, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        entry = {name: self._settled(value) for name, value in streams.items()}
         hidden = entry[self.measured]
         # Where the loop ran none of the first blocks there is no residual; the states themselves are compared.
         residual = first_residual(self._first, current.start, hidden) if current.position >= 0 else hidden
@@ -175,12 +205,11 @@ class Chain:
             contexts.set_Fn_buffer(residual, prefix=f"{self.name}_Fn_residual")
         current.entry = entry if current.cached else {name: self._kept(value) for name, value in entry.items()}
         current.start, current.open = None, True
-        self._skipping = current if current.cached else None
         return gate.write(entry, args, kwargs) if self._settle is not None else (args, kwargs)
 
     def _close(self, current: _Pass, streams: Streams) -> Streams:
         """End the middle: note its residuals, or forecast its outcome."""
-        current.open, self._skipping = False, None
+        current.open = False
         context = self.contexts.set_context(current.key)
         if current.cached:
             return {name: self._forecast(context, name, current.entry[name]) for name in self.streams}
@@ -228,8 +257,9 @@ class Chain:
         values = (output,) if self._is_bare(output) else output
         return dict(zip(self.streams, values, strict=False))
 
-    def _packed(self, current: _Pass, streams: Streams, like: Any = None) -> Any:
+    def _hand_on(self, current: _Pass, streams: Streams, like: Any = None) -> Any:
         """What a block returns for ``streams``; further values are those of ``like``, or None."""
+        current.handed(streams[self.measured])
         values = [streams[name] for name in self.streams]
         if current.outputs is None and len(values) == 1:
             return values[0]

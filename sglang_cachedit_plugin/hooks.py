@@ -19,8 +19,10 @@ from . import host_names
 from .errors import HostContractError
 
 _RUNTIME = "sglang.multimodal_gen.runtime"
-_DENOISING = f"{_RUNTIME}.pipelines_core.stages.denoising.DenoisingStage"
-_PROGRESSIVE = f"{_RUNTIME}.pipelines_core.stages.progressive_resolution"
+_STAGES = f"{_RUNTIME}.pipelines_core.stages"
+_EXECUTOR = f"{_RUNTIME}.pipelines_core.executors.pipeline_executor.PipelineExecutor"
+_DENOISING = f"{_STAGES}.denoising.DenoisingStage"
+_PROGRESSIVE = f"{_STAGES}.progressive_resolution"
 _DIFFUSERS = f"{_RUNTIME}.pipelines.diffusers_pipeline"
 
 
@@ -30,13 +32,11 @@ class Seam:
 
     Args:
         target: dotted path of the function or method that is hooked.
-        defined_in: dotted path where it is defined, if a base class defines it.
         parameters: names of its parameters; empty: any.
         older: the same in hosts before, whose calls the handler takes too.
         kind: the host's hook type: around, after or replace.
         handler: ``module:attribute`` in this package, imported on first call.
         why: what the hook is for.
-        until: version of host or library that makes it unnecessary, or what must change.
     """
 
     target: str
@@ -44,9 +44,7 @@ class Seam:
     kind: str
     handler: str
     why: str
-    defined_in: str = ""
     older: tuple[tuple[str, ...], ...] = ()
-    until: str = "never: this is the plugin's work"
 
     def hook(self) -> Callable[..., Any]:
         """The callable for the host's registry."""
@@ -103,12 +101,48 @@ SEAMS: tuple[Seam, ...] = (
         why="the config file can enable caching too, not only the environment",
     ),
     Seam(
+        target=f"{_DENOISING}._cache_dit_scm_masks",
+        parameters=("self", "primary_num_steps", "secondary_num_steps"),
+        kind="replace",
+        handler="denoising:CacheDitDenoisingMixin._cache_dit_scm_masks",
+        why="schedules are made from the settings; what a subclass returns is the stage's own schedule",
+    ),
+    Seam(
+        target=f"{_DENOISING}._build_cache_dit_config",
+        parameters=("self", "num_inference_steps", "steps_computation_mask", "scm_policy", "secondary"),
+        kind="replace",
+        handler="denoising:CacheDitDenoisingMixin._build_cache_dit_config",
+        why="what a subclass makes of a config that nobody has touched is the stage's own settings",
+    ),
+    Seam(
         target=f"{_RUNTIME}.pipelines_core.stages.base.PipelineStage.__call__",
         parameters=("self", "batch", "server_args"),
         kind="around",
         handler="denoising:run_stage",
         why="end of a request, failed or not: free the buffers, write the report; some stages hold a "
         "DenoisingStage and call its forward themselves, so the end is that of whichever stage was called",
+    ),
+    Seam(
+        target=f"{_EXECUTOR}.run_stage_with_context",
+        parameters=("self", "stage", "payload", "server_args", "run_stage"),
+        kind="around",
+        handler="denoising:run_payload",
+        why="a stage that denoises a group of requests in one go is not called as a stage",
+    ),
+    Seam(
+        target=f"{_EXECUTOR}._component_residency_request",
+        parameters=("self", "stages", "payload", "server_args"),
+        kind="around",
+        handler="denoising:run_request",
+        why="all stages of a request: one with two denoising stages has one report and is counted once",
+    ),
+    Seam(
+        target=f"{_STAGES}.model_specific_stages.cosmos3.Cosmos3DenoisingStage._predict_noise_cfg",
+        parameters=(),
+        kind="around",
+        handler="own_loops:guided",
+        why="under CFG parallelism the steps without guidance run the conditional forward on every rank: they are told "
+        "from those with guidance",
     ),
     Seam(
         target=f"{_PROGRESSIVE}.denoising.ProgressiveDenoisingStage._refresh_cache_dit_context",
@@ -129,10 +163,10 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         target=f"{_RUNTIME}.managers.gpu_worker.GPUWorker.init_device_and_model",
         parameters=("self",),
-        kind="after",
-        handler="plugin:check_worker",
-        why="a model that cannot be cached, and a hook that another plugin took the place of, are named when the model "
-        "has loaded, not at the first request",
+        kind="around",
+        handler="plugin:start_worker",
+        why="the config file holds before the model loads, as the host asks for it while stages are made; a model that "
+        "cannot be cached, and a hook that another plugin took the place of, are named when it has loaded",
     ),
     Seam(
         target=f"{_RUNTIME}.distributed.cfg_policy.CFGBranch.configure_batch",
@@ -181,16 +215,31 @@ SEAMS: tuple[Seam, ...] = (
         target=f"{_RUNTIME}.entrypoints.diffusion_generator.DiffGenerator._send_to_scheduler_and_wait_for_response",
         parameters=("self", "batch"),
         kind="after",
-        handler="offline:print_table",
-        why="`sglang generate` and the offline engine show a table of steps and residual differences",
+        handler="offline:answered",
+        why="`sglang generate` and the offline engine show a table of steps and residual differences; what a worker "
+        "refused is remembered",
     ),
     Seam(
         target=f"{_RUNTIME}.launch_server.launch_server",
         parameters=("server_args", "launch_http_server"),
         kind="before",
         handler="startup:before_launch",
-        why="--cache-dit-config is read in the launching process, before workers start and weights load; the "
-        "command line builds its server arguments before plugins load",
+        why="--cache-dit-config is read in the launching process, before workers start and weights load, and handed on "
+        "to them; the command line builds its server arguments before plugins load",
+    ),
+    Seam(
+        target=f"{_RUNTIME}.launch_server.launch_disagg_role",
+        parameters=("server_args",),
+        kind="before",
+        handler="startup:before_launch",
+        why="the same for a role that runs apart",
+    ),
+    Seam(
+        target=f"{_RUNTIME}.launch_server.launch_pool_disagg_server",
+        parameters=(),
+        kind="before",
+        handler="startup:before_launch",
+        why="the same for roles that one process launches",
     ),
     Seam(
         target=f"{_RUNTIME}.entrypoints.http_server.create_app",
@@ -239,8 +288,8 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         target=f"{_RUNTIME}.entrypoints.diffusion_generator.DiffGenerator.generate",
         parameters=("self", "sampling_params_kwargs", "external_trace_header"),
-        kind="before",
-        handler="serving.requests:check_offline",
+        kind="around",
+        handler="offline:generate",
         why="a bad cache setting raises in the offline engine's own process; the host would log the worker's error "
         "and return None",
     ),
@@ -271,13 +320,12 @@ def parameters_of(seam: Seam, root: Path) -> tuple[str, ...] | None:
 
 def _place(seam: Seam, root: Path) -> tuple[Path | None, str]:
     """The host's file of a seam and the qualified name in it; None and the whole path where there is no file."""
-    path = seam.defined_in or seam.target
-    parts = path.split(".")
+    parts = seam.target.split(".")
     for split in range(len(parts) - 1, 0, -1):
         source = root.joinpath(*parts[:split]).with_suffix(".py")
         if source.is_file():
             return source, ".".join(parts[split:])
-    return None, path
+    return None, seam.target
 
 
 @functools.lru_cache(maxsize=32)

@@ -29,9 +29,10 @@ from .versions import version
 
 __all__ = [
     "answer", "branch_comes", "build_slices", "connected", "ensure_one_replica", "explicit_flags",
-    "forget_branch", "forward_identity", "forward_step", "gather_replica", "groups", "groups_ready", "is_first_rank",
-    "known_variables", "layout", "logger", "machine", "prefer_regional_compile", "publishes_metrics", "rank",
-    "serves_nobody", "size_of", "tell_replicas", "transformer_classes", "version",
+    "forget_branch", "forward_identity", "forward_request", "forward_step", "gather_replica", "groups",
+    "groups_ready", "is_first_rank", "known_variables", "layout", "logger", "machine", "overrides",
+    "prefer_regional_compile", "publishes_metrics", "rank", "runs_branches_apart", "serves_nobody", "size_of",
+    "tell_replicas", "transformer_classes", "untouched_config", "version",
 ]
 
 _BRANCH_NAMES = {"conditional": COND, "unconditional": "uncond"}
@@ -118,6 +119,40 @@ def forward_step() -> int | None:
 
     context = get_forward_context_or_none()
     return None if context is None else int(context.current_timestep)
+
+
+def forward_request() -> Any:
+    """The request of the forward under way, None outside the host's denoising loops."""
+    from sglang.multimodal_gen.runtime.managers.forward_context import get_forward_context_or_none
+
+    context = get_forward_context_or_none()
+    return None if context is None else context.forward_batch
+
+
+def runs_branches_apart() -> bool:
+    """Whether CFG branches run on ranks of their own."""
+    from sglang.multimodal_gen.runtime.distributed import parallel_state as state
+
+    return state.model_parallel_is_initialized() and state.get_classifier_free_guidance_world_size() > 1
+
+
+def overrides(stage: Any, method: str) -> bool:
+    """Whether a denoising stage has a method in place of ``DenoisingStage``'s."""
+    own = getattr(type(stage), method, None)
+    if own is None:
+        return False
+    from sglang.multimodal_gen.runtime.pipelines_core.stages.denoising import DenoisingStage
+
+    return isinstance(stage, DenoisingStage) and own is not getattr(DenoisingStage, method)
+
+
+def untouched_config(num_steps: int, mask: list[int] | None = None, policy: str = "dynamic") -> Any:
+    """The host's ``CacheDitConfig`` with nothing but its defaults."""
+    from sglang.multimodal_gen.runtime.cache.cache_dit_integration import CacheDitConfig
+
+    return CacheDitConfig(
+        enabled=True, num_inference_steps=num_steps, steps_computation_mask=mask, steps_computation_policy=policy
+    )
 
 
 def size_of(batch: Any) -> tuple[int, ...] | None:

@@ -9,9 +9,11 @@ NAMES: dict[str, tuple[str, ...]] = {
     "sglang.multimodal_gen.configs.sample.sampling_params": ("SamplingParams", "generate_request_id"),
     "sglang.multimodal_gen.configs.task_type": ("DataType",),
     "sglang.multimodal_gen.envs": ("environment_variables",),
+    "sglang.multimodal_gen.runtime.cache.cache_dit_integration": ("CacheDitConfig",),
     "sglang.multimodal_gen.runtime.distributed.parallel_state": (
-        "get_cfg_group", "get_replica_group", "get_ring_parallel_world_size", "get_sp_group", "get_tp_group",
-        "get_tp_world_size", "get_ulysses_parallel_world_size", "get_world_group", "model_parallel_is_initialized",
+        "get_cfg_group", "get_classifier_free_guidance_world_size", "get_replica_group",
+        "get_ring_parallel_world_size", "get_sp_group", "get_tp_group", "get_tp_world_size",
+        "get_ulysses_parallel_world_size", "get_world_group", "model_parallel_is_initialized",
     ),
     "sglang.multimodal_gen.runtime.entrypoints.openai.protocol": (
         "ImageResponse", "VideoGenerationsRequest", "VideoListResponse", "VideoResponse",
@@ -24,6 +26,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "sglang.multimodal_gen.runtime.managers.forward_context": ("get_forward_context_or_none",),
     "sglang.multimodal_gen.runtime.observability.metrics": ("get_metrics",),
     "sglang.multimodal_gen.runtime.pipelines_core.schedule_batch": ("OutputBatch",),
+    "sglang.multimodal_gen.runtime.pipelines_core.stages.denoising": ("DenoisingStage",),
     "sglang.multimodal_gen.runtime.platforms": ("current_platform",),
     "sglang.multimodal_gen.runtime.platforms.plugins": ("HookRegistry", "HookType"),
     "sglang.multimodal_gen.runtime.scheduler_client": ("async_scheduler_client",),

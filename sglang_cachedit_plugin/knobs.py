@@ -14,8 +14,10 @@ MAX_LENGTH = 10_000
 """Most entries of a list, and most steps of a bin."""
 
 PRESETS = ("none", "slow", "medium", "fast", "ultra")
-_TRUE = {"true", "1", "yes", "on"}
-_FALSE = {"false", "0", "no", "off"}
+_ALLOWED_PRESETS = "expected one of " + ", ".join(PRESETS)
+_TRUE = {"true", "1", "yes", "y", "t", "on"}
+_FALSE = {"false", "0", "no", "n", "f", "off"}
+"""Words of a variable for true and false: those of the host's ``get_bool_env_var``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,7 @@ class Knob:
         elif self.kind == "rows":
             text = ROWS_ALLOWED
         elif self.kind == "mask":
-            text = "expected one of " + ", ".join(PRESETS) + " or a list of 0 and 1"
+            text = _ALLOWED_PRESETS + " or a list of 0 and 1"
         else:
             text = "expected " + ("a whole number" if self.kind == "int" else "a number") + self._range()
         return text + (", or null" if self.optional else "")
@@ -77,8 +79,10 @@ class Knob:
     def parse(self, name: str, text: str, origin: str) -> Any:
         """The value of an environment variable, or SettingError."""
         text = text.strip()
-        if self.optional and text.lower() in ("", "none", "null"):
+        if self.optional and text.lower() in ("none", "null"):
             return None
+        if self.kind == "mask" and text not in PRESETS:
+            raise SettingError(name, text, origin, _ALLOWED_PRESETS, self.near(text))
         try:
             value = self._from_text(text)
         except ValueError:

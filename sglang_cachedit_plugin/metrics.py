@@ -83,5 +83,5 @@ def observe(report: Mapping[str, Any], *, requests: int = 1, ended: str | None =
 
 
 def refused() -> None:
-    """Count one request that was answered with 400 before a worker heard of it."""
+    """Count one request whose settings were answered with 400, before it was a request of the cache."""
     instruments().requests.labels("refused").inc()

@@ -72,7 +72,8 @@ class ModelBackend:
         assert self.stats is not None
         self.bypass()
         for each in spec.transformers:
-            stats = self.stats.transformers[each.name] = TransformerStats(steps=each.plan.num_steps)
+            stats = self.stats.transformers.setdefault(each.name, TransformerStats(steps=0))
+            stats.steps = each.plan.num_steps
             self.mounted[each.name].refresh(each, stats, self.identify, self.groups)
 
     def problem(self) -> str | None:
@@ -82,11 +83,7 @@ class ModelBackend:
     def bypass(self) -> None:
         """Run the original forwards."""
         for transformer in self.mounted.values():
-            spec = transformer.contexts.spec
-            if spec is not None and spec.settings.keep_buffers:
-                transformer.pause()
-            else:
-                transformer.bypass()
+            transformer.bypass()
 
     def rehearse(self, rehearsal: Rehearsal) -> None:
         """Before the request's own forwards, run what later requests will run."""

@@ -27,12 +27,17 @@ class OutputHistory:
 
     def __init__(self, order: int, damping: float = 1.0, depth: int = 0):
         self._new = functools.partial(Extrapolator, order, damping, depth)
+        self.last_step = -1
+        self.guard: ForecastGuard | None = None
+        self.as_planned = True
+        """Whether every output was computed because the schedule says so."""
+        self.start_over()
+
+    def start_over(self) -> None:
+        """Forget the outputs; how the steps went stays."""
         self._leaves: list[Extrapolator] = []
         self._structure: Any = None
         self._constants: list[Any] = []
-        self.last_step = -1
-        self.as_planned = True
-        self.guard: ForecastGuard | None = None
 
     @property
     def ready(self) -> bool:

@@ -37,6 +37,11 @@ class OutputSteps:
         """Drop all outputs."""
         self._histories.clear()
 
+    def start_over(self, branch: str) -> None:
+        """Drop the outputs of a branch."""
+        if branch in self._histories:
+            self._histories[branch].start_over()
+
     def held_bytes(self) -> int:
         """Bytes of the outputs kept."""
         return sum(history.held_bytes() for history in self._histories.values())
@@ -105,12 +110,17 @@ class OutputSteps:
     def _cached_by_plan(self, identity: Identity, history: OutputHistory) -> bool:
         if self._contexts.action() is not Action.CACHE:
             return False
-        may_cache = history.ready and not self._contexts.is_poisoned(identity.branch)
-        if may_cache and history.guard is not None and history.guard.recompute(identity.step):
-            self._contexts.stats.remark(identity.branch, history.guard.note(identity.branch))
-            may_cache = False
-        if not self._contexts.agreed(may_cache):
+        if not self._contexts.agreed(self._usable(identity, history)):
             history.as_planned = False
             return False
         self._contexts.record(cached=True)
+        return True
+
+    def _usable(self, identity: Identity, history: OutputHistory) -> bool:
+        """Whether a step that the schedule leaves out can be forecast."""
+        if not history.ready or self._contexts.is_poisoned(identity.branch):
+            return False
+        if history.guard is not None and history.guard.recompute(identity.step):
+            self._contexts.stats.remark(identity.branch, history.guard.note(identity.branch))
+            return False
         return True

@@ -13,7 +13,7 @@ from typing import Any
 
 from . import host
 from .runtime import Identity
-from .stats import COND
+from .stats import COND, COND_ONLY
 
 Identify = Callable[[str, Mapping[str, Any]], Identity | None]
 
@@ -26,11 +26,15 @@ class OwnLoop:
         identify: makes what names the forwards of one request, from the host's request.
         refused: why requests of this stage run uncached.
         asks: the stage asks for caching by itself.
+        refuses: when a stage that asks keeps a request uncached.
+        one_step: each of its requests is one step; caching goes on until the stage unmounts.
     """
 
     identify: Callable[[Any], Identify] | None = None
     refused: str = ""
     asks: bool = False
+    refuses: str = ""
+    one_step: bool = False
 
 
 def _by_context(batch: Any) -> Identify:
@@ -38,14 +42,58 @@ def _by_context(batch: Any) -> Identify:
     return lambda name, kwargs: host.forward_identity()
 
 
+_guided = False
+
+
+def guided(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Around ``Cosmos3DenoisingStage._predict_noise_cfg``: the branches of a step, shared out over the CFG ranks."""
+    global _guided
+    _guided = True
+    try:
+        return original(*args, **kwargs)
+    finally:
+        _guided = False
+
+
 def _by_cache_key(batch: Any) -> Identify:
-    """Cosmos 3: the context names the step, the key of the prompt's cache the branch."""
+    """Cosmos 3: the context names the step, the key of the prompt's cache the branch.
+
+    Under CFG parallelism a step without guidance is the conditional forward on every rank. The ranks must come to
+    the same output, and only one of them has run that branch before: such steps have a history of their own.
+    """
+    apart = host.runs_branches_apart()
 
     def identify(name: str, kwargs: Mapping[str, Any]) -> Identity | None:
         step, key = host.forward_step(), str(kwargs.get("cache_key", ""))
-        return None if step is None else Identity(COND if key == "cfg_batched" else key or COND, step)
+        if step is None:
+            return None
+        branch = COND if key in ("cfg_batched", "") else key
+        return Identity(COND_ONLY if apart and branch == COND and not _guided else branch, step)
 
     return identify
+
+
+def _by_run(batch: Any) -> Identify:
+    """MiniMax-H3 in ComfyUI: as the context says, for requests of the run that caching was mounted for."""
+    prompt = _extra(batch, "comfyui_cond_key")
+
+    def identify(name: str, kwargs: Mapping[str, Any]) -> Identity | None:
+        under_way, step = host.forward_request(), host.forward_step()
+        if step is None or not same_run(under_way, batch):
+            return None
+        given = _extra(under_way, "comfyui_cond_key")
+        return Identity(COND if given == prompt else str(given), step)
+
+    return identify
+
+
+def same_run(one: Any, other: Any) -> bool:
+    """Whether two requests of one step are steps of the same run of ComfyUI."""
+    return _extra(one, "comfyui_session_id") == _extra(other, "comfyui_session_id")
+
+
+def _extra(batch: Any, name: str) -> Any:
+    return (getattr(batch, "extra", None) or {}).get(name)
 
 
 def _by_flag(batch: Any) -> Identify:
@@ -99,7 +147,11 @@ OWN_LOOPS: Mapping[str, OwnLoop] = {
     "SanaWMDenoisingStage": OwnLoop(identify=_by_context),
     "WanAnimate2DenoisingStage": OwnLoop(identify=_by_flag),
     "SanaVideo2DenoisingStage": OwnLoop(identify=_by_count),
-    "LTX2DenoisingStage": OwnLoop(identify=_by_step, asks=True),
+    "LTX2DenoisingStage": OwnLoop(identify=_by_step, asks=True, refuses="it starts from an image"),
+    "Flux3ImageDenoiseStage": OwnLoop(
+        asks=True, refuses="its samples pass each block one by one under Ulysses, or its CFG pair runs as two forwards"
+    ),
+    "MiniMaxH3ComfyUIStepStage": OwnLoop(identify=_by_run, asks=True, one_step=True),
     "Ideogram4DenoisingStage": OwnLoop(identify=_by_remaining, asks=True),
     "DmdDenoisingStage": OwnLoop(refused=_FEW),
     "CausalDMDDenoisingStage": OwnLoop(refused=_CHUNKS),

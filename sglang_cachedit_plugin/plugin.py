@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from . import hooks, versions
@@ -48,16 +49,23 @@ def out_of_place(registry: Any) -> list[str]:
     return found
 
 
-def check_worker(result: Any, worker: Any, *args: Any, **kwargs: Any) -> None:
-    """After a worker has loaded its model: say what keeps the plugin from its work, here and with this model."""
+def start_worker(original: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around the load of a worker's model: settings first; afterwards what keeps the plugin from its work is named.
+
+    Raises:
+        MountError: with ``strict``, a model that cannot be cached.
+    """
     from sglang.multimodal_gen.runtime.platforms.plugins import HookRegistry
 
-    from . import denoising, host
+    from . import denoising, host, startup
 
+    startup.ensure_file(worker.server_args)
+    result = original(worker, *args, **kwargs)
     if host.is_first_rank():
         for problem in out_of_place(HookRegistry):
             host.logger().warning("cache-dit: %s", problem)
-    denoising.check_worker(result, worker)
+    denoising.check_worker(worker)
+    return result
 
 
 def _warn(text: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from .settings import CacheSettings
@@ -33,6 +33,7 @@ class StepPlan:
         static: mask entries of 0 are cached without measuring.
         max_cached: most cached steps, -1 for no limit.
         max_continuous: most cached steps in a row, -1 for no limit.
+        computes: decides step by step instead of all of this: whether the step under way is computed.
     """
 
     num_steps: int
@@ -41,9 +42,12 @@ class StepPlan:
     static: bool = False
     max_cached: int = -1
     max_continuous: int = -1
+    computes: Callable[[], bool] | None = field(default=None, repr=False, compare=False)
 
     def action(self, step: int, cached: int = 0, continuous: int = 0) -> Action:
         """What step ``step`` does after ``cached`` cached steps, the last ``continuous`` in a row."""
+        if self.computes is not None:
+            return Action.COMPUTE if self.computes() else Action.CACHE
         if step in self.warmup or not 0 <= step < self.num_steps:
             return Action.COMPUTE
         if self.mask is not None:
@@ -58,6 +62,8 @@ class StepPlan:
     @property
     def may_cache(self) -> bool:
         """Whether any step can be cached at all. The first step never can: nothing precedes it."""
+        if self.computes is not None:
+            return True
         return any(self.action(step) is not Action.COMPUTE for step in range(1, self.num_steps))
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from . import agreement, host, metrics, recording, resampling
+from . import agreement, defaults, host, metrics, recording, resampling
+from .cache.denoising_steps import DenoisingSteps
+from .cache.solvers import Solver
 from .defaults import Decision
-from .errors import MountError, RefusedError
+from .errors import MountError, RefusedError, SettingError
 from .mount import ModelBackend, preset_mask
 from .recording import Recording
 from .rehearsal import Rehearsal
@@ -20,9 +23,28 @@ from .rows import Row
 from .runtime import Groups, RequestSpec, Runtime, TransformerSpec
 from .schedule import StepPlan, build_plan
 from .settings import CacheSettings
-from .stats import RequestStats
+from .sources import REQUEST, Source
+from .stats import CorrectorStats, RequestStats
+from .stretch import Stretch
 
 REPORT = "cache_dit"
+
+
+def decide(enable: bool | None, params: Mapping[str, Any] | None, stage: Source | None = None) -> Decision:
+    """What this worker's settings make of a request.
+
+    Args:
+        stage: what the host's stage wants by itself.
+
+    Raises:
+        RefusedError: they do not take it; the HTTP process checked it under settings that have changed since.
+    """
+    try:
+        return defaults.current().decide(enable, params, stage)
+    except SettingError as error:
+        if host.publishes_metrics():
+            metrics.refused()
+        raise RefusedError(error) from None
 
 
 class Session:
@@ -31,9 +53,10 @@ class Session:
     Args:
         backend_name: ``native`` or ``diffusers``.
         decision: whether and how the request is cached.
+        further: another denoising stage has served the request before; schedules are tuned for that one.
     """
 
-    def __init__(self, backend_name: str, decision: Decision):
+    def __init__(self, backend_name: str, decision: Decision, *, further: bool = False):
         self.decision = decision
         self.stats = RequestStats(
             backend=backend_name,
@@ -45,7 +68,12 @@ class Session:
         self._runtime: Runtime | None = None
         self._backend: ModelBackend | None = None
         self._positions: Sequence[float] | None = None
-        self.recording = Recording() if recording.folder() is not None else None
+        self.steps: DenoisingSteps | None = None
+        self._hooks = ExitStack()
+        self._further = further
+        self.recording = None if further or recording.folder() is None else Recording()
+        self._size: tuple[int, ...] | None = None
+        self._rehearsal: Rehearsal | None = None
         self._started = time.perf_counter()
 
     def open(
@@ -57,10 +85,14 @@ class Session:
         *,
         size: tuple[int, ...] | None = None,
         one_config: bool = False,
+        solver: Solver | None = None,
+        followed: bool = False,
     ) -> None:
         """Bring the model to what the request wants.
 
         Args:
+            solver: the pipeline's scheduler.
+            followed: ``steps`` are those asked for; ``follow`` tells those of the run once they are known.
             size: width and height of the picture, and frames of a video.
             one_config: both transformers take the settings of the first.
             steps: for each transformer the host's number of its first step, and how many it takes.
@@ -71,30 +103,70 @@ class Session:
         """
         self._runtime, self._backend = runtime, backend
         self._started = time.perf_counter()
-        self._positions = positions
+        self._positions, self._size = positions, size
         if not self.decision.enabled:
             runtime.prepare(None)
             return
+        if solver is None:
+            self.stats.corrector = CorrectorStats(enabled=False, reason="the stage has no scheduler")
+        else:
+            self.steps = DenoisingSteps(solver, self.decision.resolved.primary, self.stats, backend.groups)
         backend.stats = self.stats
-        spec, failure = self._spec(steps, positions, size, one_config), None
+        notes = list(self.stats.notes)
+        spec = self._spec(steps, positions, one_config)
+        if followed:
+            self.stats.notes = notes
+        self._serve(spec)
+
+    def follow(self, steps: dict[str, tuple[int, int]], stretch: Stretch) -> None:
+        """A run of the loop begins: what it takes of the scheduler's steps, by transformer and all.
+
+        Nothing that was kept of an earlier run is of use to it.
+
+        Raises:
+            RefusedError: only with ``strict``; otherwise the reason goes to the report.
+        """
+        if self.stats.enabled:
+            self._positions = stretch.positions
+            if self._rehearsal is None:
+                # A mask list may be written for the whole of which the run takes a part.
+                self.check_masks(steps, also={stretch.asked, len(stretch.timesteps)})
+            self._serve(self._spec(steps, stretch.positions, False, stretch))
+
+    def _serve(self, spec: RequestSpec) -> None:
+        assert self._backend is not None and self._runtime is not None
+        groups, failure = self._backend.groups, None
         try:
-            runtime.prepare(spec)
+            self._runtime.prepare(spec)
         except Exception as error:
             failure = error
-        self._verify_ranks(backend.groups, spec, failure)
-        problem = self._problem(backend.groups, failure)
+        self._verify_ranks(groups, spec, failure)
+        problem = self._problem(groups, failure)
         if failure is not None and not isinstance(failure, MountError):
             raise failure
         if problem:
-            runtime.prepare(None)
+            self._runtime.prepare(None)
+            self.steps = None
             self.refuse(problem)
-        elif self.recording is not None:
+            return
+        if self.steps is not None:
+            self.steps.spec = spec
+        backend = self._backend
+        if self.recording is not None:
             backend.watch(self.recording.forward)
+        if self._rehearsal is not None:
+            backend.rehearse(self._rehearsal)
+
+    def hook_scheduler(self) -> None:
+        """The scheduler's steps go through ``steps`` until the request ends."""
+        if self.steps is not None:
+            self._hooks.enter_context(self.steps.in_place())
 
     def rehearse(self, *, compiled: bool) -> None:
         """This is a warmup request: beside its own steps, run what later ones will run."""
         if self.stats.enabled and self._backend is not None:
-            self._backend.rehearse(Rehearsal(host.logger().warning, compiled=compiled))
+            self._rehearsal = Rehearsal(host.logger().warning, compiled=compiled)
+            self._backend.rehearse(self._rehearsal)
 
     def _problem(self, groups: Groups, own: Exception | None) -> str:
         """Why the request is not cached, empty where it is: no rank is, where one cannot be."""
@@ -121,7 +193,40 @@ class Session:
         self.disable(reason)
         if self.decision.resolved.primary.strict:
             self.stats.refused = True
-            raise RefusedError(reason, self.decision.resolved.origins["strict"])
+            raise RefusedError(SettingError("strict", True, self.decision.resolved.origins["strict"], reason))
+
+    def check_masks(
+        self, steps: Mapping[str, tuple[int, int]], one_config: bool = False, *, also: Collection[int] = ()
+    ) -> None:
+        """Refuse a mask list of the request that has one entry a step for none of its transformers, nor for all.
+
+        Args:
+            steps: those that will run, as for ``open``.
+            one_config: as for ``open``.
+            also: further lengths that fit.
+
+        Raises:
+            RefusedError: naming the lengths that fit.
+        """
+        if not self.decision.enabled:
+            return
+        resolved = self.decision.resolved
+        total = max((first + count for first, count in steps.values()), default=0)
+        masks: dict[str, tuple[int, set[int]]] = {}
+        for name, (_, count) in steps.items():
+            second = name == "transformer_2" and not one_config
+            settings = resolved.secondary if second else resolved.primary
+            origin = (resolved.secondary_origins if second else resolved.origins)["steps_computation_mask"]
+            if isinstance(settings.steps_computation_mask, tuple) and origin.startswith(f"{REQUEST}."):
+                masks.setdefault(origin, (len(settings.steps_computation_mask), {total, *also}))[1].add(count)
+        for origin, (length, fitting) in masks.items():
+            if length not in fitting:
+                where, _, key = origin.rpartition(".")
+                expected = " or ".join(map(str, sorted(fitting)))
+                error = SettingError(key, f"{length} entries", where, f"expected {expected} entries, one a step")
+                self.disable(str(error))
+                self.stats.refused = True
+                raise RefusedError(error)
 
     def disable(self, reason: str) -> None:
         """Report that the request runs uncached."""
@@ -132,8 +237,8 @@ class Session:
         self,
         steps: dict[str, tuple[int, int]],
         positions: Sequence[float] | None,
-        size: tuple[int, ...] | None,
         one_config: bool,
+        stretch: Stretch | None = None,
     ) -> RequestSpec:
         resolved = self.decision.resolved
         specs = []
@@ -141,13 +246,16 @@ class Session:
         for name, (first, count) in steps.items():
             second = name == "transformer_2" and not one_config
             settings = resolved.secondary if second else resolved.primary
-            settings, row = self._tuned(settings, total, size, positions)
-            plan, notes = build_plan(
-                settings, count, preset_mask, first_step=first, total_steps=total
-            )
+            settings, row = self._tuned(settings, total, positions, stretch)
+            if settings.error_tolerance is None:
+                plan, notes = build_plan(settings, count, preset_mask, first_step=first, total_steps=total)
+            else:
+                settings = replace(settings, forecast="output", forecast_order=1, forecast_damping=1.0)
+                row, notes = None, ()
+                plan = StepPlan(num_steps=count, static=True, computes=self._computes)
             for note in notes:
                 self.stats.note(note)
-            if not (plan.may_cache and (plan.static or settings.residual_diff_threshold > 0.0)):
+            if count and not (plan.may_cache and (plan.static or settings.residual_diff_threshold > 0.0)):
                 self.stats.note(f"{name}: none of its {count} steps can be cached with these settings")
             specs.append(
                 TransformerSpec(
@@ -158,6 +266,9 @@ class Session:
             )
         return RequestSpec(transformers=tuple(specs))
 
+    def _computes(self) -> bool:
+        return self.steps is None or self.steps.computes()
+
     def _spread(self, settings: CacheSettings, row: Row | None) -> tuple[float, ...] | None:
         output = settings.forecast == "output"
         spread = row.spread if row is not None and output else None
@@ -167,13 +278,24 @@ class Session:
         return spread
 
     def _tuned(
-        self, settings: CacheSettings, steps: int, size: tuple[int, ...] | None, positions: Sequence[float] | None
+        self, settings: CacheSettings, steps: int, positions: Sequence[float] | None, stretch: Stretch | None
     ) -> tuple[CacheSettings, Row | None]:
-        """``settings`` with the tuned schedule that serves the request, where there is one."""
+        """``settings`` with the schedule of the run: of a tuned one or a mask list for the whole its part."""
+        mask = settings.steps_computation_mask
+        if stretch is not None and isinstance(mask, tuple):
+            settings = replace(settings, steps_computation_mask=stretch.mask(mask))
         if settings.schedules is None or steps == 0:
             return settings, None
-        known = positions if isinstance(positions, tuple) else None
-        row, note = resampling.choose(settings.schedules, steps, size, known)
+        if self._further:
+            self.stats.note(f"schedules are tuned for the first denoising stage, the {steps} steps are computed")
+            return replace(settings, schedules=None, steps_computation_mask=(1,) * steps), None
+        if stretch is None:
+            row, note = resampling.choose(settings.schedules, steps, self._size, positions)
+        else:
+            row, note = resampling.choose(
+                settings.schedules, len(stretch.timesteps), self._size, stretch.timesteps
+            )
+            row = stretch.row(row)
         if note is not None:
             self.stats.note(note)
         if row.uncond_mask not in (None, row.mask) and self._backend.groups.couple(settings):
@@ -194,10 +316,14 @@ class Session:
             if device is not None and device.type == "cuda":
                 torch.cuda.current_stream(device).synchronize()
             self.stats.denoising_s = time.perf_counter() - self._started
+            if self.steps is not None:
+                self.steps.finish()
             if self._runtime is not None:
                 self._look_back()
         finally:
             # A device that has failed says so at the next call, whatever that is.
+            self._hooks.close()
+            self.steps = None
             if self._runtime is not None:
                 self._runtime.prepare(None)
         if self.recording is not None and host.is_first_rank():
@@ -225,22 +351,36 @@ def _weights(row: Row | None) -> dict[int, tuple[float, ...]]:
     if row is None or row.weights is None:
         return {}
     cached = [step for step, computed in enumerate(row.mask) if not computed]
-    return dict(zip(cached, row.weights, strict=True))
+    # No weights: those of the extrapolation.
+    return {step: weights for step, weights in zip(cached, row.weights, strict=True) if weights}
 
 
 def publish(batch: Any, stats: RequestStats, log: Callable[[str], None], *, failed: bool = False) -> None:
     """Attach the report to the request, count it, and write its log lines."""
+    attach(batch, stats)
+    count([batch], stats, log, failed=failed)
+
+
+def attach(batch: Any, stats: RequestStats) -> None:
+    """Attach the report to the request."""
     report = stats.as_dict()
     if (own := getattr(batch, "metrics", None)) is not None:
         own.cache_dit = report
-    extra = getattr(batch, "extra", {})
     # Roles that run apart hand plain extras on, and drop the metrics.
-    extra[REPORT] = report
-    if host.serves_nobody(batch):
+    getattr(batch, "extra", {})[REPORT] = report
+
+
+def count(
+    batches: Sequence[Any], stats: RequestStats, log: Callable[[str], None], *, failed: bool = False
+) -> None:
+    """Count the report of requests that were denoised together, and write its log lines."""
+    batches = [batch for batch in batches if not host.serves_nobody(batch)]
+    if not batches:
         return
     if host.publishes_metrics():
         ended = "refused" if stats.refused else "failed" if failed else None
-        metrics.observe(report, requests=len(extra.get("dynamic_batch_seeds") or [0]), ended=ended)
+        merged = sum(len(getattr(batch, "extra", {}).get("dynamic_batch_seeds") or [0]) for batch in batches)
+        metrics.observe(stats.as_dict(), requests=merged, ended=ended)
     if host.is_first_rank():
         for line in stats.lines():
             log(line)

@@ -83,7 +83,8 @@ class CacheSettings:
         low=0.0, high=1.0, env="DMD_RIDGE", per_transformer=True,
     )
     dmd_svd_precision: str = _knob(
-        "medium", "choice", "Precision of the decomposition.",
+        "medium", "choice", "Precision of the sums that the decomposition is made from: low float32, medium and high "
+        "float64.",
         choices=("low", "medium", "high"), env="DMD_SVD_PRECISION", per_transformer=True,
     )
     num_inference_steps: int | None = _knob(
@@ -138,8 +139,22 @@ class CacheSettings:
         "steps in multiples of the largest that tuning saw, exceeds this. Costs a read by the host a computed step.",
         low=0.0, optional=True, env="MAX_ACCUMULATED_DIFF", per_transformer=True,
     )
-    keep_buffers: bool = _knob(
-        False, "bool", "Keep the cache's tensors allocated between requests.", env="KEEP_BUFFERS"
+    error_tolerance: float | None = _knob(
+        None, "float", "Error of the model output that cached steps may pass on, relative to the output: chooses the "
+        "steps of each request from the error of its own forecasts. 0 computes every step.",
+        low=0.0, high=1.0, optional=True, env="ERROR_TOLERANCE",
+    )
+    corrector: bool = _knob(
+        True, "bool", "Set cached steps right when the next output is computed: the scheduler goes back and repeats "
+        "them. No evaluation of the model.", env="CORRECTOR",
+    )
+    corrector_order: int = _knob(
+        2, "int", "Degree of the polynomial through the computed outputs that corrects cached steps.",
+        low=1, high=2, env="CORRECTOR_ORDER",
+    )
+    corrector_carry: float = _knob(
+        0.5, "float", "How far a computed output follows its corrected latents: 1 keeps the predicted clean latents, 0 "
+        "the output.", low=0.0, high=1.0, env="CORRECTOR_CARRY",
     )
     strict: bool = _knob(
         False, "bool", "Refuse what cannot be cached as asked, instead of going on uncached: 400 on a server.",
@@ -171,30 +186,38 @@ INERT_KNOBS: Mapping[str, str] = {
 }
 """Knobs of cache-dit that are read, checked as booleans, and need no action here."""
 
-NEEDS_OUTPUT = "it watches forecasts of the output: it needs forecast: output"
+NEEDS_OUTPUT = "it watches forecasts of the output: it needs {}: output"
 
 
-def check_consistent(values: Mapping[str, Any], origin: str) -> None:
-    """Refuse settings of one source that contradict each other."""
+def check_consistent(values: Mapping[str, Any], origin: str, spelt: Mapping[str, str] | None = None) -> None:
+    """Refuse settings of one source that contradict each other.
+
+    Args:
+        spelt: what this source calls a setting, where that is another name.
+    """
+    names = {name: name for name in KNOBS} | dict(spelt or {})
     if values.get("enable_taylorseer") and values.get("enable_dmd"):
-        raise SettingError("enable_dmd", True, origin, "TaylorSeer and DMD exclude each other, enable one")
+        raise SettingError(names["enable_dmd"], True, origin, "TaylorSeer and DMD exclude each other, enable one")
     if values.get("max_accumulated_diff") is not None and values.get("forecast", "output") != "output":
-        raise SettingError("max_accumulated_diff", values["max_accumulated_diff"], origin, NEEDS_OUTPUT)
+        raise SettingError(
+            names["max_accumulated_diff"], values["max_accumulated_diff"], origin,
+            NEEDS_OUTPUT.format(names["forecast"]),
+        )
     if values.get("schedules") is not None:
         for other in ("steps_computation_mask", "scm_compute_bins"):
             if values.get(other) is not None:
-                raise SettingError(other, values[other], origin, "it excludes schedules, give one of them")
-    _check_bins(values, origin)
+                raise SettingError(names[other], values[other], origin, "it excludes schedules, give one of them")
+    _check_bins(values, origin, names)
 
 
-def _check_bins(values: Mapping[str, Any], origin: str) -> None:
+def _check_bins(values: Mapping[str, Any], origin: str, names: Mapping[str, str]) -> None:
     compute, cache = values.get("scm_compute_bins"), values.get("scm_cache_bins")
     if (compute is None) != (cache is None):
         missing = "scm_cache_bins" if cache is None else "scm_compute_bins"
-        raise SettingError(missing, None, origin, "compute and cache bins are given together or not at all")
+        raise SettingError(names[missing], None, origin, "compute and cache bins are given together or not at all")
     if compute is not None and len(compute) - len(cache) not in (0, 1):
         raise SettingError(
-            "scm_cache_bins", cache, origin,
+            names["scm_cache_bins"], cache, origin,
             f"expected {len(compute) - 1} or {len(compute)} cache bins for {len(compute)} compute bins",
         )
     steps = values.get("num_inference_steps")
@@ -203,10 +226,10 @@ def _check_bins(values: Mapping[str, Any], origin: str) -> None:
     mask = values.get("steps_computation_mask")
     if isinstance(mask, tuple) and len(mask) != steps:
         raise SettingError(
-            "steps_computation_mask", f"{len(mask)} entries", origin, f"expected {steps} entries, one a step"
+            names["steps_computation_mask"], f"{len(mask)} entries", origin, f"expected {steps} entries, one a step"
         )
     if compute is not None and sum(compute) + sum(cache) < steps:
         raise SettingError(
-            "scm_compute_bins", compute, origin,
+            names["scm_compute_bins"], compute, origin,
             f"the bins cover {sum(compute) + sum(cache)} steps, expected at least {steps}",
         )

@@ -12,53 +12,34 @@ from . import kernels
 EMPTY = 1e-30
 
 
-def residual_sums(
-    reference: torch.Tensor, current: torch.Tensor, important_threshold: float = 0.0
-) -> torch.Tensor:
+def residual_sums(reference: torch.Tensor, current: torch.Tensor) -> torch.Tensor:
     """Sums that a decision needs, so that shards can be added up.
 
     Args:
         reference: residual of the last computed step, (batch, tokens, dim).
         current: residual of this step, same shape.
-        important_threshold: if positive, only tokens whose own relative difference exceeds it count,
-            as cache-dit's ``important_condition_threshold``; where no token does, all count.
 
     Returns:
-        float32 tensor (4,): sum |current - reference| and sum |reference| over the tokens that count,
-        then the same two over all tokens. Without a threshold both pairs are equal.
+        float32 tensor (2,): sum |current - reference| and sum |reference|.
     """
-    if important_threshold <= 0.0 and kernels.usable(reference, current):
-        sums = kernels.difference_sums(reference, current)
-        return torch.cat([sums, sums])
-    difference = (current.float() - reference.float()).abs()
-    magnitude = reference.float().abs()
-    sums = torch.stack([difference.sum(), magnitude.sum()])
-    if important_threshold <= 0.0:
-        return torch.cat([sums, sums])
-    token_difference, token_magnitude = difference.sum(-1), magnitude.sum(-1)
-    counted = token_difference > important_threshold * token_magnitude
-    important = torch.stack([(token_difference * counted).sum(), (token_magnitude * counted).sum()])
-    return torch.cat([important, sums])
+    if kernels.usable(reference, current):
+        return kernels.difference_sums(reference, current)
+    known = reference.float()
+    return torch.stack([(current.float() - known).abs().sum(), known.abs().sum()])
 
 
-def difference(sums: Sequence[float], important_threshold: float = 0.0) -> float:
-    """Relative L1 difference of four sums, NaN for a reference of zeros."""
-    counted, counted_magnitude, total, magnitude = sums
-    if counted_magnitude > EMPTY and important_threshold > 0.0:
-        return counted / counted_magnitude
-    if magnitude <= EMPTY:
-        return float("nan")
-    return total / magnitude
+def difference(sums: Sequence[float]) -> float:
+    """Relative L1 difference of two sums, NaN for a reference of zeros."""
+    total, magnitude = sums
+    return float("nan") if magnitude <= EMPTY else total / magnitude
 
 
-def residual_difference(
-    reference: torch.Tensor, current: torch.Tensor, *, important_threshold: float = 0.0
-) -> float:
+def residual_difference(reference: torch.Tensor, current: torch.Tensor) -> float:
     """Relative L1 difference ``sum |current - reference| / sum |reference|`` on one rank.
 
     NaN where there is NaN, or for a reference of zeros.
     """
-    return difference(residual_sums(reference, current, important_threshold).tolist(), important_threshold)
+    return difference(residual_sums(reference, current).tolist())
 
 
 def reduced_differences(
@@ -69,26 +50,25 @@ def reduced_differences(
     compute: bool = False,
     row: int = 0,
     rows: int = 1,
-    important_threshold: float = 0.0,
 ) -> tuple[list[float], bool]:
     """Differences over all shards of a group, and whether one of its ranks must compute.
 
-    One all-reduce of ``rows x 5`` float32 values over ``group`` and one read by the host. Sums of unequal
+    One all-reduce of ``rows x 3`` float32 values over ``group`` and one read by the host. Sums of unequal
     shards add up to those of the whole, and NaN on one rank reaches all.
 
     Args:
-        sums: this rank's four sums, None where it has none to add.
+        sums: this rank's two sums, None where it has none to add.
         compute: this rank computes the step whatever the difference.
         row: what this rank adds to; each row is a difference of its own.
 
     Returns:
         one difference a row, NaN for a row that no rank added to; True where any rank must compute.
     """
-    packed = torch.zeros(rows, 5, dtype=torch.float32, device=device)
+    packed = torch.zeros(rows, 3, dtype=torch.float32, device=device)
     if sums is not None:
-        packed[row, :4] = sums
+        packed[row, :2] = sums
     if compute:
-        packed[row, 4] = 1.0
+        packed[row, 2] = 1.0
     dist.all_reduce(packed, group=group)
     read = packed.tolist()
-    return [difference(each[:4], important_threshold) for each in read], any(each[4] > 0.0 for each in read)
+    return [difference(each[:2]) for each in read], any(each[2] > 0.0 for each in read)

@@ -1,6 +1,7 @@
 """Where settings come from: environment, config file, request; and which of them wins.
 
-Precedence: request > file > environment > default. Each effective value carries its origin.
+Precedence: request > live change > file > environment > the host's stage > default. Each effective value carries its
+origin.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ PREFIX = "SGLANG_CACHE_DIT_"
 ENABLED_VARIABLE = PREFIX + "ENABLED"
 CONTROL_KEY_VARIABLE = PREFIX + "CONTROL_KEY"
 """Key that changes of a running server need; it is no setting of the cache and is shown nowhere."""
+REQUEST = "cache_dit_params"
+"""Origin of a request's own settings."""
 MAX_NAME = 200
 """Longest name of a profile."""
 FILE_SECTIONS = (
@@ -133,6 +136,9 @@ def read_environment(
         text = environ[variable]
         if variable == CONTROL_KEY_VARIABLE:
             continue
+        if variable in (ENABLED_VARIABLE, *VARIABLES, *SECONDARY_VARIABLES) and not text.strip():
+            # Empty is unset: deployments clear a variable that way.
+            continue
         if variable == ENABLED_VARIABLE:
             enabled = Value(BOOL.parse(variable, text, "environment"), variable)
         elif variable in VARIABLES or variable in SECONDARY_VARIABLES:
@@ -146,8 +152,9 @@ def read_environment(
             raise SettingError(
                 variable, text, "environment", "unknown variable", nearest(variable, known)
             )
-    for layer, prefix in zip(layers, (PREFIX, PREFIX + "SECONDARY_"), strict=True):
-        check_consistent({n: v.value for n, v in layer.items()}, f"{prefix}* in the environment")
+    for layer, variables in zip(layers, (VARIABLES, SECONDARY_VARIABLES), strict=True):
+        spelt = {name: variable for variable, name in variables.items()}
+        check_consistent({n: v.value for n, v in layer.items()}, "environment", spelt)
     return Source(primary=layers[0], secondary=layers[1], enabled=enabled), tuple(warnings)
 
 
@@ -158,6 +165,7 @@ def read_layer(
     if not isinstance(raw, Mapping):
         raise SettingError(origin.rsplit(" ", 1)[-1], raw, origin, "expected a mapping of settings")
     layer: dict[str, Value] = {}
+    spelt: dict[str, str] = {}
     known = _known_keys(secondary)
     for key, value in raw.items():
         if key in extra:
@@ -174,9 +182,10 @@ def read_layer(
             raise SettingError(_name(key), value, origin, "unknown key", near)
         name = ALIASES.get(key, key)
         if name in layer:
-            raise SettingError(key, value, origin, f"given twice, also as {name}")
+            raise SettingError(key, value, origin, f"given twice, also as {spelt[name]}")
+        spelt[name] = key
         layer[name] = Value(KNOBS[name].check(key, value, origin), f"{origin}.{key}")
-    check_consistent({n: v.value for n, v in layer.items()}, origin)
+    check_consistent({n: v.value for n, v in layer.items()}, origin, spelt)
     return layer
 
 
@@ -202,7 +211,8 @@ def read_file(path_or_mapping: str | Mapping[str, Any]) -> FileConfig:
             raise SettingError(_name(key), raw[key], label, "unknown section", nearest(_name(key), sections))
     warnings: list[str] = []
     profiles = _read_profiles(raw.get("profiles"), label, warnings)
-    enabled = Value(True, label) if raw.get("cache_config") is not None or profiles else None
+    # Profiles alone are only there to be named.
+    enabled = Value(True, label) if raw.get("cache_config") is not None else None
     primary, secondary = ({} if raw.get(key) is None else raw[key] for key in ("cache_config", "secondary"))
     source = Source(
         primary=read_layer(primary, f"{label} cache_config", warnings),
@@ -237,7 +247,7 @@ def profile_name(key: Any, origin: str) -> str:
 
 
 def read_request(
-    raw: Any, *, origin: str = "cache_dit_params", warnings: list[str] | None = None,
+    raw: Any, *, origin: str = REQUEST, warnings: list[str] | None = None,
     profiles: Collection[str] | None = (),
 ) -> Source:
     """Settings of one request's ``cache_dit_params``.

@@ -10,7 +10,7 @@ from typing import Any
 from . import defaults, host, preflight
 from .config_file import file_label
 from .errors import SettingError, one_line
-from .sources import read_environment, read_file
+from .sources import FileConfig, read_environment, read_file
 
 
 def fail(error: SettingError) -> None:
@@ -34,13 +34,22 @@ def read_settings() -> None:
     defaults.install(replace(defaults.current(), environment=environment))
 
 
+class ReadFile(str):
+    """Path of a config file, with what stood in it at launch: processes that get it do not open the file again."""
+
+    config: FileConfig
+
+
 def before_launch(server_args: Any, *args: Any, **kwargs: Any) -> None:
-    """Before ``launch_server``: leave with status 2 where ``--cache-dit-config`` is not valid."""
+    """Before workers start: leave with status 2 where ``--cache-dit-config`` is not valid, else hand it on read."""
     try:
-        for warning in ensure_file(server_args):
+        for warning in ensure_file(server_args, anew=True):
             _warn(warning)
     except SettingError as error:
         fail(error)
+    if isinstance(given := server_args.cache_dit_config, str) and given:
+        server_args.cache_dit_config = ReadFile(given)
+        server_args.cache_dit_config.config = defaults.current().file
     _leave_out_graphs(server_args)
 
 
@@ -64,22 +73,27 @@ def _leave_out_graphs(server_args: Any) -> None:
         )
 
 
-def ensure_file(server_args: Any) -> tuple[str, ...]:
-    """Read ``--cache-dit-config`` into this process's defaults, once; returns warnings.
+def ensure_file(server_args: Any, *, anew: bool = False) -> tuple[str, ...]:
+    """Take ``--cache-dit-config`` into this process's defaults, once; returns warnings.
 
-    Workers get their server arguments ready made, so each process reads the file itself.
+    Args:
+        anew: read a file that was not handed on read, even if it was read before.
 
     Raises:
         SettingError: a file that cannot be used.
     """
-    given = server_args.cache_dit_config
-    if not given or defaults.current().file.given == given:
+    given, current = server_args.cache_dit_config, defaults.current()
+    handed_on = given.config if isinstance(given, ReadFile) else None
+    if not given or handed_on is current.file or (handed_on is None and not anew and current.file.given == given):
         return ()
-    file = read_file(given)
-    if file.passed_on:
-        file = replace(file, passed_on=_fitting(file.passed_on, server_args))
-    defaults.install(replace(defaults.current(), file=file))
+    file = handed_on or _read(given, server_args)
+    defaults.install(replace(current, file=file))
     return file.warnings
+
+
+def _read(given: str | Mapping[str, Any], server_args: Any) -> FileConfig:
+    file = read_file(given)
+    return replace(file, passed_on=_fitting(file.passed_on, server_args)) if file.passed_on else file
 
 
 def _fitting(sections: Mapping[str, Any], server_args: Any) -> Mapping[str, Any]:

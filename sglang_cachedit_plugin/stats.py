@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .errors import one_line
 
 COND = "cond"
+COND_ONLY = "cond_only"
+"""The conditional forward of a step without guidance, which every CFG rank runs."""
 
 
 @dataclass
@@ -65,6 +67,43 @@ class TransformerStats:
 
 
 @dataclass
+class CorrectorStats:
+    """What the corrector did.
+
+    Args:
+        enabled: whether cached steps were to be corrected.
+        reason: why not.
+        corrected_steps: cached steps that were set right.
+        largest_correction: norm of the largest correction relative to that of the latents, on this rank's part.
+    """
+
+    enabled: bool = True
+    reason: str | None = None
+    corrected_steps: int = 0
+    largest_correction: float | None = None
+
+
+@dataclass
+class ErrorStats:
+    """What error control saw.
+
+    Args:
+        tolerance: the error that was allowed.
+        errors: relative error of the forecast at each computed step where there was one.
+        passed_on: estimated error that the cached steps passed on to the latents, summed over the loop.
+    """
+
+    tolerance: float
+    errors: dict[int, float] = field(default_factory=dict)
+    passed_on: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """The form of the report."""
+        errors = {str(step): round(error, 6) for step, error in self.errors.items()}
+        return {"tolerance": self.tolerance, "errors": errors, "passed_on": round(self.passed_on, 6)}
+
+
+@dataclass
 class RequestStats:
     """Everything that a request's report says."""
 
@@ -77,6 +116,8 @@ class RequestStats:
     denoising_s: float = 0.0
     notes: list[str] = field(default_factory=list)
     refused: bool = False
+    corrector: CorrectorStats = field(default_factory=CorrectorStats)
+    error_control: ErrorStats | None = None
 
     def note(self, text: str) -> None:
         """Add a remark once."""
@@ -85,12 +126,30 @@ class RequestStats:
 
     def count(self, kind: str) -> int:
         """Denoising steps of the conditional branch over all transformers; ``kind``: computed or cached."""
-        return sum(len(getattr(self._leading(t), kind)) for t in self.transformers.values())
+        return sum(len(getattr(b, kind)) for t in self.transformers.values() for b in self._leading(t))
 
     @staticmethod
-    def _leading(transformer: TransformerStats) -> BranchStats:
+    def _leading(transformer: TransformerStats) -> list[BranchStats]:
         branches = transformer.branches
-        return branches.get(COND) or next(iter(branches.values()), BranchStats())
+        return [branches[name] for name in (COND, COND_ONLY) if name in branches] or [*branches.values()][:1]
+
+    def add_stage(self, stage: str, other: RequestStats) -> None:
+        """Add what a further denoising stage of the same request did; its transformers are named after it."""
+        self.transformers |= {f"{stage}.{name}": each for name, each in other.transformers.items()}
+        self.denoising_s += other.denoising_s
+        self.refused = self.refused or other.refused
+        for note in other.notes:
+            self.note(f"{stage}: {note}")
+        if other.enabled and not self.enabled:
+            first, self.reason, self.enabled = self.reason, None, True
+            self.profile, self.config = other.profile, other.config
+            if first is not None:
+                self.note(first)
+        elif other.reason not in (None, self.reason):
+            if self.enabled:
+                self.note(f"{stage}: {other.reason}")
+            else:
+                self.reason = f"{self.reason}; {stage}: {other.reason}"
 
     def diffs(self) -> list[float]:
         """All measured differences, sorted."""
@@ -112,6 +171,8 @@ class RequestStats:
             "computed_steps": self.count("computed"),
             "cached_steps": self.count("cached"),
             "denoising_s": round(self.denoising_s, 4),
+            "corrector": asdict(self.corrector) if self.enabled else None,
+            "error_control": None if self.error_control is None else self.error_control.as_dict(),
             "transformers": {name: t.as_dict() for name, t in self.transformers.items()},
         }
 
@@ -134,6 +195,8 @@ class RequestStats:
             parts = [f"{computed + cached} steps", f"{computed} computed", f"{cached} cached (cond)"]
             if diffs := self.diffs():
                 parts.append(f"diffs p50 {percentile(diffs, 50):.2f} p95 {percentile(diffs, 95):.2f}")
+            if self.corrector.corrected_steps:
+                parts.append(f"{self.corrector.corrected_steps} corrected")
             lines.append("cache-dit: " + ", ".join([*parts, f"denoising {self.denoising_s:.2f} s"]))
         if reason := self.why():
             lines.append(one_line(f"cache-dit: {'limited' if self.enabled else 'off'}: {reason}"))

@@ -174,7 +174,7 @@ def find_blocks(transformer: nn.Module, pipe: Any = None) -> BlockAdapter:
         raise MountError(f"{name}: {row.no_blocks or row.refused}")
     try:
         with _quiet():
-            if row is not None and not row.register:
+            if row is not None:
                 adapter = _from_row(transformer, row)
             elif pipe is not None and BlockAdapterRegister.is_supported(pipe):
                 adapter = BlockAdapterRegister.get_adapter(pipe)

@@ -58,7 +58,6 @@ class AdapterRow:
     Args:
         family: name of the model family, for people.
         blocks: its block lists, in the order in which they run; empty where no list can be cached.
-        register: cache-dit's register describes the class; ``blocks`` says what it finds there.
         transformers: how many transformers of this class a pipeline may have.
         cfg: how guidance runs: ``none`` (distilled guidance or none), ``separate`` (one forward a branch),
             ``batched`` (one forward for all branches), ``paired`` (a transformer for each branch).
@@ -71,7 +70,6 @@ class AdapterRow:
 
     family: str
     blocks: tuple[Blocks, ...] = ()
-    register: bool = False
     transformers: int = 1
     cfg: Literal["none", "separate", "batched", "paired"] = "separate"
     note: str = ""

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import SettingError
+from ..errors import SettingError, nearest
 from ..settings import ALIASES
 from ..sources import ENABLED_VARIABLE, VARIABLES, read_request
 
@@ -94,12 +94,17 @@ def _split(text: str) -> list[str]:
     return [part for part in [*parts, text[start:]] if part.strip()]
 
 
-def parse_variant(text: str, kind: str) -> Variant:
-    """``name`` or ``name:k=v,k=v``."""
-    name, _, settings = text.partition(":")
+def parse_variant(text: str, kind: str, profiles: Sequence[str] = ()) -> Variant:
+    """``name`` or ``name:k=v,k=v``; a bare name that looks like one of ``profiles`` is refused: it would name none."""
+    name, colon, settings = text.partition(":")
     origin = f"--{'stock' if kind == STOCK else 'variant'} {name}"
     if not name.strip() or "/" in name:
         raise SettingError(origin, text, "command line", "expected name:setting=value,...")
+    if not colon and (near := nearest(name.strip(), profiles)):
+        raise SettingError(
+            "--variant", text, "command line", "a name alone is a variant with the defaults; expected "
+            "name:setting=value,...", f"{near}:profile={near}",
+        )
     return Variant(name=name.strip(), kind=kind, settings=parse_settings(settings, origin))
 
 
@@ -149,7 +154,7 @@ def plan(
         found += [parse_variant(text, STOCK) for text in stock] or [Variant(name=STOCK, kind=STOCK, settings=own)]
     if own or not variants:
         found.append(Variant(name=profile or PLUGIN, kind=PLUGIN, settings=own))
-    found += [parse_variant(text, PLUGIN) for text in variants]
+    found += [parse_variant(text, PLUGIN, profiles) for text in variants]
     checked = [check(variant, profiles) for variant in found]
     names = [variant.name for variant in checked]
     for name in names:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import host
-from ..errors import CacheDitError, SettingError
+from ..errors import CacheDitError, SettingError, nearest
 from . import job, outcome, report, write
 from .engine import Engine
 from .evaluate import Evaluator, Grid, Progress, Prompt
@@ -99,8 +99,29 @@ def prepare(args: argparse.Namespace) -> Plan:
     return Plan(
         grids=grids, tune=tuning[: args.tune_limit], heldout=heldout[: args.heldout_limit], target=target,
         seed=args.seed, evaluations=args.evaluations, shares=_shares(args.shares),
-        peers=job.PEERS.get(args.peers) or tuple(name for name in args.peers.split(",") if name and name != "none"),
+        peers=_peers(args.peers, max(grid.steps for grid in grids)),
     )
+
+
+def _peers(text: str, steps: int) -> tuple[str, ...]:
+    """Beginnings of names of what else is measured; each must begin one that there can be."""
+    if text in job.PEERS:
+        return job.PEERS[text]
+    words = [word.strip() for word in text.split(",")]
+    for word in words:
+        if word in job.PEERS:
+            raise SettingError("--peers", text, COMMAND_LINE, f"{word} stands alone, without other names")
+        number = word.rpartition("-")[2][:6]
+        budget = min(max(1, int(number)), steps) if number.isdecimal() else 1
+        names = [each.name for each in job.others(steps, [budget])]
+        if not word or not any(name.startswith(word) for name in names):
+            families = dict.fromkeys(name.partition("-")[0] for name in names)
+            raise SettingError(
+                "--peers", word, COMMAND_LINE,
+                f"expected {', '.join(job.PEERS)}, or beginnings of names with commas: {', '.join(families)}",
+                nearest(word, [*job.PEERS, *families, *names]),
+            )
+    return tuple(words)
 
 
 def _shares(text: str) -> list[float]:

@@ -62,6 +62,15 @@ class Result:
     methods: list[dict[str, Any]] = field(default_factory=list)
 
 
+def others(steps: int, budgets: Sequence[int]) -> list[Candidate]:
+    """What can be measured beside schedules tuned for ``budgets`` computed steps."""
+    beside = {round(steps * share) for share in (0.7, 0.85)}
+    found = [candidates.fewer_steps(budget) for budget in sorted(beside | set(budgets))]
+    for budget in budgets:
+        found += candidates.growing(steps, budget)
+    return [*found, *candidates.stock(steps), *candidates.built_in(), *candidates.host_peers(steps)]
+
+
 def run(plan: Plan, evaluator: Evaluator, say: Say) -> list[Result]:
     """Tune every grid."""
     return [_Grid(plan, evaluator, grid, say).run() for grid in plan.grids]
@@ -155,12 +164,7 @@ class _Grid:
             self.result.points.append(point)
 
     def _others(self, budgets: Sequence[int]) -> list[Candidate]:
-        steps = self.grid.steps
-        beside = {round(steps * share) for share in (0.7, 0.85)}
-        found = [candidates.fewer_steps(budget) for budget in sorted(beside | set(budgets))]
-        for budget in budgets:
-            found += candidates.growing(steps, budget)
-        found += [*candidates.stock(steps), *candidates.built_in(), *candidates.host_peers(steps)]
+        found = others(self.grid.steps, budgets)
         return [each for each in found if each.name.startswith(tuple(self.plan.peers))]
 
     def _choose(self) -> None:

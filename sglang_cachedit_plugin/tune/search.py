@@ -158,13 +158,3 @@ def _random_move(mask: Mask, rng: random.Random, fixed: frozenset[int]) -> Mask 
         beside = [step for step in (off - 1, off + 1) if step in zeros]
         return _swapped(mask, off, rng.choice(beside)) if beside else _swapped(mask, off, rng.choice(zeros))
     return _swapped(mask, off, rng.choice(zeros))
-
-
-def climb(score: Callable[[Mask], float], start: Mask, fixed: frozenset[int] = frozenset({0})) -> Mask:
-    """The nearest mask that no single swap improves."""
-    best = (score(start), start)
-    while True:
-        found = max(((score(mask), mask) for mask in moves(best[1], fixed)), default=best)
-        if found[0] <= best[0] + 1e-9:
-            return best[1]
-        best = found

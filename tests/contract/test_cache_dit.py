@@ -59,7 +59,6 @@ def test_an_override_takes_what_the_original_takes(name):
         ("clear_contexts", ["self"]),
         ("get_Fn_buffer", ["self", "prefix"]),
         ("set_Fn_buffer", ["self", "buffer", "prefix"]),
-        ("get_important_condition_threshold", ["self"]),
         ("__init__", ["self", "name", "persistent_context"]),
     ],
 )
@@ -81,7 +80,7 @@ def test_the_contexts_fields():
     }
     added = {field.name for field in dataclasses.fields(BranchContext)} - fields
     assert added == {
-        "blocks", "last_step", "last_diff", "has_reference", "absent", "residual_shape", "given",
+        "blocks", "branch", "last_step", "last_diff", "has_reference", "absent", "residual_shape",
     }
     assert list(parameters(CachedContext.get_calibrators)) == ["self"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -14,8 +15,13 @@ from sglang.multimodal_gen.runtime.pipelines_core.stages.denoising import (
     DualTransformerExecutionMode,
 )
 
-from sglang_cachedit_plugin import denoising, graphs
+from sglang_cachedit_plugin import defaults, denoising, diffusers_backend, graphs
+from sglang_cachedit_plugin.defaults import Defaults
 from sglang_cachedit_plugin.denoising import CacheDitDenoisingMixin
+from sglang_cachedit_plugin.errors import RefusedError, refusal_in
+from sglang_cachedit_plugin.overrides import Overrides, read_overrides
+from sglang_cachedit_plugin.serving import requests
+from sglang_cachedit_plugin.sources import read_file
 from tests.unit.blocks import DIM, TOKENS, TinyDiT, known_classes
 
 STEPS = 6
@@ -169,9 +175,102 @@ def test_what_needs_a_decision_inside_a_graph_is_named_as_the_reason(graphed, pa
     assert not report["enabled"] and "breakable CUDA graphs are on" in report["reason"]
 
 
-def test_a_mask_of_another_length_computes_every_step_around_graphs(graphed):
-    _, report = denoised(graphed, batch(forecast="output", steps_computation_mask=[1, 0, 1]))
+SHORT = {"profiles": {"short": {
+    "forecast": "output", "steps_computation_mask": [1, 0, 1], "scm_policy": "static", "max_warmup_steps": 0,
+}}}
+
+
+def asking(params, **fields) -> SimpleNamespace:
+    """A request with these ``cache_dit_params`` and nothing else."""
+    request = batch()
+    request.sampling_params.cache_dit_params = params
+    vars(request).update(fields)
+    return request
+
+
+def test_a_mask_of_another_length_in_the_servers_settings_computes_every_step_around_graphs(graphed, monkeypatch):
+    monkeypatch.setattr(defaults, "_current", Defaults(file=read_file(SHORT)))
+    _, report = denoised(graphed, asking({"profile": "short"}))
     assert report["computed_steps"] == STEPS and "the mask has 3 entries" in report["reason"]
+
+
+def refusal_of(stage, request, steps=STEPS) -> str:
+    """What the client of a request is told, by way of the worker's error as the host words it."""
+    def loop(stage, request, server_args):
+        CacheDitDenoisingMixin._maybe_enable_cache_dit(stage, steps, request)
+
+    request.extra = vars(request).get("extra", {})
+    with pytest.raises(RefusedError) as caught:
+        denoising.run_stage(loop, stage, request, stage.server_args)
+    return refusal_in(f"Model generation failed. Error from scheduler: Error executing request r1: {caught.value}")
+
+
+@pytest.mark.parametrize(("params", "line"), [
+    ({"steps_computation_mask": [1, 0, 1]},
+     "steps_computation_mask = '3 entries' (cache_dit_params): expected 6 entries, one a step"),
+    ({"scm_preset": [1] * 7}, "scm_preset = '7 entries' (cache_dit_params): expected 6 entries, one a step"),
+])
+def test_a_mask_of_another_length_in_a_request_is_refused(stage, params, line):
+    stage.transformer_2 = None
+    request = asking(params)
+    assert refusal_of(stage, request) == line
+    assert request.extra["cache_dit"]["reason"] == line
+    assert not denoising._open
+
+
+@pytest.mark.parametrize(("params", "line"), [
+    ({"steps_computation_mask": [1, 0, 1]},
+     "steps_computation_mask = '3 entries' (cache_dit_params): expected 2 or 4 or 6 entries, one a step"),
+    ({"secondary": {"steps_computation_mask": [1, 0]}},
+     "steps_computation_mask = '2 entries' (cache_dit_params.secondary): expected 4 or 6 entries, one a step"),
+])
+def test_a_mask_that_fits_neither_expert_is_refused(stage, monkeypatch, params, line):
+    experts(monkeypatch)
+    assert refusal_of(stage, asking(params), (2, 4)) == line
+
+
+@pytest.mark.parametrize("params", [
+    {"steps_computation_mask": [1] * 6}, {"steps_computation_mask": [1, 0]}, {"steps_computation_mask": [1, 0, 1, 0]},
+    {"steps_computation_mask": [1, 0], "secondary": {"steps_computation_mask": [1, 0, 1, 0]}},
+    {"secondary": {"steps_computation_mask": [1] * 6}},
+])
+def test_a_mask_may_be_that_of_one_expert_or_of_both(stage, monkeypatch, params):
+    experts(monkeypatch)
+    CacheDitDenoisingMixin._maybe_enable_cache_dit(stage, (2, 4), asking(params))
+    assert stage._cache_dit_enabled
+
+
+def experts(monkeypatch) -> None:
+    """High and low noise experts, as Wan 2.2 has them."""
+    monkeypatch.setattr(PairedStage, "_dual_transformer_execution_mode",
+                        lambda self: DualTransformerExecutionMode.BOUNDARY_EXPERTS)
+    monkeypatch.setattr(PairedStage, "_cache_dit_secondary_uses_primary_config", lambda self: False)
+
+
+@pytest.mark.parametrize("fields", [
+    {"is_warmup": True}, {"extra": {"server_internal_prewarm": True}}, {"extra": {"cache_dit": {"enabled": True}}},
+])
+def test_the_hosts_own_requests_and_further_stages_take_a_mask_of_another_length(stage, fields):
+    request = asking({"steps_computation_mask": [1, 0, 1]}, **fields)
+    CacheDitDenoisingMixin._maybe_enable_cache_dit(stage, STEPS, request)
+    (_, session), *_ = denoising._open
+    assert "the mask has 3 entries" in session.stats.as_dict()["reason"]
+
+
+def test_a_request_that_was_checked_under_an_earlier_change_is_refused(stage, monkeypatch):
+    first = Defaults().with_overrides(read_overrides({"forecast": "output", "profiles": {"mine": {}}}))
+    later = first.with_overrides(Overrides()).with_overrides(Overrides())
+    for params, line in (
+        ({"profile": "mine"}, "profile = 'mine' (cache_dit_params): expected one of: balanced, fast, quality"),
+        ({"max_accumulated_diff": 1.0}, "max_accumulated_diff = 1.0 (cache_dit_params.max_accumulated_diff): it "
+         "watches forecasts of the output: it needs forecast: output"),
+    ):
+        monkeypatch.setattr(defaults, "_current", first)
+        requests.check("r1", cache_dit_params=params)
+        monkeypatch.setattr(defaults, "_current", later)
+        assert refusal_of(stage, asking(params)) == line
+        with pytest.raises(RefusedError, match=re.escape(line)):
+            diffusers_backend.execute(pytest.fail, SimpleNamespace(diffusers_pipe=stage), asking(params), None)
 
 
 def test_a_model_nobody_describes_runs_uncached_with_the_reason_or_fails_with_strict(stage):

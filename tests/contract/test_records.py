@@ -81,7 +81,7 @@ def test_the_names_are_those_of_the_source():
 
 def copied_host(folder: Path) -> Path:
     """The files of the installed host that the plugin looks into."""
-    modules = [seam.defined_in or seam.target for seam in hooks.SEAMS] + list(host_names.NAMES)
+    modules = [seam.target for seam in hooks.SEAMS] + list(host_names.NAMES)
     for dotted in modules:
         path = None
         while path is None:

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from sglang_cachedit_plugin import host
-from sglang_cachedit_plugin.errors import SettingError
-from sglang_cachedit_plugin.serving import answers, control, requests
+from sglang_cachedit_plugin import host, offline
+from sglang_cachedit_plugin.errors import RefusedError, SettingError
+from sglang_cachedit_plugin.serving import answers, control
 from sglang_cachedit_plugin.session import add_report, publish
 from sglang_cachedit_plugin.stats import RequestStats, TransformerStats
 
@@ -76,11 +76,34 @@ def test_metrics_that_came_as_a_dictionary_keep_the_report(request_of_the_host):
     ],
 )
 def test_the_offline_engine_refuses_a_bad_setting_itself(fields, part):
-    local = SimpleNamespace(local_scheduler_process=[object()])
+    local, elsewhere = Generator([object()]), Generator(None)
     with pytest.raises(SettingError) as caught:
-        requests.check_offline(local, {"prompt": "a"} | fields)
+        offline.generate(pytest.fail, local, {"prompt": "a"} | fields)
     assert part in str(caught.value)
-    elsewhere = SimpleNamespace(local_scheduler_process=None)
-    assert requests.check_offline(elsewhere, fields) is None
-    assert requests.check_offline(local, sampling_params_kwargs={"prompt": "a", "enable_cache_dit": True}) is None
-    assert requests.check_offline(local) is None
+    assert offline.generate(lambda *given: given, elsewhere, fields) == (elsewhere, fields, None)
+    good = {"prompt": "a", "enable_cache_dit": True}
+    assert offline.generate(lambda *given: given, local, sampling_params_kwargs=good) == (local, good, None)
+    assert offline.generate(lambda *given: given, local) == (local, None, None)
+
+
+def test_the_offline_engine_raises_what_the_worker_refused_of_all_prompts():
+    local, refusal = Generator([object()]), RefusedError("mask = '3 entries' (cache_dit_params): expected 6")
+
+    def served(*errors, result=None):
+        for error in errors:
+            answer = SimpleNamespace(error=error and f"Error executing request r1: {error}", metrics=None)
+            offline.answered(answer, local, [])
+        return result
+
+    with pytest.raises(ValueError, match=r"mask = '3 entries' \(cache_dit_params\): expected 6$"):
+        offline.generate(lambda *given: served(refusal), local, {})
+    assert offline.generate(lambda *given: served(refusal, None, result=["one"]), local, {}) == ["one"]
+    assert offline.generate(lambda *given: served("CUDA error"), local, {}) is None
+    assert offline.generate(lambda *given: None, local, {}) is None
+
+
+class Generator:
+    """As much of a DiffGenerator as says where its workers are."""
+
+    def __init__(self, local_scheduler_process):
+        self.local_scheduler_process = local_scheduler_process

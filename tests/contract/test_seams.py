@@ -20,7 +20,7 @@ KINDS = {"replace", "around", "after", "before"}
 
 def source_of(seam: hooks.Seam) -> tuple[Path, list[str]]:
     """The host's file of a seam, and the qualified name inside it."""
-    parts = (seam.defined_in or seam.target).split(".")
+    parts = seam.target.split(".")
     for split in range(len(parts) - 1, 0, -1):
         path = Path(*parts[:split]).with_suffix(".py")
         if (ROOT / path).is_file():
@@ -234,14 +234,19 @@ def test_a_registry_that_keeps_its_books_otherwise_is_not_judged():
     assert plugin.out_of_place(object()) == []
 
 
-def test_a_worker_says_it_once_and_looks_at_its_model_all_the_same(monkeypatch):
-    from sglang_cachedit_plugin import denoising, host
+def test_a_worker_reads_its_settings_then_loads_then_says_once_what_is_wrong(monkeypatch):
+    from sglang_cachedit_plugin import denoising, host, startup
 
-    said, looked = [], []
+    done = []
     monkeypatch.setattr(plugin, "out_of_place", lambda registry: ["a seam: out of place"])
-    monkeypatch.setattr(host, "logger", lambda: SimpleNamespace(warning=lambda text, value: said.append(text % value)))
-    monkeypatch.setattr(denoising, "check_worker", lambda result, worker: looked.append(worker))
+    monkeypatch.setattr(host, "logger", lambda: SimpleNamespace(warning=lambda text, value: done.append(text % value)))
+    monkeypatch.setattr(startup, "ensure_file", lambda server_args: done.append(f"settings of {server_args}"))
+    monkeypatch.setattr(denoising, "check_worker", lambda worker: done.append("model"))
+    worker = SimpleNamespace(server_args="these arguments")
     for first in (True, False):
         monkeypatch.setattr(host, "is_first_rank", lambda first=first: first)
-        plugin.check_worker(None, "worker")
-    assert said == ["cache-dit: a seam: out of place"] and looked == ["worker", "worker"]
+        assert plugin.start_worker(lambda worker: done.append("load"), worker) is None
+    assert done == [
+        "settings of these arguments", "load", "cache-dit: a seam: out of place", "model",
+        "settings of these arguments", "load", "model",
+    ]

@@ -24,11 +24,8 @@ def _world() -> dist.ProcessGroup:
     return dist.group.WORLD
 
 
-def _reduced(reference: torch.Tensor, current: torch.Tensor, threshold: float = 0.0) -> float:
-    (diff,), _ = reduced_differences(
-        residual_sums(reference, current, threshold), _world(), device=reference.device,
-        important_threshold=threshold,
-    )
+def _reduced(reference: torch.Tensor, current: torch.Tensor) -> float:
+    (diff,), _ = reduced_differences(residual_sums(reference, current), _world(), device=reference.device)
     return diff
 
 
@@ -40,15 +37,14 @@ def random_shards(rank: int) -> list[tuple[float, float, float]]:
         tokens, scale = draw.randint(1, 40), draw.choice([1e-3, 1.0, 200.0])
         shape = (draw.randint(1, 2), tokens, draw.randint(1, 24))
         dtype = draw.choice([torch.float32, torch.bfloat16])
-        threshold = draw.choice([0.0, 0.0, 0.8, 5.0])
         cut = draw.randint(0, tokens)
         reference, current = (
             (scale * torch.randn(shape, generator=generator)).to(dtype) for _ in range(2)
         )
         parts = [(reference[:, :cut], current[:, :cut]), (reference[:, cut:], current[:, cut:])]
-        whole = residual_difference(reference, current, important_threshold=threshold)
-        alone = [residual_difference(*part, important_threshold=threshold) for part in parts]
-        rows.append((_reduced(*parts[rank], threshold), whole, sum(alone) / 2))
+        whole = residual_difference(reference, current)
+        alone = [residual_difference(*part) for part in parts]
+        rows.append((_reduced(*parts[rank]), whole, sum(alone) / 2))
     return rows
 
 

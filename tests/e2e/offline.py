@@ -14,6 +14,7 @@ REQUESTS = {
     "profile": {"enable_cache_dit": True, "cache_dit_params": {"profile": "fast"}},
     "off": {"enable_cache_dit": False},
     "bad": {"cache_dit_params": {"max_warmup_stepz": 1}},
+    "refused": {"enable_cache_dit": True, "cache_dit_params": {"Fn_compute_blocks": 99, "strict": True}},
     "after the bad one": {"enable_cache_dit": True, "cache_dit_params": {"profile": "fast"}},
 }
 

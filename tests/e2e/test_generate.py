@@ -125,8 +125,15 @@ def test_what_cannot_be_used_is_400_in_one_line(server, fields, words):
     assert words in answer.json()["detail"] and len(answer.json()["detail"].splitlines()) == 1
 
 
-def test_what_only_the_worker_can_refuse_is_400_in_one_line_at_every_address(server):
-    wanted = {"enable_cache_dit": True, "cache_dit_params": {"Fn_compute_blocks": 99, "strict": True}}
+@pytest.mark.parametrize(("params", "line"), [
+    ({"Fn_compute_blocks": 99, "strict": True},
+     "strict = True (cache_dit_params.strict): Fn_compute_blocks 99 + Bn_compute_blocks 0 exceed the 12 blocks of "
+     "transformer"),
+    ({"steps_computation_mask": [1, 0, 1]},
+     f"steps_computation_mask = '3 entries' (cache_dit_params): expected {STEPS} entries, one a step"),
+])
+def test_what_only_the_worker_can_refuse_is_400_in_one_line_at_every_address(server, params, line):
+    wanted = {"enable_cache_dit": True, "cache_dit_params": params}
     picture = {"prompt": "red apple", "size": "64x64", "num_inference_steps": STEPS}
     before = scrape(server)
     refused = [post(server, **wanted)]
@@ -135,10 +142,7 @@ def test_what_only_the_worker_can_refuse_is_400_in_one_line_at_every_address(ser
         refused.append(httpx.post(f"{server}/v1/images/generations", json=body, timeout=120))
     for answer in refused:
         assert answer.status_code == 400, answer.text
-        assert answer.json() == {"detail": (
-            "strict = True (cache_dit_params.strict): Fn_compute_blocks 99 + Bn_compute_blocks 0 exceed the 12 blocks "
-            "of transformer"
-        )}
+        assert answer.json() == {"detail": line}
     grown = {key: number for key, number in (scrape(server) - before).items() if key[0] == metrics.REQUESTS}
     assert grown.keys() == {(metrics.REQUESTS, "refused")}
     assert generate(server, seed=1, enable_cache_dit=True)["cache_stats"]["enabled"] is True

@@ -53,5 +53,8 @@ def test_a_bad_setting_raises_in_one_line_and_the_engine_goes_on(reports):
     assert reports["bad"] == (
         "SettingError: max_warmup_stepz = 1 (cache_dit_params): unknown key; did you mean 'max_warmup_steps'?"
     )
+    assert reports["refused"].startswith(
+        "RefusedError: cache-dit refuses the request: strict = True (cache_dit_params.strict): Fn_compute_blocks 99 + "
+    )
     steps = [cond(reports[name]) for name in ("profile", "after the bad one")]
     assert steps[0] == steps[1]

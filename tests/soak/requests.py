@@ -22,7 +22,7 @@ KNOBS: tuple[dict[str, Any], ...] = (
     {"enable_dmd": True, "dmd_history": 4, "residual_diff_threshold": 0.8},
     {"Fn_compute_blocks": 2, "Bn_compute_blocks": 1, "max_continuous_cached_steps": 1},
     {"forecast": "output", "forecast_order": 2, "max_cached_steps": 3},
-    {"max_warmup_steps": 1, "secondary": {"max_warmup_steps": 2}, "keep_buffers": True},
+    {"max_warmup_steps": 1, "secondary": {"max_warmup_steps": 2}},
 )
 BAD: tuple[dict[str, Any], ...] = (
     {"max_warmup_stepz": 1}, {"scm_preset": "fsat"}, {"profile": "drfat"}, {"taylorseer_order": 9},

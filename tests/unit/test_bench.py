@@ -63,10 +63,16 @@ def test_several_variants():
     (["a:residual_diff_threshold=7"], "residual_diff_threshold = 7"), (["a:max_warmup_stepz=1"], "did you mean"),
     (["a", "a"], "two variants"), (["uncached"], "two variants"), (["a:profile=none-such"], "profile"),
     (["a:b"], "expected name=value"), ([":x=1"], "expected name:setting=value"),
+    (["fast"], "did you mean 'fast:profile=fast'?"), (["fats"], "did you mean 'fast:profile=fast'?"),
 ])
 def test_bad_variants_are_refused_before_anything_starts(variants, message):
     with pytest.raises(SettingError, match=re.escape(message)):
-        plan(variants)
+        plan(variants, profiles=["fast"])
+
+
+def test_a_variant_may_have_the_name_of_a_profile_where_it_says_what_it_is():
+    found = plan(["fast:", "quality:profile=fast"], profiles=["fast", "quality"], with_stock=False)
+    assert [dict(variant.settings) for variant in found] == [{}, {}, {"profile": "fast"}]
 
 
 def test_a_changed_knob_differs_and_has_no_effect():

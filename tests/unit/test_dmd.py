@@ -6,6 +6,7 @@ from cache_dit.caching.cache_contexts.calibrators.dmd import DMDState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sglang_cachedit_plugin import dmd
 from sglang_cachedit_plugin.dmd import DMDForecaster, gram
 
 ROOTS = {
@@ -15,9 +16,9 @@ ROOTS = {
 }
 
 
-def series(roots, count, size=500, batch=2):
+def series(roots, count, tokens=50, batch=2):
     generator = torch.Generator().manual_seed(1)
-    modes = [torch.randn(batch, size, dtype=torch.complex128, generator=generator) for _ in roots]
+    modes = [torch.randn(batch, tokens, 10, dtype=torch.complex128, generator=generator) for _ in roots]
     return [sum(mode * root**k for mode, root in zip(modes, roots, strict=True)).real.float() for k in range(count)]
 
 
@@ -53,6 +54,23 @@ def test_batch_items_do_not_mix():
     torch.testing.assert_close(together.predict(7, 0.0)[:1], alone.predict(7, 0.0))
 
 
+def test_tokens_of_a_packed_tensor_share_one_decomposition(monkeypatch):
+    generator, fits = torch.Generator().manual_seed(2), []
+    own = dmd.DMDFit
+    monkeypatch.setattr(dmd, "DMDFit", lambda *args: fits.append(args) or own(*args))
+    values = [value + 0.1 * torch.randn(value.shape, generator=generator)
+              for value in series(ROOTS["damped"], 6, batch=1)]
+    batched, _ = fill(values, spacing=1)
+    packed = DMDForecaster(6)
+    for index, value in enumerate(values):
+        packed.update(index, -float(index), value[0])
+    expected = batched.predict(7, 0.0)
+    assert len(fits) == 1
+    forecast = packed.predict(7, 0.0)
+    assert len(fits) == 2
+    assert torch.equal(forecast, expected[0])
+
+
 def test_rank_keeps_the_strongest_modes():
     values = series(ROOTS["three"], 6)
     ours, theirs = fill(values, spacing=1, rank=1)
@@ -79,7 +97,7 @@ def test_a_change_of_spacing_starts_the_window_anew():
 
 def test_not_finite_values_repeat_the_newest():
     values = series(ROOTS["damped"], 5)
-    values[1][0, 0] = float("nan")
+    values[1][0, 0, 0] = float("nan")
     ours, _ = fill(values, spacing=1)
     forecast = ours.predict(5, 0.0)
     torch.testing.assert_close(forecast[0], values[4][0])
@@ -99,11 +117,11 @@ def test_holds_the_values_and_nothing_else():
 @given(count=st.integers(2, 6), size=st.integers(1, 3000), batch=st.integers(1, 3), seed=st.integers(0, 99))
 def test_gram_is_every_inner_product(count, size, batch, seed):
     generator = torch.Generator().manual_seed(seed)
-    values = [torch.randn(batch, size, generator=generator).bfloat16() for _ in range(count)]
+    values = [torch.randn(batch, size, 1, generator=generator).bfloat16() for _ in range(count)]
     products = gram(values)
     for item in range(batch):
         for i, left in enumerate(values):
-            expected = [float(left[item].double() @ right[item].double()) for right in values]
+            expected = [float(left[item].double().flatten() @ right[item].double().flatten()) for right in values]
             assert products[item, i].tolist() == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 

@@ -12,7 +12,7 @@ from sglang_cachedit_plugin import host, metrics
 from sglang_cachedit_plugin.defaults import Defaults
 from sglang_cachedit_plugin.errors import RefusedError
 from sglang_cachedit_plugin.serving import requests
-from sglang_cachedit_plugin.session import Session, publish
+from sglang_cachedit_plugin.session import Session, decide, publish
 from sglang_cachedit_plugin.stats import RequestStats, TransformerStats
 
 
@@ -83,6 +83,13 @@ def test_a_refusal_is_no_failure(worker):
     grown = {name for name in metrics.OUTCOMES if value(metrics.REQUESTS, outcome=name) != before[name]}
     assert grown == {"refused"}
     assert (made.metrics.cache_dit["enabled"], made.metrics.cache_dit["reason"]) == (False, "no blocks")
+
+
+def test_what_the_workers_settings_no_longer_take_counts_as_refused(worker):
+    before = value(metrics.REQUESTS, outcome="refused")
+    with pytest.raises(RefusedError, match=r"profile = 'mine' \(cache_dit_params\): expected one of"):
+        decide(True, {"profile": "mine"})
+    assert value(metrics.REQUESTS, outcome="refused") - before == 1
 
 
 def test_requests_that_the_host_merged_count_each_and_their_steps_once(worker):

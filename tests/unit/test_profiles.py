@@ -57,6 +57,7 @@ def test_the_description_names_switch_values_and_profiles():
     assert nothing["enabled"] == {"value": False, "origin": "default"}
     environment, _ = read_environment({"SGLANG_CACHE_DIT_ENABLED": "true", "SGLANG_CACHE_DIT_RDT": "0.1"})
     described = Defaults(environment=environment, file=read_file({"profiles": {"a": {}}})).describe()
-    assert described["enabled"] == {"value": True, "origin": "cache_dit_config"}
+    # A file that only defines profiles leaves the switch to the environment.
+    assert described["enabled"] == {"value": True, "origin": "SGLANG_CACHE_DIT_ENABLED"}
     assert described["config"]["residual_diff_threshold"] == {"value": 0.1, "origin": "SGLANG_CACHE_DIT_RDT"}
     assert described["profiles"] == ["a", "balanced", "fast", "quality"]

@@ -159,9 +159,9 @@ def test_a_line_of_the_log_stays_one_line(replicas, monkeypatch, capsys):
 
     monkeypatch.setattr(host, "tell_replicas", tell)
     answer = client().put(ADDRESS, json={})
-    monkeypatch.setattr(startup, "ensure_file", lambda server_args: (FORGED,))
+    monkeypatch.setattr(startup, "ensure_file", lambda server_args, anew: (FORGED,))
     capsys.readouterr()  # what libraries log of the request is not asked about
-    startup.before_launch(None)
+    startup.before_launch(SimpleNamespace(cache_dit_config=None))
     printed = capsys.readouterr().err.removesuffix("\n").split("\n")
     [warned] = [line for line in printed if "all is well" in line or line.startswith("cache-dit")]
     assert answer.status_code == 503

@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 
 from sglang_cachedit_plugin import defaults
 from sglang_cachedit_plugin.defaults import Defaults
-from sglang_cachedit_plugin.errors import RefusedError
+from sglang_cachedit_plugin.errors import RefusedError, SettingError
 from sglang_cachedit_plugin.serving import answers, control, refusals, requests
 from sglang_cachedit_plugin.sources import read_file
 
@@ -85,7 +85,7 @@ def test_a_good_request_passes_with_the_files_profiles(monkeypatch):
 
 
 def test_a_refusal_of_the_worker_is_400_and_any_other_error_stays():
-    refusal = RefusedError("two blocks\nare too many", "SGLANG_CACHE_DIT_STRICT")
+    refusal = RefusedError(SettingError("strict", True, "SGLANG_CACHE_DIT_STRICT", "two blocks\nare too many"))
     errors = {
         "refused": RuntimeError(f"Model generation failed. Error from scheduler: Error executing request a: {refusal}"),
         "failed": RuntimeError("Model generation failed. Error from scheduler: CUDA error"),

@@ -9,10 +9,21 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sglang_cachedit_plugin.errors import SettingError
+from sglang_cachedit_plugin.defaults import Defaults
+from sglang_cachedit_plugin.errors import SettingError, shown
+from sglang_cachedit_plugin.overrides import read_overrides
 from sglang_cachedit_plugin.rows import FIELDS
 from sglang_cachedit_plugin.settings import ALIASES, INERT_KNOBS, KNOBS, MAX_LENGTH, PRESETS, CacheSettings
-from sglang_cachedit_plugin.sources import VARIABLES, read_environment, read_file, read_request, resolve
+from sglang_cachedit_plugin.sources import (
+    BOOL,
+    ENABLED_VARIABLE,
+    SECONDARY_VARIABLES,
+    VARIABLES,
+    read_environment,
+    read_file,
+    read_request,
+    resolve,
+)
 
 
 class _Text(str):
@@ -140,6 +151,108 @@ def test_any_file(raw):
 @given(variable=st.sampled_from(sorted(VARIABLES)), text=st.text() | NUMBERS.map(str) | TEXTS)
 def test_any_text_of_any_variable(variable, text):
     accepted_or_one_line(lambda: read_environment({variable: text})[0])
+
+
+BAD = {
+    "bool": ["maybe", 1, [], {}], "int": ["x", 1.5, -99, 10**9, True, "1e400"], "float": ["x", -1.0, math.nan, [0.1]],
+    "choice": ["statik", 3, [], ""], "bins": ["8,x", [0], [], "0", {}], "mask": ["fats", [2], [0, 0], [], 5],
+    "rows": ["x", [], [3], [{"steps": 2}], [{"mask": "1x", "steps": 2}]],
+}
+"""What no setting of a kind takes, -99 and 10**9 where it has a limit there."""
+
+
+def refusal_of(read) -> SettingError | None:
+    try:
+        read()
+    except SettingError as error:
+        return error
+    return None
+
+
+def entrances(key: str) -> dict[str, tuple]:
+    """Origin -> what reads ``{key: value}`` there, for every mapping that settings stand in."""
+    per_transformer = KNOBS[ALIASES.get(key, key)].per_transformer
+    change = Defaults().start_up_profiles
+    found = {
+        "cache_dit_config cache_config": lambda raw: read_file({"cache_config": raw}),
+        "cache_dit_config profiles.mine": lambda raw: read_file({"profiles": {"mine": raw}}),
+        "cache_dit_params": lambda raw: Defaults().check({"cache_dit_params": raw}),
+        "control": lambda raw: read_overrides(raw, profiles=change),
+        "control.cache_config": lambda raw: read_overrides({"cache_config": raw}, profiles=change),
+        "control.profiles.mine": lambda raw: read_overrides({"profiles": {"mine": raw}}, profiles=change),
+    }
+    if per_transformer:
+        found |= {
+            "cache_dit_config secondary": lambda raw: read_file({"secondary": raw}),
+            "cache_dit_config profiles.mine.secondary":
+                lambda raw: read_file({"profiles": {"mine": {"secondary": raw}}}),
+            "cache_dit_params.secondary": lambda raw: Defaults().check({"cache_dit_params": {"secondary": raw}}),
+            "control.secondary": lambda raw: read_overrides({"secondary": raw}, profiles=change),
+        }
+    return found
+
+
+def names_it(error: SettingError | None, typed: str, value: object, origin: str, allowed: str) -> None:
+    """One line with what was typed, its value (that of a row's field for rows), where, and what is taken."""
+    assert error is not None
+    line = str(error)
+    assert line.isprintable()
+    assert line.startswith((f"{typed} = {shown(value)} (", f"{typed}[0]"))
+    assert f" ({origin}): " in line
+    assert allowed in line or error.field.startswith(f"{typed}[0].")
+
+
+@pytest.mark.parametrize("key", [*KNOBS, *ALIASES])
+def test_a_bad_value_is_named_as_it_was_typed_with_its_origin_and_what_is_allowed(key):
+    name = ALIASES.get(key, key)
+    knob = KNOBS[name]
+    for value in BAD[knob.kind]:
+        if (value == -99 and knob.low is None) or (value == 10**9 and knob.high is None):
+            continue
+        for origin, read in entrances(key).items():
+            error = refusal_of(lambda read=read, value=value: read({key: value}))
+            names_it(error, key, value, origin, knob.allowed().removesuffix(", or null"))
+
+
+@pytest.mark.parametrize("variable", [ENABLED_VARIABLE, *VARIABLES, *SECONDARY_VARIABLES])
+def test_a_bad_variable_is_named_as_it_was_typed_with_what_it_takes(variable):
+    name = {**VARIABLES, **SECONDARY_VARIABLES}.get(variable)
+    knob = KNOBS[name] if name else BOOL
+    # A variable takes no list.
+    allowed = knob.allowed().partition(" or a list")[0]
+    for value in [text for text in BAD[knob.kind] if isinstance(text, str) and text]:
+        error = refusal_of(lambda value=value: read_environment({variable: value}))
+        names_it(error, variable, value, "environment", allowed)
+        assert name is None or f"{name} = " not in str(error)
+
+
+CONTRADICTIONS = [
+    ({"enable_taylorseer": True, "enable_dmd": True}, "enable_dmd"),
+    ({"scm_compute_bins": [8, 3]}, "scm_cache_bins"),
+    ({"scm_cache_bins": [8, 3]}, "scm_compute_bins"),
+    ({"scm_compute_bins": [4], "scm_cache_bins": [2, 2, 2]}, "scm_cache_bins"),
+    ({"max_accumulated_diff": 1.0, "forecast": "residual"}, "max_accumulated_diff"),
+    ({"scm_preset": "fast", "schedules": [{"steps": 2, "mask": "10"}]}, "scm_preset"),
+    ({"steps_computation_mask": "fast", "schedules": [{"steps": 2, "mask": "10"}]}, "steps_computation_mask"),
+]
+
+
+@pytest.mark.parametrize(("raw", "typed"), CONTRADICTIONS)
+def test_a_contradiction_is_named_as_it_was_typed_wherever_it_stands(raw, typed):
+    for origin, read in entrances(typed).items():
+        error = refusal_of(lambda read=read: read(raw))
+        names_it(error, typed, error.value, origin, error.allowed)
+    for variables in (VARIABLES, SECONDARY_VARIABLES):
+        typed_there = {ALIASES.get(name, name): variable for variable, name in variables.items()}
+        if raw.keys() <= typed_there.keys():
+            texts = {typed_there[name]: _text(value) for name, value in raw.items()}
+            error = refusal_of(lambda texts=texts: read_environment(texts))
+            names_it(error, typed_there[typed], error.value, "environment", error.allowed)
+            assert not any(f" {name} " in str(error) for name in KNOBS if "_" in name)
+
+
+def _text(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def test_every_default_is_accepted_back():

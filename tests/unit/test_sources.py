@@ -6,10 +6,11 @@ import json
 
 import pytest
 
+from sglang_cachedit_plugin import sources
 from sglang_cachedit_plugin.config_file import load_file
 from sglang_cachedit_plugin.errors import SettingError
 from sglang_cachedit_plugin.settings import KNOBS, CacheSettings
-from sglang_cachedit_plugin.sources import read_environment, read_file, read_request, resolve
+from sglang_cachedit_plugin.sources import Source, read_environment, read_file, read_request, resolve
 
 ENV = "SGLANG_CACHE_DIT_"
 
@@ -34,7 +35,6 @@ PRIMARY_ONLY = [
     ("VERIFY_RANKS", "on", "verify_ranks", True),
     ("FORECAST", "output", "forecast", "output"),
     ("FORECAST_ORDER", "3", "forecast_order", 3),
-    ("KEEP_BUFFERS", "TRUE", "keep_buffers", True),
     ("STRICT", "1", "strict", True),
 ]
 
@@ -74,6 +74,14 @@ def test_the_switch():
         assert (enabled.value, enabled.origin) == (value, ENV + "ENABLED")
 
 
+def test_an_empty_variable_is_unset():
+    names = [ENV + "ENABLED", *sources.VARIABLES, *sources.SECONDARY_VARIABLES]
+    for text in ("", "  "):
+        assert read_environment(dict.fromkeys(names, text)) == (Source(), ())
+    environment = {ENV + "TAYLORSEER": "true", ENV + "SECONDARY_TAYLORSEER": ""}
+    assert resolve(read_environment(environment)[0]).secondary.enable_taylorseer is True
+
+
 def test_a_variable_only_the_host_knows_is_a_warning_and_the_host_is_asked_only_then():
     asked = []
 
@@ -94,7 +102,7 @@ BAD_VARIABLES = [
     ({"FN": "two"}, ENV + "FN", "'two' (environment): expected a whole number of at least 1"),
     ({"FN": "0"}, ENV + "FN", "expected a whole number of at least 1"),
     ({"FN": "1.5"}, ENV + "FN", "expected a whole number"),
-    ({"FN": ""}, ENV + "FN", "expected a whole number"),
+    ({"WARMPU": ""}, ENV + "WARMPU", "unknown variable"),
     ({"RDT": "nan"}, ENV + "RDT", "expected a number from 0 to 1"),
     ({"RDT": "inf"}, ENV + "RDT", "expected a number from 0 to 1"),
     ({"RDT": "1.01"}, ENV + "RDT", "expected a number from 0 to 1"),
@@ -103,11 +111,17 @@ BAD_VARIABLES = [
     ({"TAYLORSEER": "maybe"}, ENV + "TAYLORSEER", "expected true or false"),
     ({"ENABLED": "tru"}, ENV + "ENABLED", "expected true or false"),
     ({"SCM_POLICY": "statik"}, ENV + "SCM_POLICY", "did you mean 'static'?"),
-    ({"SCM_PRESET": "fats"}, ENV + "SCM_PRESET", "did you mean 'fast'?"),
-    ({"TAYLORSEER": "1", "DMD": "1"}, "enable_dmd", "exclude each other"),
-    ({"SCM_COMPUTE_BINS": "8,3"}, "scm_cache_bins", "together or not at all"),
-    ({"SCM_CACHE_BINS": "8,3"}, "scm_compute_bins", "together or not at all"),
-    ({"SCM_COMPUTE_BINS": "8", "SCM_CACHE_BINS": "1,1"}, "scm_cache_bins", "expected 0 or 1 cache bins"),
+    ({"SCM_PRESET": "fats"}, ENV + "SCM_PRESET", "medium, fast, ultra; did you mean 'fast'?"),
+    ({"SCM_PRESET": "1,0"}, ENV + "SCM_PRESET", "expected one of none, slow, medium, fast, ultra"),
+    ({"TAYLORSEER": "1", "DMD": "1"}, ENV + "DMD", "exclude each other"),
+    ({"SECONDARY_TAYLORSEER": "1", "SECONDARY_DMD": "1"}, ENV + "SECONDARY_DMD", "exclude each other"),
+    ({"SCM_COMPUTE_BINS": "8,3"}, ENV + "SCM_CACHE_BINS", "together or not at all"),
+    ({"SCM_COMPUTE_BINS": "8,3", "SCM_CACHE_BINS": " "}, ENV + "SCM_CACHE_BINS", "together or not at all"),
+    ({"SCM_CACHE_BINS": "8,3"}, ENV + "SCM_COMPUTE_BINS", "together or not at all"),
+    ({"SECONDARY_SCM_COMPUTE_BINS": "8,3"}, ENV + "SECONDARY_SCM_CACHE_BINS", "together or not at all"),
+    ({"SCM_COMPUTE_BINS": "8", "SCM_CACHE_BINS": "1,1"}, ENV + "SCM_CACHE_BINS", "expected 0 or 1 cache bins"),
+    ({"MAX_ACCUMULATED_DIFF": "2", "FORECAST": "residual"}, ENV + "MAX_ACCUMULATED_DIFF",
+     f"needs {ENV}FORECAST: output"),
     ({"SCM_COMPUTE_BINS": "8,", "SCM_CACHE_BINS": "1"}, ENV + "SCM_COMPUTE_BINS", "positive step counts"),
     ({"SCM_COMPUTE_BINS": "8,0", "SCM_CACHE_BINS": "1"}, ENV + "SCM_COMPUTE_BINS", "positive step counts"),
 ]
@@ -165,7 +179,8 @@ BAD_FILES = [
     (cache("steps_computation_mask: [0, 0]"), "steps_computation_mask", "a list of 0 and 1"),
     (cache("steps_computation_mask: [1, 2]"), "steps_computation_mask", "a list of 0 and 1"),
     (cache("steps_computation_mask: []"), "steps_computation_mask", "a list of 0 and 1"),
-    (cache("scm_preset: fast, steps_computation_mask: slow"), "steps_computation_mask", "given twice"),
+    (cache("scm_preset: fast, steps_computation_mask: slow"), "steps_computation_mask", "also as scm_preset"),
+    (cache("scm_preset: [1, 0], num_inference_steps: 3"), "scm_preset", "expected 3"),
     ("secondary: {lockstep: true}", "lockstep", "unknown key"),
     ("", FILE, "empty"),
     ("# nothing\n", FILE, "empty"),
@@ -257,7 +272,8 @@ def test_the_published_misspelling_is_read_with_a_warning():
 
 
 def test_a_section_that_is_absent_or_null_says_nothing():
-    for raw in ({}, {"cache_config": None}, {"attention_backend": "native"}):
+    profiles = {"profiles": {"draft": {"scm_preset": "fast"}}}
+    for raw in ({}, {"cache_config": None}, {"attention_backend": "native"}, profiles, {"secondary": {}}):
         assert read_file(raw).source.enabled is None
     assert read_file({"cache_config": {}}).source.enabled.value is True
 

@@ -76,11 +76,28 @@ def test_options_become_a_plan(tmp_path):
         (["--speedup", "0.5"], "--speedup = 0.5 .*from 1 to 8"),
         (["--evaluations", "-1"], "--evaluations = -1 .*at least 0"),
         (["--heldout", "/nowhere/at/all"], "No such file"),
+        (["--peers", "tecache"], "--peers = 'tecache' .*did you mean 'teacache'"),
+        (["--peers", "fewer,dbcahe"], "--peers = 'dbcahe' .*did you mean 'dbcache'"),
+        (["--peers", "plian"], "did you mean 'plain'"),
+        (["--peers", "plain,teacache"], "plain stands alone"),
+        (["--peers", "fewer,none"], "none stands alone"),
+        (["--peers", "fewer-9"], "--peers = 'fewer-9' .*beginnings of names"),
+        (["--peers", ""], "--peers = '' .*expected none, plain, all"),
+        (["--peers", "fewer,"], "--peers = '' "),
     ],
 )
 def test_bad_options_are_refused_before_anything_starts(tmp_path, more, words):
     with pytest.raises((SettingError, OSError), match=words):
         command.prepare(arguments(tmp_path, *more))
+
+
+@pytest.mark.parametrize(("text", "names"), [
+    ("none", ()), ("plain", ("fewer", "growing")), ("all", ("",)),
+    ("fewer-4, growing-output", ("fewer-4", "growing-output")),
+    ("taylorseer-1-every-2,dbcache-0.4-long,spectrum-3", ("taylorseer-1-every-2", "dbcache-0.4-long", "spectrum-3")),
+])
+def test_peers_are_known_words_or_beginnings_of_names(tmp_path, text, names):
+    assert command.prepare(arguments(tmp_path, "--peers", text)).peers == names
 
 
 @pytest.mark.parametrize(

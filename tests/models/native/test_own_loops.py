@@ -21,7 +21,7 @@ from .harness import MASK, STEPS, Rig, batch, distance, noise, set_arguments
 from .test_native_models import rig
 
 STAGES = "sglang.multimodal_gen.runtime.pipelines_core.stages"
-LOOPS = re.compile(r"(Denois|Rollout|TexGen|Refine|AR$)")
+LOOPS = re.compile(r"(Denois|Rollout|TexGen|Refine|ComfyUIStep|AR$)")
 STATIC = {"steps_computation_mask": MASK, "scm_policy": "static", "max_warmup_steps": 0}
 
 
@@ -140,6 +140,40 @@ def test_cosmos_3_branches_are_named_by_the_key_of_their_prompt():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("forecast", ["residual", "output"])
+def test_cosmos_3_guidance_that_ends_midway_goes_on_without_the_other_half_of_the_batch(forecast):
+    each = rig("Cosmos3OmniTransformer")
+    shapes = []
+
+    def forward(self, made, server_args):
+        each.case.fresh(each.model)
+        for step in range(STEPS):
+            inputs = each.case.inputs(0, step)
+            common = {
+                "latents": inputs["hidden_states"], "timestep": inputs["timestep"], "video_shape": None, "fps": 24.0,
+                "current_timestep": step,
+            }
+            prompt = {"cond_text_ids": inputs["text_ids"], "cond_text_mask": inputs["text_mask"]}
+            if step < 4:
+                other = {name.replace("cond", "uncond"): value.clone() for name, value in prompt.items()}
+                output = self._predict_noise_cfg_batched(**common, **prompt, **other, guidance_scale=4.0)
+            else:
+                output = self._run_transformer(
+                    **common, text_ids=inputs["text_ids"], text_mask=inputs["text_mask"], cache_key="cond"
+                )
+            shapes.append(output.shape == inputs["hidden_states"].shape)
+        return made
+
+    stage = on_host("Cosmos3DenoisingStage", "model_specific_stages.cosmos3", forward, each.model)
+    stage._extra_transformer_kwargs = {}
+    report = run(stage, request(**STATIC, forecast=forecast))
+    (branch,) = report["transformers"]["transformer"]["branches"].values()
+    assert (branch["computed"], branch["cached"]) == ([0, 1, 3, 4, 5], [2])
+    assert all(shapes)
+    assert report["reason"] == "transformer: cond: its input changed shape or dtype at step 4, computed anew"
+
+
+@torch.no_grad()
 def test_wan_animate_branches_are_named_by_their_flag():
     from sglang.multimodal_gen.runtime.distributed.cfg_policy import CFGBranch
 
@@ -245,19 +279,13 @@ def test_requests_of_another_kind_pass_through():
 
 
 @pytest.mark.parametrize(
-    ("where", "field", "reason"),
-    [("batch", "enable_teacache", "TeaCache"), ("batch", "enable_spectrum", "Spectrum"),
-     ("stage", "_disable_cache_dit_for_request", "LTX-2 with an image")],
+    ("field", "reason"), [("enable_teacache", "TeaCache"), ("enable_spectrum", "Spectrum")]
 )
-def test_what_the_host_does_itself_is_not_done_twice(where, field, reason):
+def test_what_the_host_does_itself_is_not_done_twice(field, reason):
     each = rig("LTX2VideoTransformer3DModel")
     made = request(**STATIC)
-    setattr(each.stage if where == "stage" else made, field, True)
-    try:
-        denoising.CacheDitDenoisingMixin._maybe_enable_cache_dit(each.stage, STEPS, made)
-    finally:
-        if where == "stage":
-            delattr(each.stage, field)
+    setattr(made, field, True)
+    denoising.CacheDitDenoisingMixin._maybe_enable_cache_dit(each.stage, STEPS, made)
     assert reason in denoising._open.pop()[1].close().as_dict()["reason"]
     assert not each.stage._cache_dit_enabled
 
@@ -290,15 +318,15 @@ def test_a_worker_names_what_cannot_be_cached(monkeypatch):
         environment, _ = read_environment({f"SGLANG_CACHE_DIT_{name}": text for name, text in variables.items()})
         monkeypatch.setattr(defaults, "_current", Defaults(environment=environment))
 
-    denoising.check_worker(None, worker)
+    denoising.check_worker(worker)
     assert lines == []
     install(ENABLED="true")
-    denoising.check_worker(None, worker)
+    denoising.check_worker(worker)
     (line,) = lines
     assert line.startswith("cache-dit: off: transformer (SanaVideo2Transformer3DModel): every block attends")
     install(ENABLED="true", FORECAST="output")
-    denoising.check_worker(None, worker)
+    denoising.check_worker(worker)
     assert len(lines) == 1
     install(ENABLED="true", STRICT="true")
     with pytest.raises(MountError, match="SanaVideo2"):
-        denoising.check_worker(None, worker)
+        denoising.check_worker(worker)

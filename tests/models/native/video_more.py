@@ -180,13 +180,14 @@ def _hunyuan3d_inputs(size: int, step: int) -> dict[str, Any]:
     return {"x": drift(1, step, 1, tokens, 8), "t": moment(step) / 1000, "contexts": {"main": noise(3, 1, 5, 12)}}
 
 
-def _minimax_h3() -> Any:
+def minimax_h3(latents: int = 4, audio_latents: int = 4) -> Any:
+    """A tiny MiniMax-H3; ComfyUI's stage packs 24 and 32 channels."""
     from sglang.multimodal_gen.configs.models.dits.minimax_h3 import MiniMaxH3DiTArchConfig, MiniMaxH3DiTConfig
     from sglang.multimodal_gen.runtime.models.dits import minimax_h3
 
     arch = MiniMaxH3DiTArchConfig(
         num_layers=4, token_refiner_num_layers=1, hidden_size=64, num_attention_heads=2, attention_head_dim=32,
-        ffn_hidden_size=64, latents_dim=4, audio_latents_dim=4, text_dim=12, timestep_input_dim=16,
+        ffn_hidden_size=64, latents_dim=latents, audio_latents_dim=audio_latents, text_dim=12, timestep_input_dim=16,
         time_embed_hidden_size=32, time_embed_dim=16, adaln_out_features=18 * 64, final_adaln_out_features=2 * 64,
         rope_inv_freq_len=4,
     )
@@ -270,7 +271,7 @@ def _wan_animate_inputs(size: int, step: int, keys: Any) -> dict[str, Any]:
 
 
 CASES: dict[str, Case] = {
-    "MiniMaxH3DiTModel": Case(build=_minimax_h3, inputs=_minimax_h3_inputs, dtype=None),
+    "MiniMaxH3DiTModel": Case(build=minimax_h3, inputs=_minimax_h3_inputs, dtype=None),
     "WanAnimate2Transformer3DModel": Case(
         build=_wan_animate, inputs=_wan_animate_inputs, fresh=_wan_animate_fresh
     ),

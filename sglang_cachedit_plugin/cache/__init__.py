@@ -1,0 +1,1 @@
+"""The caching engine: torch, without SGLang."""

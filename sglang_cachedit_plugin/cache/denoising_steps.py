@@ -1,0 +1,204 @@
+"""The steps of one denoising loop at the scheduler: which ones were cached, corrected, and which come next."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from .. import agreement
+from ..forecast import Extrapolator
+from ..runtime import Groups, RequestSpec
+from ..schedule import Action
+from ..settings import CacheSettings
+from ..stats import COND, ErrorStats, RequestStats
+from .corrector import Corrector
+from .error_control import ErrorControl
+from .readings import Reading, relative_error
+from .solvers import Call, Place, Solver, hooked_scheduler
+
+
+class DenoisingSteps:
+    """One denoising loop, seen from its scheduler.
+
+    Args:
+        solver: the pipeline's scheduler.
+        settings: those of the first transformer.
+        stats: the request's record; it says what was computed since the last step.
+        groups: the ranks that hold parts or branches of the same latents.
+
+    Attributes:
+        spec: what the request wants of each transformer, None where no transformer decides.
+    """
+
+    def __init__(self, solver: Solver, settings: CacheSettings, stats: RequestStats, groups: Groups):
+        self._stats, self._groups = stats, groups
+        self.spec: RequestSpec | None = None
+        self._solver = solver
+        self._settings, self._unfit = settings, False
+        self._outputs = Extrapolator(1, depth=3)
+        self._corrector = Corrector(self._outputs, settings.corrector_order, settings.corrector_carry)
+        self._report = stats.corrector
+        if problem := self._solver.problem():
+            self._give_up(problem)
+        elif not settings.corrector:
+            self._report.enabled, self._report.reason = False, "corrector: false"
+        self._control: ErrorControl | None = None
+        self._error: tuple[int, Reading | None] | None = None
+        if settings.error_tolerance is not None:
+            stats.error_control = ErrorStats(settings.error_tolerance)
+        self._counted: dict[tuple[str, str], tuple[int, int]] = {}
+        self._ran: frozenset[tuple[str, str]] = frozenset()
+        self._shape: torch.Size | None = None
+        self._count, self._last = 0, -1
+
+    def _give_up(self, reason: str) -> None:
+        """Steps of this scheduler cannot be repeated: nothing is corrected, and no tolerance leaves out a step."""
+        self._report.enabled, self._report.reason = False, reason
+        self._unfit = True
+        self._corrector.forget()
+        if self._settings.error_tolerance is not None:
+            self._control = None
+            self._stats.note(f"error_tolerance: {reason}; every step is computed")
+
+    def _keep_errors(self) -> None:
+        """Hand what error control saw of this loop to the report."""
+        if self._control is not None and self._stats.error_control is not None:
+            self._settle()
+            self._stats.error_control.errors.update(self._control.errors)
+            self._stats.error_control.passed_on += self._control.passed_on
+            if self._control.problem is not None:
+                self._stats.note(f"{self._control.problem}: every step from there on was computed")
+
+    def forget(self) -> None:
+        """What comes next has nothing to do with the outputs before: the picture has grown, or the model changed."""
+        self._outputs.clear()
+        self._corrector.forget()
+        if self._control is not None:
+            self._settle()
+            self._control.restart()
+
+    def begin_loop(self) -> None:
+        """The scheduler's timesteps are set anew: another loop begins."""
+        self.forget()
+        self._keep_errors()
+        self._control, self._count, self._last = None, 0, -1
+
+    @torch.compiler.disable
+    def computes(self) -> bool:
+        """Whether the step under way is computed, where an error tolerance decides. Reads one number at most."""
+        self._settle()
+        return self._control is None or self._control.computes(self._count)
+
+    def forecast(self) -> torch.Tensor:
+        """The model output of the step under way, from those before."""
+        return self._outputs.predict(self._place().position)
+
+    def _place(self) -> Place:
+        return self._solver.place(self._solver.index(self._count))
+
+    def _settle(self) -> None:
+        """Take in the error of the last computed step."""
+        if self._error is not None and self._control is not None:
+            step, reading = self._error
+            self._control.computed(step, None if reading is None else reading.read())
+        self._error = None
+
+    def in_place(self) -> AbstractContextManager[None]:
+        """The scheduler's ``step`` is this one inside."""
+        step = functools.wraps(self._solver.own_step)(lambda *args, **kwargs: self.step(*args, **kwargs))
+        return hooked_scheduler(self._solver.scheduler, step=step)
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """In place of the scheduler's ``step``: what it returns, after correction."""
+        solver = self._solver
+        cached, ran = self._since_last_step()
+        if self._unfit or not (self._report.enabled or self._settings.error_tolerance is not None):
+            self._count += 1
+            return solver.own_step(*args, **kwargs)
+        call = solver.bind(args, kwargs)
+        if (reason := solver.refusal(call)) or (cached and not solver.repeats(call) and (reason := _UNSTEADY)):
+            self._give_up(reason)
+            self._count += 1
+            return solver.own_step(*args, **kwargs)
+        index = solver.index(self._count)
+        if index <= self._last:
+            self.begin_loop()
+        elif (ran and self._ran not in (ran, frozenset())) or call.sample.shape != self._shape:
+            self.forget()
+        self._last, self._shape, self._ran = index, call.sample.shape, ran or self._ran
+        cached, place = self._cached_on_all_ranks(cached), solver.place(index)
+        if not cached:
+            self._computed(call, place, index)
+        self._count += 1
+        if not self._report.enabled:
+            return solver.advance(call)
+        return (self._corrector.cached if cached else self._corrector.computed)(solver, call, place)
+
+    def _computed(self, call: Call, place: Place, index: int) -> None:
+        """Keep a computed output; start measuring how far its forecast was off."""
+        tolerance = self._settings.error_tolerance
+        if tolerance is not None:
+            if self._control is None:
+                self._control = ErrorControl(tolerance, self._solver.positions(index - self._count))
+            self._settle()
+            reading = None
+            if self._control.measures:
+                group = self._groups.pair or self._groups.forward
+                forecast = self._outputs.predict(place.position)
+                reading = Reading(relative_error(forecast, call.output, group))
+            self._error = (self._count, reading)
+        # The host may reuse the memory of an output, as CUDA graphs do.
+        self._outputs.update(place.position, call.output.detach().clone())
+
+    def _since_last_step(self) -> tuple[bool, frozenset[tuple[str, str]]]:
+        """Whether any forward since the last step was cached, and the transformers and branches that ran."""
+        ran, cached = [], False
+        for name, transformer in self._stats.transformers.items():
+            for branch, each in transformer.branches.items():
+                counts = len(each.computed), len(each.cached)
+                before = self._counted.get((name, branch), (0, 0))
+                if counts != before:
+                    self._counted[name, branch] = counts
+                    ran.append((name, branch))
+                    cached = cached or counts[1] != before[1]
+        return cached, frozenset(ran)
+
+    def _cached_on_all_ranks(self, cached: bool) -> bool:
+        """Whether the step counts as cached: under CFG parallel each rank knows its own branch only.
+
+        Where the schedule is static, or the decision is made for both branches, all ranks know without talking.
+        """
+        pair = self._groups.pair
+        if pair is None or pair is self._groups.forward:
+            return cached
+        name = next((name for name, _ in self._ran), None)
+        specs = () if self.spec is None else self.spec.transformers
+        spec = next((each for each in specs if each.name == name), None)
+        if spec is None or spec.plan.computes is not None:
+            return cached
+        step = self._count - spec.first_step
+        actions = {spec.plan_of(branch).action(step) for branch in (COND, "uncond")}
+        if actions == {Action.COMPUTE}:
+            return False
+        if spec.plan.static:
+            return Action.CACHE in actions
+        return agreement.any_of(cached, pair)
+
+    def finish(self) -> None:
+        """The loop has ended: complete the report. Waits for the device."""
+        if self._count == 0 and self._report.enabled:
+            self._give_up("no step went through the pipeline's scheduler")
+        self._keep_errors()
+        self._report.corrected_steps = self._corrector.corrected
+        largest = self._corrector.largest
+        self._report.largest_correction = None if largest is None else round(float(largest), 6)
+
+    def held_bytes(self) -> int:
+        """Bytes of the tensors kept."""
+        return self._outputs.held_bytes() + self._corrector.held_bytes()
+
+
+_UNSTEADY = "its scheduler gives another result when a step is repeated"
