@@ -7,6 +7,7 @@ import math
 import pytest
 
 from . import world
+from .histories import faults
 from .two import COUNTED
 
 
@@ -14,6 +15,24 @@ from .two import COUNTED
 def ranks(tmp_path_factory):
     """Results of the two ranks by scenario."""
     return world.run(2, "tests.dist.two", tmp_path_factory.mktemp("two"))
+
+
+def test_no_rank_waits_for_another_in_random_histories(ranks):
+    assert faults(ranks["histories"]) == []
+    cached = [each["cached"] for each in ranks["histories"][0]["whole"]]
+    assert sum(map(bool, cached)) > len(cached) / 2, "otherwise this shows nothing"
+
+
+def test_a_fault_that_one_rank_finds_is_met_by_both(ranks):
+    first, second = ranks["fault_on_one_rank"]
+    assert first["cached"] == second["cached"] == []
+    assert "RuntimeError: block failed" in second["problem"] and "rank 1: " in first["problem"]
+
+
+def test_a_model_that_one_rank_cannot_mount_runs_uncached_on_both(ranks):
+    first, second = ranks["mount_on_one_rank"]
+    assert first == (False, "rank 1: no such blocks", "BYPASSED")
+    assert second == (False, "no such blocks", "UNMOUNTABLE")
 
 
 def test_random_shards_give_the_value_of_the_whole(ranks):
