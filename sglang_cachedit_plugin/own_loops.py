@@ -59,16 +59,21 @@ def _by_cache_key(batch: Any) -> Identify:
     """Cosmos 3: the context names the step, the key of the prompt's cache the branch.
 
     Under CFG parallelism a step without guidance is the conditional forward on every rank. The ranks must come to
-    the same output, and only one of them has run that branch before: such steps have a history of their own.
+    the same output, and only one of them has run that branch before: each run of such steps has a history of its own.
     """
     apart = host.runs_branches_apart()
+    runs, last = 0, -2
 
     def identify(name: str, kwargs: Mapping[str, Any]) -> Identity | None:
+        nonlocal runs, last
         step, key = host.forward_step(), str(kwargs.get("cache_key", ""))
         if step is None:
             return None
         branch = COND if key in ("cfg_batched", "") else key
-        return Identity(COND_ONLY if apart and branch == COND and not _guided else branch, step)
+        if not apart or branch != COND or _guided:
+            return Identity(branch, step)
+        runs, last = runs + (step > last + 1), step
+        return Identity(COND_ONLY if runs == 1 else f"{COND_ONLY}_{runs}", step)
 
     return identify
 

@@ -131,7 +131,8 @@ class RequestStats:
     @staticmethod
     def _leading(transformer: TransformerStats) -> list[BranchStats]:
         branches = transformer.branches
-        return [branches[name] for name in (COND, COND_ONLY) if name in branches] or [*branches.values()][:1]
+        cond = [branch for name, branch in branches.items() if name == COND or name.startswith(COND_ONLY)]
+        return cond or [*branches.values()][:1]
 
     def add_stage(self, stage: str, other: RequestStats) -> None:
         """Add what a further denoising stage of the same request did; its transformers are named after it."""

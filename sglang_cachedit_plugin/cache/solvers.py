@@ -245,7 +245,7 @@ def _places(scheduler: Any) -> tuple[Place, ...]:
         levels = sigmas if sigmas is not None and len(sigmas) >= len(steps) else [t / trained for t in steps]
         if getattr(config, "invert_sigmas", False):
             return tuple(Place(level, -1.0 / max(1.0 - level, 1e-3)) for level in levels[: len(steps)])
-        return tuple(Place(level, _gain_of_flow(level)) for level in levels[: len(steps)])
+        return tuple(Place(level, 1.0 / max(level, 1e-3)) for level in levels[: len(steps)])
     if type(scheduler).__name__ == "EulerDiscreteScheduler" and sigmas is not None:
         # x = x0 + sigma * noise
         scale = {"epsilon": lambda s: 1.0 / s, "v_prediction": lambda s: 1.0 / (s * math.sqrt(s * s + 1.0))}.get(kind)
@@ -257,10 +257,6 @@ def _places(scheduler: Any) -> tuple[Place, ...]:
     # x = sqrt(a) * x0 + sqrt(1 - a) * noise
     shares = torch.as_tensor(noise).tolist()
     return tuple(Place(t / trained, _gain(kind, shares[min(max(round(t), 0), len(shares) - 1)])) for t in steps)
-
-
-def _gain_of_flow(level: float) -> float:
-    return 1.0 / max(level, 1e-3)
 
 
 def _gain(kind: str, signal: float) -> float:
