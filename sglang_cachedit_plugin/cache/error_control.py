@@ -53,7 +53,6 @@ class ErrorControl:
     def restart(self) -> None:
         """What is computed from now on comes from another model or with other guidance: forecasts start over."""
         self._newest = []
-        self._kappa = 0.0
         self._missing = max(self._missing, RESTART)
 
     def stop(self, problem: str) -> None:
@@ -69,30 +68,28 @@ class ErrorControl:
         """Whether the output of the next computed step can be compared with its forecast: two came before it."""
         return len(self._newest) == 2
 
-    def computed(self, step: int, error: float | None) -> None:
-        """Step ``step`` was computed.
+    def measured(self, step: int, spread: float, error: float) -> None:
+        """The error of the forecast at a computed step.
 
         Args:
-            error: norm of the forecast's error over that of the output, of the worst prompt; None where there was
-                no forecast.
+            spread: ``spread`` of the step when it was computed.
+            error: norm of the error over that of the output, of the worst prompt.
         """
-        if error is not None:
-            self._saw(step, error)
-        self._missing = max(0, self._missing - 1)
-        self._newest = [*self._newest, step][-2:]
-        self._until = step + 1 + self._gap(step)
-
-    def _saw(self, step: int, error: float) -> None:
         if not math.isfinite(error):
             self.stop(f"the error of the forecast at step {step} is {error}")
             return
         self.errors[step] = error
-        spread = self._spread(step)
         if spread > 0.0:
             self._kappa = max(error / spread, FORGETTING * self._kappa)
 
-    def _spread(self, step: int) -> float:
-        """|(s - a)(s - b)| for the newest computed steps a and b."""
+    def computed(self, step: int) -> None:
+        """Step ``step`` was computed: decide how many steps after it are cached."""
+        self._missing = max(0, self._missing - 1)
+        self._newest = [*self._newest, step][-2:]
+        self._until = step + 1 + self._gap(step)
+
+    def spread(self, step: int) -> float:
+        """|(s - a)(s - b)| for the newest computed steps a and b: what the error of the forecast grows with."""
         return math.prod(abs(self._positions[step] - self._positions[known]) for known in self._newest)
 
     def _gap(self, step: int) -> int:
@@ -101,7 +98,7 @@ class ErrorControl:
             return 0
         passed, gap = 0.0, 0
         for later in range(step + 1, min(step + 1 + LONGEST, self._steps - 1)):
-            error = self._kappa * self._spread(later) * self._weight(later)
+            error = self._kappa * self.spread(later) * self._weight(later)
             if not passed + error <= self._tolerance:
                 break
             passed, gap = passed + error, gap + 1
