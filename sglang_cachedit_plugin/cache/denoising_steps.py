@@ -117,7 +117,7 @@ class DenoisingSteps:
         return self._solver.place(self._solver.index(self._count))
 
     def _settle(self) -> None:
-        """Take in the error of the last computed step: it is read one computed step later, so no device waits for it."""
+        """Take in the error of the last computed step, one computed step later: no device waits for the host."""
         if self._error is not None and self._control is not None:
             step, spread, reading = self._error
             self._control.measured(step, spread, reading.read())
