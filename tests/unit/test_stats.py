@@ -31,6 +31,8 @@ def test_the_report_has_the_fixed_form():
         "enabled": True, "reason": None, "backend": "native", "profile": None,
         "config": {"Fn_compute_blocks": {"value": 1, "origin": "default"}},
         "computed_steps": 7, "cached_steps": 5, "denoising_s": 1.10,
+        "corrector": {"enabled": True, "reason": None, "corrected_steps": 0, "largest_correction": None},
+        "error_control": None,
         "transformers": {"transformer": {"steps": 12, "branches": {
             "cond": {"computed": [0, 1, 2, 3, 5, 7, 10], "cached": [4, 6, 8, 9, 11],
                      "residual_diffs": {"4": 0.11}, "nan_diffs": 0}}}},
@@ -42,7 +44,8 @@ def test_a_request_that_was_not_cached():
     stats = RequestStats(backend="diffusers", enabled=False, reason="request")
     assert stats.as_dict() == {
         "enabled": False, "reason": "request", "backend": "diffusers", "profile": None, "config": {},
-        "computed_steps": 0, "cached_steps": 0, "denoising_s": 0.0, "transformers": {},
+        "computed_steps": 0, "cached_steps": 0, "denoising_s": 0.0, "corrector": None, "error_control": None,
+        "transformers": {},
     }
     assert stats.lines() == ["cache-dit: off: request"]
 
