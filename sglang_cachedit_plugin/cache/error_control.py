@@ -43,17 +43,17 @@ class ErrorControl:
         self.problem: str | None = None
         self.passed_on = 0.0
         self._positions, self._tolerance = positions, tolerance
-        self._range = abs(positions[0] - positions[-1])
+        self._range = abs(positions[0] - positions[-1]) or 1.0
         self._steps = len(positions) - 1
         self._newest: list[int] = []
         self._missing = BEGINNING
-        self._kappa = 0.0
+        self._kappa: float | None = None
         self._until = 0
 
     def restart(self) -> None:
         """What is computed from now on comes from another model or with other guidance: forecasts start over."""
         self._newest = []
-        self._kappa = 0.0
+        self._kappa = None
         self._missing = max(self._missing, RESTART)
 
     def stop(self, problem: str) -> None:
@@ -89,7 +89,7 @@ class ErrorControl:
         self.errors[step] = error
         spread = self._spread(step)
         if spread > 0.0:
-            self._kappa = max(error / spread, FORGETTING * self._kappa)
+            self._kappa = max(error / spread, FORGETTING * (self._kappa or 0.0))
 
     def _spread(self, step: int) -> float:
         """|(s - a)(s - b)| for the newest computed steps a and b."""
@@ -97,7 +97,7 @@ class ErrorControl:
 
     def _gap(self, step: int) -> int:
         """How many steps after ``step`` are cached."""
-        if self._kappa == 0.0 or not self.measures:
+        if self._kappa is None or not self.measures or self._tolerance == 0.0:
             return 0
         passed, gap = 0.0, 0
         for later in range(step + 1, min(step + 1 + LONGEST, self._steps - 1)):
@@ -113,5 +113,7 @@ class ErrorControl:
         places = self._positions
         length = abs(places[step + 1] - places[step]) / self._range
         left = abs(places[step] - places[-1]) / self._range
+        if left == 0.0:
+            return math.inf
         early = EARLY_WEIGHT if step < EARLY * self._steps else 1.0
         return early * length / math.sqrt(left)
