@@ -140,9 +140,12 @@ class DenoisingSteps:
             self._give_up(reason)
             self._count += 1
             return solver.own_step(*args, **kwargs)
+        if self._count == 0:
+            solver.begin(call)
         index = solver.index(self._count)
         if index <= self._last:
             self.begin_loop()
+            solver.begin(call)
         elif (ran and self._ran not in (ran, frozenset())) or call.sample.shape != self._shape:
             self.forget()
         self._last, self._shape, self._ran = index, call.sample.shape, ran or self._ran

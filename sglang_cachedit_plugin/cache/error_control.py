@@ -43,11 +43,11 @@ class ErrorControl:
         self.problem: str | None = None
         self.passed_on = 0.0
         self._positions, self._tolerance = positions, tolerance
-        self._range = abs(positions[0] - positions[-1])
+        self._range = abs(positions[0] - positions[-1]) or 1.0
         self._steps = len(positions) - 1
         self._newest: list[int] = []
         self._missing = BEGINNING
-        self._kappa = 0.0
+        self._kappa: float | None = None
         self._until = 0
 
     def restart(self) -> None:
@@ -80,7 +80,7 @@ class ErrorControl:
             return
         self.errors[step] = error
         if spread > 0.0:
-            self._kappa = max(error / spread, FORGETTING * self._kappa)
+            self._kappa = max(error / spread, FORGETTING * (self._kappa or 0.0))
 
     def computed(self, step: int) -> None:
         """Step ``step`` was computed: decide how many steps after it are cached."""
@@ -94,7 +94,7 @@ class ErrorControl:
 
     def _gap(self, step: int) -> int:
         """How many steps after ``step`` are cached."""
-        if self._kappa == 0.0 or not self.measures:
+        if self._kappa is None or not self.measures or self._tolerance == 0.0:
             return 0
         passed, gap = 0.0, 0
         for later in range(step + 1, min(step + 1 + LONGEST, self._steps - 1)):
@@ -110,5 +110,7 @@ class ErrorControl:
         places = self._positions
         length = abs(places[step + 1] - places[step]) / self._range
         left = abs(places[step] - places[-1]) / self._range
+        if left == 0.0:
+            return math.inf
         early = EARLY_WEIGHT if step < EARLY * self._steps else 1.0
         return early * length / math.sqrt(left)
