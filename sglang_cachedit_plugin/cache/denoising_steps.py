@@ -71,7 +71,7 @@ class DenoisingSteps:
             self._stats.error_control.errors.update(self._control.errors)
             self._stats.error_control.passed_on += self._control.passed_on
             if self._control.problem is not None:
-                self._stats.note(f"{self._control.problem}: every step from there on was computed")
+                self._stats.note(f"{self._control.problem}: every step after it was computed")
 
     def forget(self) -> None:
         """What comes next has nothing to do with the outputs before: the picture has grown, or the model changed."""
