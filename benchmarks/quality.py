@@ -94,7 +94,8 @@ def safeguards() -> dict[str, Settings]:
     variants: Mapping[str, Mapping[str, Any]] = {
         "as built": {}, "beginning 3": {"BEGINNING": 3}, "beginning 6": {"BEGINNING": 6}, "longest 3": {"LONGEST": 3},
         "longest 6": {"LONGEST": 6}, "forgetting 0.5": {"FORGETTING": 0.5}, "forgetting 0.8": {"FORGETTING": 0.8},
-        "early weight 1": {"EARLY_WEIGHT": 1.0}, "early weight 3": {"EARLY_WEIGHT": 3.0},
+        "late weight 1": {"LATE": 0.0}, "early weight 1": {"EARLY_WEIGHT": 1.0},
+        "early weight 3": {"EARLY_WEIGHT": 3.0},
     }
     return {
         f"{label}, tolerance {tolerance}": {"error_tolerance": tolerance, "constants": constants}
@@ -113,7 +114,7 @@ FEWER: Mapping[str, str] = {
 
 BUILT = {
     name: getattr(error_control, name)
-    for name in ("BEGINNING", "LONGEST", "FORGETTING", "RESTART", "EARLY", "EARLY_WEIGHT")
+    for name in ("BEGINNING", "LONGEST", "FORGETTING", "RESTART", "EARLY", "EARLY_WEIGHT", "LATE")
 }
 
 

@@ -22,6 +22,8 @@ FORGETTING = 0.25
 """What the last estimate of kappa counts at least: one good forecast is no proof."""
 EARLY, EARLY_WEIGHT = 0.25, 10.0
 """In this share of the steps, from the first, errors count so much: they decide what the picture shows."""
+LATE = 0.5
+"""Later errors count more, by the position to this power: fewer steps are left to make up for them."""
 
 
 class ErrorControl:
@@ -113,4 +115,4 @@ class ErrorControl:
         if left == 0.0:
             return math.inf
         early = EARLY_WEIGHT if step < EARLY * self._steps else 1.0
-        return early * length / math.sqrt(left)
+        return early * length / left**LATE
