@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -176,6 +177,7 @@ def work(rank: int, jobs: Any, args: argparse.Namespace, out: Any) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     painter = Painter(args.model, args.device, getattr(torch, args.dtype), args.steps)
     sets = {name: settings for each in args.sets for name, settings in SETS[each]().items()}
+    sets = {name: settings for name, settings in sets.items() if re.search(args.only, name)}
     while (job := jobs.get()) is not None:
         seed, prompt = job
         uncached = painter.draw(prompt, seed, None)
@@ -199,6 +201,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
     parser.add_argument("--model", choices=MODELS, default="image")
     parser.add_argument("--sets", nargs="*", choices=SETS, default=["corrector"])
+    parser.add_argument("--only", default="", help="only settings whose name matches this regular expression")
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--split", choices=("heldout", "tune"), default="heldout", help="defaults are chosen on tune")
     parser.add_argument("--prompts", type=int, default=40, help="from the first")

@@ -134,6 +134,7 @@ class Session:
         self.stage_decides = True
         self.stats.transformers.update({name: TransformerStats(steps=count) for name, (_, count) in steps.items()})
         self.steps = DenoisingSteps(solver, self.decision.resolved.primary, self.stats, backend.groups)
+        self.steps.read_places()
 
     def follow(self, steps: dict[str, tuple[int, int]], stretch: Stretch) -> None:
         """A run of the loop begins: what it takes of the scheduler's steps, by transformer and all.
@@ -168,6 +169,7 @@ class Session:
             return
         if self.steps is not None:
             self.steps.spec = spec
+            self.steps.read_places()
         backend = self._backend
         if self.recording is not None:
             backend.watch(self.recording.forward)

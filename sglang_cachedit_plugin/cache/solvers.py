@@ -129,6 +129,7 @@ class Solver:
     _places: tuple[Place, ...] | None = None
     _source: Any = field(default=None, repr=False)
     _checked: bool = False
+    _first: int = 0
 
     def __post_init__(self) -> None:
         self._signature = inspect.signature(self.own_step)
@@ -213,12 +214,28 @@ class Solver:
         end = 1.0 if getattr(getattr(self.scheduler, "config", None), "invert_sigmas", False) else 0.0
         return [*(place.position for place in self._places[first:]), end]
 
+    def begin(self, call: Call) -> None:
+        """The first step of a loop. Where nobody told the scheduler which one that is, its timestep does."""
+        self._first = 0
+        if self._own_index() is None and (timestep := call.bound.arguments["timestep"]) is not None:
+            known = self.scheduler.timesteps.flatten().tolist()
+            at = float(torch.as_tensor(timestep).flatten()[0])
+            self._first = known.index(at) if at in known else 0
+
     def index(self, count: int) -> int:
-        """Number of the step that comes next: the scheduler's own where it keeps one, else ``count``."""
+        """Number among the scheduler's timesteps of step ``count`` of the loop under way, which comes next."""
+        own = self._own_index()
+        return self._first + count if own is None else own
+
+    def _own_index(self) -> int | None:
         for name in ("step_index", "begin_index"):
             if (own := getattr(self._state_holder, name, None)) is not None:
                 return int(own)
-        return count
+        return None
+
+    def gain(self, call: Call, place: Place) -> float:
+        """``Place.gain`` for the output of ``call``: flow Euler with a timestep for each token takes minus the flow."""
+        return place.gain if call.bound.arguments.get("per_token_timesteps") is None else -place.gain
 
 
 def _same_state(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
