@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -216,8 +217,8 @@ class DenoisingSteps:
             self._give_up("no step went through the pipeline's scheduler")
         self._keep_errors()
         self._report.corrected_steps = self._corrector.corrected
-        largest = self._corrector.largest
-        self._report.largest_correction = None if largest is None else round(float(largest), 6)
+        largest = math.nan if self._corrector.largest is None else float(self._corrector.largest)
+        self._report.largest_correction = round(largest, 6) if math.isfinite(largest) else None
 
     def held_bytes(self) -> int:
         """Bytes of the tensors kept."""

@@ -180,7 +180,7 @@ def test_a_profile_cannot_be_called_what_is_not_one_line(replicas):
 
 
 def test_a_branch_cannot_forge_metrics(monkeypatch):
-    monkeypatch.setattr(metrics, "_series", set())
+    monkeypatch.setattr(metrics, "_branches", set())
     stats = RequestStats(backend="diffusers", enabled=True)
     stats.transformers["forging"] = TransformerStats(steps=1)
     stats.transformers["forging"].branch(FORGED).record(0, False)

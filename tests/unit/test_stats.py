@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_cachedit_plugin.stats import BranchStats, RequestStats, TransformerStats, percentile
+from sglang_cachedit_plugin.stats import (
+    BranchStats,
+    CorrectorStats,
+    ErrorStats,
+    RequestStats,
+    TransformerStats,
+    percentile,
+)
 
 
 def finished() -> RequestStats:
@@ -80,6 +87,27 @@ def test_the_first_of_two_block_lists_is_the_one_listed():
     branch.measured(3, 0.25)
     branch.measured(3, 0.75)
     assert branch.residual_diffs == {3: 0.25}
+
+
+def test_a_further_stage_adds_its_corrections_and_keeps_its_errors():
+    stats, second = finished(), finished()
+    stats.corrector = CorrectorStats(corrected_steps=4, largest_correction=0.1)
+    second.corrector = CorrectorStats(corrected_steps=3, largest_correction=0.3)
+    second.error_control = ErrorStats(tolerance=0.01, errors={5: 0.02}, passed_on=0.001)
+    stats.add_stage("Refinement", second)
+    stats.add_stage("Other", RequestStats(backend="native", enabled=False, reason="request"))
+    report = stats.as_dict()
+    assert report["corrector"] == {
+        "enabled": True, "reason": None, "corrected_steps": 7, "largest_correction": 0.3,
+    }
+    assert report["error_control"] == {"tolerance": 0.01, "errors": {"5": 0.02}, "passed_on": 0.001}
+
+
+def test_a_stage_that_corrects_follows_one_without_caching():
+    stats, second = RequestStats(backend="native", enabled=False, reason="no blocks"), finished()
+    second.corrector = CorrectorStats(corrected_steps=3, largest_correction=0.3)
+    stats.add_stage("Refinement", second)
+    assert stats.as_dict()["corrector"]["corrected_steps"] == 3
 
 
 def test_log_lines():

@@ -187,6 +187,12 @@ def test_latents_of_another_shape_start_the_history_over():
     assert loop.stats.corrector.corrected_steps == 0
 
 
+def test_a_correction_that_is_no_number_is_not_reported():
+    loop = Loop("diffusers DDIM, v", STEPS, polynomial(1))
+    loop.run([1, 1, 1, 0] + [1] * (STEPS - 4), lambda number, position: torch.full(SHAPE, torch.nan))
+    assert loop.stats.corrector.largest_correction is None
+
+
 def test_cached_steps_keep_three_latents_at_most():
     loop = Loop("diffusers Euler", STEPS, curved)
     branch, latents, held = loop.stats.transformers["transformer"].branch("cond"), noise(), []
