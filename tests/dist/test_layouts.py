@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from sglang_cachedit_plugin.host import connected
 from sglang_cachedit_plugin.runtime import Groups
@@ -76,6 +77,17 @@ def test_branches_of_several_ranks_agree_within_and_in_lockstep_between(ranks):
         assert found[0][name] == found[1][name] and found[2][name] == found[3][name]
     assert found[0]["off"]["computed"] != found[2]["off"]["computed"]
     assert found[0]["on"]["computed"] == found[2]["on"]["computed"]
+
+
+@pytest.mark.parametrize("kind", ["control", "alone"])
+def test_branches_of_cut_latents_end_with_the_same_shards(ranks, kind):
+    found = ranks["steps_of_branches_with_shards"]
+    by_shard = {}
+    for each in found:
+        by_shard.setdefault(each["shard"], []).append(each[kind])
+    for one, other in by_shard.values():
+        assert torch.equal(one["latents"], other["latents"])
+    assert len({each[kind]["corrected"] for each in found}) == 1 and found[0][kind]["corrected"] > 0
 
 
 def test_groups_of_device_meshes(ranks):
