@@ -133,7 +133,7 @@ class CacheDitDenoisingMixin:
                 transformer.forget()
         for owner, session in _open:
             if owner is self and session.steps is not None:
-                session.steps.forget()
+                session.steps.grow()
 
 
 def _loop(stage: Any) -> OwnLoop | None:
@@ -192,7 +192,8 @@ def _open_request(
     except MountError as error:
         session.refuse(str(error))
         return
-    scheduler = getattr(batch, "scheduler", None)
+    # Cosmos 3 keeps its scheduler itself.
+    scheduler = getattr(batch, "scheduler", None) or getattr(stage, "scheduler", None)
     solver = None if scheduler is None else Solver(scheduler, scheduler.step)
     controlled = session.decision.resolved.primary.error_tolerance is not None
     if controlled and solver is not None and _makes_base_steps(stage):

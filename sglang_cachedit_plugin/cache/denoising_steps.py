@@ -74,8 +74,15 @@ class DenoisingSteps:
             if self._control.problem is not None:
                 self._stats.note(f"{self._control.problem}: every step after it was computed")
 
-    def forget(self) -> None:
-        """What comes next has nothing to do with the outputs before: the picture has grown, or the model changed."""
+    def grow(self) -> None:
+        """The picture has grown: nothing before counts, and the host may have moved the scheduler's next steps."""
+        self._solver.read_again()
+        self._forget()
+        if self._control is not None:
+            self._control.positions = self._solver.positions(self._solver.index(self._count) - self._count)
+
+    def _forget(self) -> None:
+        """What comes next has nothing to do with the outputs before."""
         self._outputs.clear()
         self._corrector.forget()
         if self._control is not None:
@@ -83,7 +90,7 @@ class DenoisingSteps:
 
     def begin_loop(self) -> None:
         """The scheduler's timesteps are set anew: another loop begins."""
-        self.forget()
+        self._forget()
         self._keep_errors()
         self._control, self._count, self._last = None, 0, -1
 
@@ -148,7 +155,7 @@ class DenoisingSteps:
             self.begin_loop()
             solver.begin(call)
         elif (ran and self._ran not in (ran, frozenset())) or call.sample.shape != self._shape:
-            self.forget()
+            self._forget()
         self._last, self._shape, self._ran = index, call.sample.shape, ran or self._ran
         cached, place = self._cached_on_all_ranks(cached), solver.place(index)
         if not cached:

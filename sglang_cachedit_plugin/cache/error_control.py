@@ -32,7 +32,8 @@ class ErrorControl:
     Args:
         tolerance: error that a run of cached steps may pass on, relative to the output, integrated over the
             positions and divided by their range; 0 computes every step.
-        positions: position of each step on the denoising path, and the position where the last step ends.
+        positions: position of each step on the denoising path, and the position where the last step ends. The
+            host may move the steps to come.
 
     Attributes:
         errors: relative error of the forecast at each computed step where one was possible.
@@ -44,7 +45,7 @@ class ErrorControl:
         self.errors: dict[int, float] = {}
         self.problem: str | None = None
         self.passed_on = 0.0
-        self._positions, self._tolerance = positions, tolerance
+        self.positions, self._tolerance = positions, tolerance
         self._range = abs(positions[0] - positions[-1]) or 1.0
         self._steps = len(positions) - 1
         self._newest: list[int] = []
@@ -92,7 +93,7 @@ class ErrorControl:
 
     def spread(self, step: int) -> float:
         """|(s - a)(s - b)| for the newest computed steps a and b: what the error of the forecast grows with."""
-        return math.prod(abs(self._positions[step] - self._positions[known]) for known in self._newest)
+        return math.prod(abs(self.positions[step] - self.positions[known]) for known in self._newest)
 
     def _gap(self, step: int) -> int:
         """How many steps after ``step`` are cached."""
@@ -109,7 +110,7 @@ class ErrorControl:
 
     def _weight(self, step: int) -> float:
         """What a relative error of the output at ``step`` means for the latents at the end."""
-        places = self._positions
+        places = self.positions
         length = abs(places[step + 1] - places[step]) / self._range
         left = abs(places[step] - places[-1]) / self._range
         if left == 0.0:

@@ -207,6 +207,10 @@ class Solver:
             self._source, self._places = self.scheduler.timesteps, _places(self.scheduler)
         return self._places[min(max(index, 0), len(self._places) - 1)]
 
+    def read_again(self) -> None:
+        """The scheduler's timesteps were changed in place."""
+        self._places = None
+
     def positions(self, first: int) -> list[float]:
         """Position of each step from number ``first`` on, and of the clean latents at the end."""
         self.place(first)

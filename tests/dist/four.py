@@ -19,6 +19,7 @@ from sglang_cachedit_plugin.errors import MountError
 from sglang_cachedit_plugin.runtime import Groups
 from tests.unit.blocks import Rig, sample
 
+from . import steps
 from .histories import histories
 from .world import collectives
 
@@ -218,10 +219,21 @@ def mesh_over_replicas(rank: int) -> list[str]:
     return messages
 
 
+def steps_of_branches_with_shards(rank: int) -> dict[str, Any]:
+    """Two branches on two ranks each, latents cut over the two."""
+    with _layout("CFG 2 x SP 2"):
+        groups, cfg = host.groups([_stage()], SimpleNamespace()), state.get_cfg_group().device_group
+        own = steps.start().chunk(2, dim=1)[groups.shard].clone()
+        return {
+            "shard": groups.shard,
+            "control": steps.controlled(groups, own, cfg), "alone": steps.cached(groups, own, cfg),
+        }
+
+
 SCENARIOS = {
     scenario.__name__: scenario
     for scenario in (
         histories, every_layout, one_forward_over_cfg_ranks, idle_replica, cfg_with_shards, meshes, fsdp, unknown_layout,
-        mesh_over_replicas,
+        mesh_over_replicas, steps_of_branches_with_shards,
     )
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from sglang_cachedit_plugin.host import connected
 from sglang_cachedit_plugin.runtime import Groups
@@ -94,6 +95,17 @@ def test_ranks_that_gather_weights_from_one_another_decide_together_or_not_at_al
 
 def test_ranks_whose_layout_is_not_known_are_not_cached(ranks):
     assert ranks["unknown_layout"] == ["the layout of the 4 ranks is not known: each would decide alone"] * 4
+
+
+@pytest.mark.parametrize("kind", ["control", "alone"])
+def test_branches_of_cut_latents_end_with_the_same_shards(ranks, kind):
+    found = ranks["steps_of_branches_with_shards"]
+    by_shard = {}
+    for each in found:
+        by_shard.setdefault(each["shard"], []).append(each[kind])
+    for one, other in by_shard.values():
+        assert torch.equal(one["latents"], other["latents"])
+    assert len({each[kind]["corrected"] for each in found}) == 1 and found[0][kind]["corrected"] > 0
 
 
 def test_groups_of_device_meshes(ranks):

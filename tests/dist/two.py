@@ -16,6 +16,7 @@ from sglang_cachedit_plugin.session import Session
 from sglang_cachedit_plugin.similarity import reduced_differences, residual_difference, residual_sums
 from tests.unit.blocks import Rig, TinyDiT, sample
 
+from . import steps
 from .histories import histories
 from .world import collectives
 
@@ -293,6 +294,43 @@ def _joint_failure(rank: int, groups: Groups) -> str:
     return "went through"
 
 
+STATIC_STEPS = {
+    "steps_computation_mask": (1, 1, 1, *(1, 0, 0) * 5, 1, 1), "steps_computation_policy": "static",
+}
+
+
+def _shards(rank: int) -> tuple[Groups, torch.Tensor]:
+    return Groups(forward=_world(), shard=rank, shards=2), steps.start().chunk(2, dim=1)[rank].clone()
+
+
+def steps_on_shards(rank: int) -> dict:
+    """Latents cut over two ranks against the whole on one."""
+    groups, own = _shards(rank)
+    return {
+        "control": steps.controlled(groups, own), "whole control": steps.controlled(Groups(), steps.start()),
+        "corrector": steps.cached(groups, own), "whole corrector": steps.cached(Groups(), steps.start()),
+    }
+
+
+def steps_on_replicas(rank: int) -> dict:
+    """The same latents on both ranks, as under TP; outputs of one rank are off by rounding."""
+    groups = Groups(forward=_world())
+    return {
+        "control": steps.controlled(groups, steps.start()), "corrector": steps.cached(groups, steps.start()),
+        "rounding": steps.controlled(groups, steps.start(), noise=1e-6 * rank),
+    }
+
+
+def steps_of_branches(rank: int) -> dict:
+    """One branch a rank."""
+    return {
+        "control": steps.controlled(_pair(rank), steps.start(), _world()),
+        "alone": steps.cached(_pair(rank), steps.start(), _world()),
+        "lockstep": steps.cached(_pair(rank), steps.start(), _world(), lockstep=True),
+        "static": steps.cached(_pair(rank), steps.start(), _world(), **STATIC_STEPS),
+    }
+
+
 SCENARIOS = {
     scenario.__name__: scenario
     for scenario in (
@@ -300,5 +338,6 @@ SCENARIOS = {
         counted_collectives,
         lockstep, lockstep_with_uneven_branches, lockstep_where_one_branch_is_lost, following_cond,
         different_decisions, verified_every_step, failure, fault_on_one_rank, mount_on_one_rank, joint_decision,
+        steps_on_shards, steps_on_replicas, steps_of_branches,
     )
 }
