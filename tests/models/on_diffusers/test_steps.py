@@ -67,13 +67,8 @@ def test_cached_steps_are_corrected(case):
 
 
 def test_an_error_tolerance_serves_the_pipeline(case):
-<<<<<<< HEAD
     _name, each, cache = case
-    latents, report = served(cache, each.call(SMALL), error_tolerance=1000.0)
-=======
-    name, each, cache = case
     latents, report = served(cache, each.call(SMALL), error_tolerance=1.0)
->>>>>>> w/tests
     assert report["enabled"] and report["cached_steps"] > 0
     assert bool(torch.isfinite(latents).all())
     for transformer, branches in schedule(report).items():
