@@ -205,6 +205,10 @@ def _open_request(
         # A stage that grows the picture starts small; schedules are tuned for the size that was asked for.
         size=_running[-1].size if _running else host.size_of(batch), one_config=one_config, solver=solver,
     )
+    # A stage may hold another one that asks for it.
+    reasons = (own_loops.uncorrected(type(each)) for each in (*(running.stage for running in _running), stage))
+    if session.steps is not None and (reason := next(filter(None, reasons), None)):
+        session.steps.unseen = reason
     session.hook_scheduler()
     if with_graphs and session.stats.enabled:
         graphs.serve(mounted.backend.mounted.values(), identify)
