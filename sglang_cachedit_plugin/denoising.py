@@ -193,7 +193,8 @@ def _open_request(
         session.refuse(str(error))
         return
     # Cosmos 3 keeps its scheduler itself.
-    scheduler = getattr(batch, "scheduler", None) or getattr(stage, "scheduler", None)
+    scheduler = getattr(batch, "scheduler", None)
+    scheduler = getattr(stage, "scheduler", None) if scheduler is None else scheduler
     solver = None if scheduler is None else Solver(scheduler, scheduler.step)
     controlled = session.decision.resolved.primary.error_tolerance is not None
     if controlled and solver is not None and _makes_base_steps(stage):
