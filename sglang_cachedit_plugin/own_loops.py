@@ -181,6 +181,24 @@ OWN_LOOPS: Mapping[str, OwnLoop] = {
 }
 
 
+UNCORRECTED: Mapping[str, str] = {
+    "Ideogram4DenoisingStage": "it updates its latents itself",
+    "JoyEchoDMDDenoisingStage": "it updates its latents itself",
+    "LTX2DenoisingStage": "it updates the latents of video and audio itself",
+    "MiniMaxH3DenoisingStage": "it updates the latents of video and audio itself",
+    "MiniMaxH3ComfyUIStepStage": "the scheduler of ComfyUI makes the steps",
+    "Flux3ImageDenoiseStage": "it samples without a scheduler",
+    "SanaVideo2DenoisingStage": "it makes a scheduler of its own for each request",
+}
+"""Stages whose steps do not go through the request's scheduler; the steps that do are corrected all the same."""
+
+
+def uncorrected(cls: type) -> str | None:
+    """Why cached steps of a stage class stay as they are, None where nothing is known."""
+    reason = next((UNCORRECTED[base.__name__] for base in cls.__mro__ if base.__name__ in UNCORRECTED), None)
+    return None if reason is None else f"{cls.__name__}: {reason}"
+
+
 def of(cls: type) -> OwnLoop | None:
     """What is known of a stage class or the nearest base that is known."""
     return next((OWN_LOOPS[base.__name__] for base in cls.__mro__ if base.__name__ in OWN_LOOPS), None)

@@ -45,6 +45,7 @@ def before_launch(server_args: Any, *args: Any, **kwargs: Any) -> None:
     try:
         for warning in ensure_file(server_args, anew=True):
             _warn(warning)
+        defaults.current().check_profiles()
     except SettingError as error:
         fail(error)
     if isinstance(given := server_args.cache_dit_config, str) and given:

@@ -33,11 +33,13 @@ class DenoisingSteps:
 
     Attributes:
         spec: what the request wants of each transformer, None where no transformer decides.
+        unseen: the reason in the report where no step goes through the scheduler.
     """
 
     def __init__(self, solver: Solver, settings: CacheSettings, stats: RequestStats, groups: Groups):
         self._stats, self._groups = stats, groups
         self.spec: RequestSpec | None = None
+        self.unseen = "no step went through the pipeline's scheduler"
         self._solver = solver
         self._settings, self._unfit = settings, False
         self._outputs = Extrapolator(1, depth=3)
@@ -221,7 +223,7 @@ class DenoisingSteps:
     def finish(self) -> None:
         """The loop has ended: complete the report. Waits for the device."""
         if self._count == 0 and self._report.enabled:
-            self._give_up("no step went through the pipeline's scheduler")
+            self._give_up(self.unseen)
         self._keep_errors()
         self._report.corrected_steps = self._corrector.corrected
         largest = math.nan if self._corrector.largest is None else float(self._corrector.largest)

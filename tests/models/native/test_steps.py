@@ -125,7 +125,8 @@ def made_request(knobs: dict | None, *, cfg: bool = False, prompts: int = 1, **f
     return _Arguments(**{
         "sampling_params": sampling, "scheduler": scheduler, "timesteps": scheduler.timesteps, "extra": {},
         "is_warmup": False, "is_cfg_negative": False, "do_classifier_free_guidance": cfg, "num_inference_steps": N,
-        "latents": noise(1, prompts, TOKENS, DIM), "raw_latent_shape": (prompts, TOKENS, DIM), "guidance_rescale": 0.0, "enable_teacache": False,
+        "latents": noise(1, prompts, TOKENS, DIM), "raw_latent_shape": (prompts, TOKENS, DIM),
+        "guidance_rescale": 0.0, "enable_teacache": False,
         "enable_spectrum": False, **fields,
     })
 
@@ -155,7 +156,7 @@ CASES = {
 def test_corrected_pictures_are_nearer_to_the_uncached_ones(knobs, fields):
     stage = made_stage()
     without, corrected, report = distances(stage, knobs, **fields)
-    assert report["cached_steps"] > 0 and report["corrector"]["corrected_steps"] > 0
+    assert report["cached_steps"] > 0 and report["corrector"]["corrected_steps"] > 0, report["corrector"]
     assert corrected < without
 
 
