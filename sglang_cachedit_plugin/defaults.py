@@ -102,11 +102,15 @@ class Defaults:
         given = [request, self.overrides.source, self.file.source, self.environment]
         # A profile stands under the source that names it, and in place of those that weaker ones name.
         naming = next((index for index, source in enumerate(given) if source.profile), None)
+        profile = None
         if naming is not None:
             profile = _named(given[naming], known)
             check_method(given[naming], profile)
             given.insert(naming + 1, profile)
         resolved = resolve(*given, Source() if stage is None else stage)
+        if profile is not None and "error_tolerance" in profile.primary and resolved.primary.error_tolerance is None:
+            # A stronger source asks for DBCache: nothing of the profile is in force.
+            resolved = replace(resolved, profile=None)
         safety = request.primary.get("max_accumulated_diff")
         if safety is not None and safety.value is not None and resolved.primary.forecast != "output":
             raise SettingError("max_accumulated_diff", safety.value, safety.origin, NEEDS_OUTPUT.format("forecast"))

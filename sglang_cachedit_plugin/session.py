@@ -170,6 +170,10 @@ class Session:
         if self.steps is not None:
             self.steps.spec = spec
             self.steps.read_places()
+            fitted = any(each.weights for each in spec.transformers)
+            if fitted and self.decision.resolved.origins["corrector"] == "default":
+                self.stats.corrector.enabled = False
+                self.stats.corrector.reason = "the schedule's weights were fitted without it; corrector: true corrects too"
         backend = self._backend
         if self.recording is not None:
             backend.watch(self.recording.forward)

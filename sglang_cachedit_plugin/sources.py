@@ -43,7 +43,7 @@ REQUEST = "cache_dit_params"
 MAX_NAME = 200
 """Longest name of a profile."""
 FILE_SECTIONS = (
-    "profile", "cache_config", "secondary", "profiles", "parallelism_config", "quantize_config", "attention_backend",
+    "cache_config", "secondary", "profile", "profiles", "parallelism_config", "quantize_config", "attention_backend",
 )
 _MISSPELT = {"enable_sperate_cfg": "enable_separate_cfg"}
 BOOL = Knob(kind="bool", doc="")
@@ -169,7 +169,8 @@ def read_environment(
     if profile and enabled is None:
         enabled = Value(True, PROFILE_VARIABLE)
     source = Source(
-        primary=layers[0], secondary=layers[1], enabled=enabled, profile=profile, profile_origin="environment"
+        primary=layers[0], secondary=layers[1], enabled=enabled, profile=profile,
+        profile_origin="environment" if profile else "",
     )
     check_method(source)
     return source, tuple(warnings)
@@ -327,6 +328,8 @@ def _one_method(strongest_first: Sequence[Source]) -> tuple[Source, ...]:
             continue
         weaker = strongest_first[index + 1 :]
         if tolerance is None:
+            if not any("error_tolerance" in each.primary for each in weaker):
+                break
             tolerance = Value(None, other.origin)
             rest = [_without({"error_tolerance"}, each) for each in weaker]
             decided = replace(source, primary={**source.primary, "error_tolerance": tolerance})
