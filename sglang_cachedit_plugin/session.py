@@ -173,7 +173,7 @@ class Session:
             fitted = any(each.weights for each in spec.transformers)
             if fitted and self.decision.resolved.origins["corrector"] == "default":
                 self.stats.corrector.enabled = False
-                self.stats.corrector.reason = "the schedule's weights were fitted without it; corrector: true corrects too"
+                self.stats.corrector.reason = "fitted weights were searched without it; corrector: true corrects too"
         backend = self._backend
         if self.recording is not None:
             backend.watch(self.recording.forward)
