@@ -135,9 +135,9 @@ class Decisions:
     def agreed(self, may_cache: bool) -> bool:
         """Whether the forward may be cached, where nothing is measured.
 
-        Ranks of one forward know it alike. Those that gather weights run different branches, and ask each other.
+        Ranks of one forward know it alike. CFG ranks that decide together have different branches, and ask each other.
         """
-        if not (self.groups.gathered and self.coupled):
+        if not self.coupled:
             return may_cache
         return not agreement.any_rank(not may_cache, self.groups.pair)
 

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .errors import SettingError
+from .errors import SettingError, nearest
 from .overrides import Overrides
 from .profiles import BUILT_IN
-from .sources import FileConfig, Resolved, Source, Value, read_request, resolve
+from .sources import PROFILE_VARIABLE, FileConfig, Resolved, Source, Value, check_method, read_request, resolve
 
 _OFF = Value(False, "default")
 
@@ -70,7 +70,7 @@ class Defaults:
         """The settings that a request without parameters meets, with their origins."""
         return {
             "enabled": {"value": self.switch.value, "origin": self.switch.origin},
-            "profile": self.overrides.source.profile,
+            "profile": self.decide(None, None).resolved.profile,
             "config": self.decide(None, None).resolved.config(),
             "profiles": sorted(self.profiles),
         }
@@ -98,16 +98,31 @@ class Defaults:
         """
         known = {**self.retired, **self.profiles}
         request = read_request(params, profiles=known)
-        live = self.overrides.source
-        # A request that names a profile takes it in place of the server's, not on top of it.
-        name = request.profile or live.profile
-        profiles = [known[name]] if name else []
-        order = [request, *profiles, live] if request.profile else [request, live, *profiles]
-        stage = Source() if stage is None else stage
-        resolved = resolve(*order, self.file.source, self.environment, stage)
-        switch = self._given_switch or stage.enabled or _OFF
+        given = [request, self.overrides.source, self.file.source, self.environment]
+        # A profile stands under the source that names it, and in place of those that weaker ones name.
+        naming = next((index for index, source in enumerate(given) if source.profile), None)
+        profile = None
+        if naming is not None:
+            profile = _named(given[naming], known)
+            check_method(given[naming], profile)
+            given.insert(naming + 1, profile)
+        resolved = resolve(*given, Source() if stage is None else stage)
+        if profile is not None and "error_tolerance" in profile.primary and resolved.primary.error_tolerance is None:
+            # A stronger source asks for DBCache: nothing of the profile is in force.
+            resolved = replace(resolved, profile=None)
+        switch = self._given_switch or (stage and stage.enabled) or _OFF
         enabled = switch.value if enable is None else enable
         return Decision(enabled=enabled, reason=self._why_off(enable, enabled), resolved=resolved)
+
+    def check_profiles(self) -> None:
+        """Check the profiles that the environment and the file name, once both are read.
+
+        Raises:
+            SettingError: there is no such profile, or it contradicts the settings beside it.
+        """
+        for source in (self.file.source, self.environment):
+            if source.profile:
+                check_method(source, _named(source, self.start_up_profiles))
 
     def check(self, fields: Mapping[str, Any]) -> None:
         """Check a request's ``enable_cache_dit`` and ``cache_dit_params`` before any worker hears of it.
@@ -126,6 +141,16 @@ class Defaults:
         if enabled:
             return None
         return "request" if enable is False else "not configured"
+
+
+def _named(source: Source, known: Mapping[str, Source]) -> Source:
+    """The profile that a source names."""
+    assert source.profile is not None
+    if source.profile not in known:
+        name = PROFILE_VARIABLE if source.profile_origin == "environment" else "profile"
+        allowed = f"expected one of: {', '.join(sorted(known))}"
+        raise SettingError(name, source.profile, source.profile_origin, allowed, nearest(source.profile, known))
+    return known[source.profile]
 
 
 _lock = threading.Lock()

@@ -133,7 +133,7 @@ class CacheDitDenoisingMixin:
                 transformer.forget()
         for owner, session in _open:
             if owner is self and session.steps is not None:
-                session.steps.forget()
+                session.steps.grow()
 
 
 def _loop(stage: Any) -> OwnLoop | None:
@@ -192,7 +192,9 @@ def _open_request(
     except MountError as error:
         session.refuse(str(error))
         return
+    # Cosmos 3 keeps its scheduler itself.
     scheduler = getattr(batch, "scheduler", None)
+    scheduler = getattr(stage, "scheduler", None) if scheduler is None else scheduler
     solver = None if scheduler is None else Solver(scheduler, scheduler.step)
     controlled = session.decision.resolved.primary.error_tolerance is not None
     if controlled and solver is not None and _makes_base_steps(stage):
@@ -204,6 +206,10 @@ def _open_request(
         # A stage that grows the picture starts small; schedules are tuned for the size that was asked for.
         size=_running[-1].size if _running else host.size_of(batch), one_config=one_config, solver=solver,
     )
+    # A stage may hold another one that asks for it.
+    reasons = (own_loops.uncorrected(type(each)) for each in (*(running.stage for running in _running), stage))
+    if session.steps is not None and (reason := next(filter(None, reasons), None)):
+        session.steps.unseen = reason
     session.hook_scheduler()
     if with_graphs and session.stats.enabled:
         graphs.serve(mounted.backend.mounted.values(), identify)

@@ -84,6 +84,7 @@ def _settings(
         environment, warnings = read_environment(host_variables=host.known_variables)
         file = defaults.current().file if config is None else read_file(config)
         settings = Defaults(environment=environment, file=file)
+        settings.check_profiles()
         described = settings.describe()
         sections = file.passed_on
         if num_gpus is not None:

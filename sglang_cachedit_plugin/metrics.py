@@ -14,12 +14,17 @@ STEPS = "sglang_cache_dit_steps_total"
 REQUESTS = "sglang_cache_dit_requests_total"
 DIFFS = "sglang_cache_dit_residual_diff"
 NANS = "sglang_cache_dit_nan_diffs_total"
+CORRECTED = "sglang_cache_dit_corrected_steps_total"
+COMPUTED = "sglang_cache_dit_computed_steps"
 BUCKETS = (0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.12, 0.16, 0.2, 0.24, 0.3, 0.4, 0.5, 0.75, 1.0)
+STEP_BUCKETS = (2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 50, 75, 100)
 OUTCOMES = ("cached", "computed", "off", "failed", "refused")
 """Some steps cached; enabled, all steps computed; caching off; an exception; 400 for its cache settings."""
 MAX_SERIES = 32
-"""Most pairs of transformer and branch that get numbers of their own; a series once made is never given back."""
+"""Most pairs of transformer and branch, and most profiles, that get numbers of their own; a series once made is never
+given back."""
 OTHER = "other"
+NO_PROFILE = "none"
 
 
 class _Instruments(NamedTuple):
@@ -27,6 +32,8 @@ class _Instruments(NamedTuple):
     requests: Any
     diffs: Any
     nans: Any
+    corrected: Any
+    computed: Any
 
 
 @functools.cache
@@ -40,6 +47,8 @@ def instruments() -> _Instruments:
         Counter(REQUESTS, f"Requests; outcome: {', '.join(OUTCOMES)}.", ("outcome",)),
         Histogram(DIFFS, "Residual differences measured.", where, buckets=BUCKETS),
         Counter(NANS, "Residual differences that were NaN or infinite.", where),
+        Counter(CORRECTED, "Cached steps that the corrector set right."),
+        Histogram(COMPUTED, "Computed steps of a request with caching.", ("profile",), buckets=STEP_BUCKETS),
     )
 
 
@@ -51,16 +60,17 @@ def outcome(report: Mapping[str, Any]) -> str:
     return "cached" if any(branch["cached"] for branch in branches) else "computed"
 
 
-_series: set[tuple[str, str]] = set()
+_branches: set[tuple[str, ...]] = set()
+_profiles: set[tuple[str, ...]] = set()
 
 
-def series(transformer: str, branch: str) -> tuple[str, str]:
-    """The labels under which a branch is counted: its own, or those of all that came too late for some."""
-    if (transformer, branch) not in _series:
-        if len(_series) >= MAX_SERIES:
-            return (OTHER, OTHER)
-        _series.add((transformer, branch))
-    return transformer, branch
+def series(known: set[tuple[str, ...]], *labels: str) -> tuple[str, ...]:
+    """The labels under which a number is kept: its own, or those of all that came too late for some."""
+    if labels not in known:
+        if len(known) >= MAX_SERIES:
+            return (OTHER,) * len(labels)
+        known.add(labels)
+    return labels
 
 
 def observe(report: Mapping[str, Any], *, requests: int = 1, ended: str | None = None) -> None:
@@ -71,9 +81,14 @@ def observe(report: Mapping[str, Any], *, requests: int = 1, ended: str | None =
     """
     made = instruments()
     made.requests.labels(ended or outcome(report)).inc(requests)
+    if report["enabled"]:
+        made.corrected.inc(report["corrector"]["corrected_steps"])
+        if ended is None:
+            profile = series(_profiles, report["profile"] or NO_PROFILE)
+            made.computed.labels(*profile).observe(report["computed_steps"])
     for transformer, each in report["transformers"].items():
         for branch, steps in each["branches"].items():
-            where = series(transformer, branch)
+            where = series(_branches, transformer, branch)
             for kind in ("computed", "cached"):
                 made.steps.labels(*where, kind).inc(len(steps[kind]))
             diffs, nans = made.diffs.labels(*where), made.nans.labels(*where)

@@ -59,16 +59,21 @@ def _by_cache_key(batch: Any) -> Identify:
     """Cosmos 3: the context names the step, the key of the prompt's cache the branch.
 
     Under CFG parallelism a step without guidance is the conditional forward on every rank. The ranks must come to
-    the same output, and only one of them has run that branch before: such steps have a history of their own.
+    the same output, and only one of them has run that branch before: each run of such steps has a history of its own.
     """
     apart = host.runs_branches_apart()
+    runs, last = 0, -2
 
     def identify(name: str, kwargs: Mapping[str, Any]) -> Identity | None:
+        nonlocal runs, last
         step, key = host.forward_step(), str(kwargs.get("cache_key", ""))
         if step is None:
             return None
         branch = COND if key in ("cfg_batched", "") else key
-        return Identity(COND_ONLY if apart and branch == COND and not _guided else branch, step)
+        if not apart or branch != COND or _guided:
+            return Identity(branch, step)
+        runs, last = runs + (step > last + 1), step
+        return Identity(COND_ONLY if runs == 1 else f"{COND_ONLY}_{runs}", step)
 
     return identify
 
@@ -174,6 +179,24 @@ OWN_LOOPS: Mapping[str, OwnLoop] = {
         "environment only"
     ),
 }
+
+
+UNCORRECTED: Mapping[str, str] = {
+    "Ideogram4DenoisingStage": "it updates its latents itself",
+    "JoyEchoDMDDenoisingStage": "it updates its latents itself",
+    "LTX2DenoisingStage": "it updates the latents of video and audio itself",
+    "MiniMaxH3DenoisingStage": "it updates the latents of video and audio itself",
+    "MiniMaxH3ComfyUIStepStage": "the scheduler of ComfyUI makes the steps",
+    "Flux3ImageDenoiseStage": "it samples without a scheduler",
+    "SanaVideo2DenoisingStage": "it makes a scheduler of its own for each request",
+}
+"""Stages whose steps do not go through the request's scheduler; the steps that do are corrected all the same."""
+
+
+def uncorrected(cls: type) -> str | None:
+    """Why cached steps of a stage class stay as they are, None where nothing is known."""
+    reason = next((UNCORRECTED[base.__name__] for base in cls.__mro__ if base.__name__ in UNCORRECTED), None)
+    return None if reason is None else f"{cls.__name__}: {reason}"
 
 
 def of(cls: type) -> OwnLoop | None:

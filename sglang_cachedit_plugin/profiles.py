@@ -1,4 +1,4 @@
-"""Profiles that every server knows: ``quality``, ``balanced`` and ``fast``. They are not tuned to a model."""
+"""Profiles that every server knows: ``quality``, ``balanced`` and ``fast``. Each is an error tolerance."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ from typing import Any
 
 from .sources import Source, read_request
 
-_FORECAST = {"forecast": "output", "forecast_order": 1, "steps_computation_policy": "static"}
-
 KNOBS_OF: Mapping[str, Mapping[str, Any]] = {
-    "quality": {**_FORECAST, "steps_computation_mask": "slow", "max_warmup_steps": 4},
-    "balanced": {**_FORECAST, "steps_computation_mask": "medium"},
-    "fast": {**_FORECAST, "steps_computation_mask": "fast"},
+    "quality": {"error_tolerance": 0.003}, "balanced": {"error_tolerance": 0.01}, "fast": {"error_tolerance": 0.08},
 }
+"""Chosen by measurement on the demo models, see docs/quality.md."""
 
 BUILT_IN: Mapping[str, Source] = {
     name: read_request(knobs, origin=f"built-in profiles.{name}") for name, knobs in KNOBS_OF.items()

@@ -20,7 +20,7 @@ from .section_knobs import (
     SPELLINGS,
     SVDQ,
 )
-from .settings import ALIASES, INERT_KNOBS, KNOBS, MAX_LENGTH, PRESETS, CacheSettings, Knob
+from .settings import ALIASES, EITHER_KNOBS, INERT_KNOBS, KNOBS, MAX_LENGTH, PRESETS, CacheSettings, Knob
 
 _TEXT = {"type": "string", "pattern": r"\S"}
 _ROOM = {"maxItems": MAX_LENGTH}
@@ -40,6 +40,7 @@ def config_schema() -> dict[str, Any]:
         "type": "object",
         "additionalProperties": False,
         "properties": {
+            "profile": {"type": ["string", "null"], "description": "The server's profile, by name."},
             "cache_config": _or_null(cache, "Settings of the cache, on both backends."),
             "secondary": _or_null(_cache(secondary=True), "Settings of the second transformer where they differ."),
             "profiles": _or_null(
@@ -79,6 +80,11 @@ def _cache(*, secondary: bool) -> dict[str, Any]:
         "required": ["enable_taylorseer", "enable_dmd"],
     }
     schema["allOf"] = [_not_both(pair) for pair in ALIASES.items()]
+    if not secondary:
+        either = {*EITHER_KNOBS, *INERT_KNOBS, "secondary", "profile", "enable_sperate_cfg"}
+        alone = {"properties": {name: False for name in properties if name not in either}}
+        given = {"properties": {"error_tolerance": {"type": "number"}}, "required": ["error_tolerance"]}
+        schema["allOf"].append({"if": given, "then": alone})
     return schema
 
 

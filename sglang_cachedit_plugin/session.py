@@ -134,6 +134,7 @@ class Session:
         self.stage_decides = True
         self.stats.transformers.update({name: TransformerStats(steps=count) for name, (_, count) in steps.items()})
         self.steps = DenoisingSteps(solver, self.decision.resolved.primary, self.stats, backend.groups)
+        self.steps.read_places()
 
     def follow(self, steps: dict[str, tuple[int, int]], stretch: Stretch) -> None:
         """A run of the loop begins: what it takes of the scheduler's steps, by transformer and all.
@@ -168,6 +169,11 @@ class Session:
             return
         if self.steps is not None:
             self.steps.spec = spec
+            self.steps.read_places()
+            fitted = any(each.weights for each in spec.transformers)
+            if fitted and self.decision.resolved.origins["corrector"] == "default":
+                self.stats.corrector.enabled = False
+                self.stats.corrector.reason = "fitted weights were searched without it; corrector: true corrects too"
         backend = self._backend
         if self.recording is not None:
             backend.watch(self.recording.forward)

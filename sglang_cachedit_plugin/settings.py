@@ -175,6 +175,12 @@ ALIASES: Mapping[str, str] = {
 SCHEDULE_KNOBS = frozenset({"steps_computation_mask", "scm_compute_bins", "scm_cache_bins", "schedules"})
 CALIBRATOR_KNOBS = frozenset({"enable_taylorseer", "enable_dmd"})
 
+EITHER_KNOBS = frozenset({
+    "error_tolerance", "corrector", "corrector_order", "corrector_carry", "verify_ranks", "strict",
+})
+DBCACHE_KNOBS = frozenset(KNOBS) - EITHER_KNOBS
+"""What decides steps and forecasts without an error tolerance; with one it would have no effect."""
+
 INERT_KNOBS: Mapping[str, str] = {
     "enable_separate_cfg": "every CFG branch always has a context of its own",
     "cfg_compute_first": "branches are told apart by name, their order does not matter",

@@ -7,8 +7,8 @@ origin.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from .config_file import MAX_FILE_BYTES, file_label, load_file, unique_keys
@@ -18,6 +18,7 @@ from .sections import read_sections
 from .settings import (
     ALIASES,
     CALIBRATOR_KNOBS,
+    DBCACHE_KNOBS,
     INERT_KNOBS,
     KNOBS,
     RETIRED_KNOBS,
@@ -28,13 +29,14 @@ from .settings import (
 )
 
 __all__ = [
-    "BOOL", "CONTROL_KEY_VARIABLE", "ENABLED_VARIABLE", "FILE_SECTIONS", "MAX_FILE_BYTES", "PREFIX",
+    "BOOL", "CONTROL_KEY_VARIABLE", "ENABLED_VARIABLE", "FILE_SECTIONS", "MAX_FILE_BYTES", "PREFIX", "PROFILE_VARIABLE",
     "SECONDARY_VARIABLES", "VARIABLES", "FileConfig", "Layer", "Resolved", "Source", "Value", "file_label",
     "load_file", "read_environment", "read_file", "read_layer", "read_request", "resolve", "unique_keys",
 ]
 
 PREFIX = "SGLANG_CACHE_DIT_"
 ENABLED_VARIABLE = PREFIX + "ENABLED"
+PROFILE_VARIABLE = PREFIX + "PROFILE"
 CONTROL_KEY_VARIABLE = PREFIX + "CONTROL_KEY"
 """Key that changes of a running server need; it is no setting of the cache and is shown nowhere."""
 REQUEST = "cache_dit_params"
@@ -42,7 +44,7 @@ REQUEST = "cache_dit_params"
 MAX_NAME = 200
 """Longest name of a profile."""
 FILE_SECTIONS = (
-    "cache_config", "secondary", "profiles", "parallelism_config", "quantize_config", "attention_backend",
+    "cache_config", "secondary", "profile", "profiles", "parallelism_config", "quantize_config", "attention_backend",
 )
 _MISSPELT = {"enable_sperate_cfg": "enable_separate_cfg"}
 BOOL = Knob(kind="bool", doc="")
@@ -68,6 +70,13 @@ class Source:
     secondary: Layer = field(default_factory=dict)
     enabled: Value | None = None
     profile: str | None = None
+    profile_origin: str = ""
+
+    def dbcache(self) -> Value | None:
+        """A setting that does without an error tolerance, where the source has one."""
+        given = (value for layer in (self.primary, self.secondary) for name, value in layer.items()
+                 if name in DBCACHE_KNOBS)
+        return next(given, None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,16 +144,18 @@ def read_environment(
         host_variables: called only for names unknown here; variables that the installed host reads.
     """
     layers: tuple[dict[str, Value], dict[str, Value]] = ({}, {})
-    enabled, warnings = None, []
+    enabled, profile, warnings = None, None, []
     for variable in sorted(name for name in environ if name.startswith(PREFIX)):
         text = environ[variable]
         if variable == CONTROL_KEY_VARIABLE:
             continue
-        if variable in (ENABLED_VARIABLE, *VARIABLES, *SECONDARY_VARIABLES) and not text.strip():
+        if variable in (ENABLED_VARIABLE, PROFILE_VARIABLE, *VARIABLES, *SECONDARY_VARIABLES) and not text.strip():
             # Empty is unset: deployments clear a variable that way.
             continue
         if variable == ENABLED_VARIABLE:
             enabled = Value(BOOL.parse(variable, text, "environment"), variable)
+        elif variable == PROFILE_VARIABLE:
+            profile = profile_name(text.strip(), "environment")
         elif variable in VARIABLES or variable in SECONDARY_VARIABLES:
             secondary = variable in SECONDARY_VARIABLES
             name = (SECONDARY_VARIABLES if secondary else VARIABLES)[variable]
@@ -154,14 +165,21 @@ def read_environment(
         elif variable in host_variables():
             warnings.append(f"{variable} is known to the host but not to this plugin and has no effect")
         else:
-            known = [ENABLED_VARIABLE, CONTROL_KEY_VARIABLE, *VARIABLES, *SECONDARY_VARIABLES]
+            known = [ENABLED_VARIABLE, PROFILE_VARIABLE, CONTROL_KEY_VARIABLE, *VARIABLES, *SECONDARY_VARIABLES]
             raise SettingError(
                 variable, text, "environment", "unknown variable", nearest(variable, known)
             )
     for layer, variables in zip(layers, (VARIABLES, SECONDARY_VARIABLES), strict=True):
         spelt = {name: variable for variable, name in variables.items()}
         check_consistent({n: v.value for n, v in layer.items()}, "environment", spelt)
-    return Source(primary=layers[0], secondary=layers[1], enabled=enabled), tuple(warnings)
+    if profile and enabled is None:
+        enabled = Value(True, PROFILE_VARIABLE)
+    source = Source(
+        primary=layers[0], secondary=layers[1], enabled=enabled, profile=profile,
+        profile_origin="environment" if profile else "",
+    )
+    check_method(source)
+    return source, tuple(warnings)
 
 
 def read_layer(
@@ -225,13 +243,15 @@ def read_file(path_or_mapping: str | Mapping[str, Any]) -> FileConfig:
     warnings: list[str] = []
     profiles = _read_profiles(raw.get("profiles"), label, warnings)
     # Profiles alone are only there to be named.
-    enabled = Value(True, label) if raw.get("cache_config") is not None else None
+    enabled = Value(True, label) if raw.get("cache_config") is not None or raw.get("profile") is not None else None
+    profile = None if raw.get("profile") is None else profile_name(raw["profile"], label)
     primary, secondary = ({} if raw.get(key) is None else raw[key] for key in ("cache_config", "secondary"))
     source = Source(
         primary=read_layer(primary, f"{label} cache_config", warnings),
         secondary=read_layer(secondary, f"{label} secondary", warnings, secondary=True),
-        enabled=enabled,
+        enabled=enabled, profile=profile, profile_origin=label,
     )
+    check_method(source)
     passed_on = read_sections(raw, label, warnings)
     return FileConfig(
         source=source, profiles=profiles, passed_on=passed_on, warnings=tuple(warnings),
@@ -282,11 +302,27 @@ def read_request(
     layer = {} if secondary is None else read_layer(
         secondary, f"{origin}.secondary", warnings, secondary=True
     )
-    return Source(primary=primary, secondary=layer, profile=profile)
+    source = Source(primary=primary, secondary=layer, profile=profile, profile_origin=origin)
+    check_method(source)
+    return source
+
+
+def check_method(source: Source, profile: Source | None = None) -> None:
+    """Refuse a source with an error tolerance, of its own or of the profile it names, beside what that leaves without
+    effect.
+    """
+    other = source.dbcache()
+    own, named = source.primary.get("error_tolerance"), profile and profile.primary.get("error_tolerance")
+    if other is None or not any(each is not None and each.value is not None for each in (own, named)):
+        return
+    where, _, name = other.origin.rpartition(".")
+    what = "error_tolerance" if own is not None else f"profile {source.profile}, which is an error tolerance"
+    raise SettingError(name, other.value, where or "environment", f"without effect beside {what}, drop one of the two")
 
 
 def resolve(*strongest_first: Source) -> Resolved:
     """Effective settings of sources given strongest first."""
+    strongest_first = _one_method(strongest_first)
     primary = [source.primary for source in strongest_first]
     secondary = [layer for source in strongest_first for layer in (source.secondary, source.primary)]
     settings, origins = _merge(primary)
@@ -295,6 +331,34 @@ def resolve(*strongest_first: Source) -> Resolved:
     return Resolved(
         primary=settings, secondary=settings_2, origins=origins, secondary_origins=origins_2, profile=profile
     )
+
+
+def _one_method(strongest_first: Sequence[Source]) -> tuple[Source, ...]:
+    """The sources without what the strongest one leaves without effect that names a tolerance or DBCache's settings."""
+    for index, source in enumerate(strongest_first):
+        tolerance, other = source.primary.get("error_tolerance"), source.dbcache()
+        if tolerance is None and other is None:
+            continue
+        weaker = strongest_first[index + 1 :]
+        if tolerance is None:
+            if not any("error_tolerance" in each.primary for each in weaker):
+                break
+            tolerance = Value(None, other.origin)
+            rest = [_without({"error_tolerance"}, each) for each in weaker]
+            decided = replace(source, primary={**source.primary, "error_tolerance": tolerance})
+            return (*strongest_first[:index], decided, *rest)
+        if tolerance.value is not None:
+            return (*strongest_first[: index + 1], *(_without(DBCACHE_KNOBS, each) for each in weaker))
+        break
+    return tuple(strongest_first)
+
+
+def _without(names: Collection[str], source: Source) -> Source:
+    primary, secondary = (
+        {name: value for name, value in layer.items() if name not in names}
+        for layer in (source.primary, source.secondary)
+    )
+    return replace(source, primary=primary, secondary=secondary)
 
 
 def _merge(layers: list[Layer]) -> tuple[CacheSettings, dict[str, str]]:

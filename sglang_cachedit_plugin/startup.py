@@ -45,6 +45,7 @@ def before_launch(server_args: Any, *args: Any, **kwargs: Any) -> None:
     try:
         for warning in ensure_file(server_args, anew=True):
             _warn(warning)
+        defaults.current().check_profiles()
     except SettingError as error:
         fail(error)
     if isinstance(given := server_args.cache_dit_config, str) and given:
@@ -58,12 +59,12 @@ def _leave_out_graphs(server_args: Any) -> None:
 
     The host does not choose them where its own variable switches caching on.
     """
-    # Imported here: graphs bring torch, and this module is loaded while plugins register.
-    from . import graphs
-
     chosen = server_args.enable_breakable_cuda_graph
     if not chosen or server_args.is_arg_explicitly_set("enable_breakable_cuda_graph") or not defaults.current().enabled:
         return
+    # Imported here: graphs bring torch, and this module is loaded while plugins register.
+    from . import graphs
+
     resolved = defaults.current().decide(None, None).resolved
     if not (graphs.fits(resolved.primary) and graphs.fits(resolved.secondary)):
         server_args.enable_breakable_cuda_graph = False

@@ -82,6 +82,14 @@ class CorrectorStats:
     corrected_steps: int = 0
     largest_correction: float | None = None
 
+    def add(self, stage: str, other: CorrectorStats) -> None:
+        """Add what was corrected in a further denoising stage."""
+        self.enabled = self.enabled or other.enabled
+        self.reason = self.reason or (other.reason and f"{stage}: {other.reason}")
+        self.corrected_steps += other.corrected_steps
+        sizes = [each for each in (self.largest_correction, other.largest_correction) if each is not None]
+        self.largest_correction = max(sizes, default=None)
+
 
 @dataclass
 class ErrorStats:
@@ -131,7 +139,8 @@ class RequestStats:
     @staticmethod
     def _leading(transformer: TransformerStats) -> list[BranchStats]:
         branches = transformer.branches
-        return [branches[name] for name in (COND, COND_ONLY) if name in branches] or [*branches.values()][:1]
+        cond = [branch for name, branch in branches.items() if name == COND or name.startswith(COND_ONLY)]
+        return cond or [*branches.values()][:1]
 
     def add_stage(self, stage: str, other: RequestStats) -> None:
         """Add what a further denoising stage of the same request did; its transformers are named after it."""
@@ -140,6 +149,11 @@ class RequestStats:
         self.refused = self.refused or other.refused
         for note in other.notes:
             self.note(f"{stage}: {note}")
+        if other.enabled and self.enabled:
+            self.corrector.add(stage, other.corrector)
+        elif other.enabled:
+            self.corrector = other.corrector
+        self.error_control = self.error_control or other.error_control
         if other.enabled and not self.enabled:
             first, self.reason, self.enabled = self.reason, None, True
             self.profile, self.config = other.profile, other.config

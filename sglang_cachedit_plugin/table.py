@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .stats import percentile
@@ -23,13 +23,20 @@ def rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return found
 
 
-def lines(reports: Iterable[Mapping[str, Any]]) -> list[str]:
+def lines(reports: Sequence[Mapping[str, Any]]) -> list[str]:
     """The table of one request; outputs that ran one by one follow each other. Empty where nothing was cached."""
     body = [row for report in reports for row in rows(report)]
     if not body:
         return []
+    correctors = [report["corrector"] for report in reports if report["corrector"] is not None]
     aligned = align([_HEAD, *body], text_columns=_TEXT_COLUMNS)
-    return [aligned[0], "-" * len(aligned[0]), *aligned[1:]]
+    return [aligned[0], "-" * len(aligned[0]), *aligned[1:], *_corrected(correctors)]
+
+
+def _corrected(correctors: Sequence[Mapping[str, Any]]) -> list[str]:
+    steps = sum(each["corrected_steps"] for each in correctors)
+    sizes = [each["largest_correction"] for each in correctors if each["largest_correction"] is not None]
+    return [f"corrected {steps} cached steps, largest {max(sizes):.2f}"] if sizes else []
 
 
 def align(table: Sequence[Sequence[str]], text_columns: int) -> list[str]:

@@ -46,7 +46,8 @@ class Corrector:
     def cached(self, solver: Solver, call: Call, place: Place) -> Any:
         """A step whose output is predicted; what the scheduler returns."""
         if self._start is None:
-            self._start = (solver.snapshot(), call.sample)
+            # Some stages write the result of a step into the latents that they gave.
+            self._start = (solver.snapshot(), call.sample.clone())
         self._pending.append((call.without_tensors(), place))
         return solver.advance(call)
 
@@ -55,6 +56,9 @@ class Corrector:
 
         Without cached steps before it the call is handed through.
         """
+        if len(self._outputs) < 2:
+            # Nothing was computed before the cached steps: there is no other side to draw the polynomial from.
+            self.forget()
         if self._start is not None:
             call = self._corrected(solver, call, place)
         return solver.advance(call)
@@ -73,8 +77,8 @@ class Corrector:
         size = torch.linalg.vector_norm(change) / torch.linalg.vector_norm(call.sample.float())
         self.largest = size if self.largest is None else torch.maximum(self.largest, size)
         output = call.output
-        if self._carry and place.gain:
-            output = torch.add(output.float(), change, alpha=self._carry * place.gain).to(output.dtype)
+        if gain := self._carry * solver.gain(call, place):
+            output = torch.add(output.float(), change, alpha=gain).to(output.dtype)
         return call.with_tensors(output, sample.to(call.sample.dtype))
 
     def held_bytes(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -32,11 +33,13 @@ class DenoisingSteps:
 
     Attributes:
         spec: what the request wants of each transformer, None where no transformer decides.
+        unseen: the reason in the report where no step goes through the scheduler.
     """
 
     def __init__(self, solver: Solver, settings: CacheSettings, stats: RequestStats, groups: Groups):
         self._stats, self._groups = stats, groups
         self.spec: RequestSpec | None = None
+        self.unseen = "no step went through the pipeline's scheduler"
         self._solver = solver
         self._settings, self._unfit = settings, False
         self._outputs = Extrapolator(1, depth=3)
@@ -47,7 +50,7 @@ class DenoisingSteps:
         elif not settings.corrector:
             self._report.enabled, self._report.reason = False, "corrector: false"
         self._control: ErrorControl | None = None
-        self._error: tuple[int, Reading | None] | None = None
+        self._error: tuple[int, float, Reading] | None = None
         if settings.error_tolerance is not None:
             stats.error_control = ErrorStats(settings.error_tolerance)
         self._counted: dict[tuple[str, str], tuple[int, int]] = {}
@@ -71,26 +74,35 @@ class DenoisingSteps:
             self._stats.error_control.errors.update(self._control.errors)
             self._stats.error_control.passed_on += self._control.passed_on
             if self._control.problem is not None:
-                self._stats.note(f"{self._control.problem}: every step from there on was computed")
+                self._stats.note(f"{self._control.problem}: every step after it was computed")
 
-    def forget(self) -> None:
-        """What comes next has nothing to do with the outputs before: the picture has grown, or the model changed."""
+    def grow(self) -> None:
+        """The picture has grown: nothing before counts, and the host may have moved the scheduler's next steps."""
+        self._solver.read_again()
+        self._forget()
+        if self._control is not None:
+            self._control.positions = self._solver.positions(self._solver.index(self._count) - self._count)
+
+    def _forget(self) -> None:
+        """What comes next has nothing to do with the outputs before."""
         self._outputs.clear()
         self._corrector.forget()
         if self._control is not None:
-            self._settle()
             self._control.restart()
 
     def begin_loop(self) -> None:
         """The scheduler's timesteps are set anew: another loop begins."""
-        self.forget()
+        self._forget()
         self._keep_errors()
         self._control, self._count, self._last = None, 0, -1
 
+    def read_places(self) -> None:
+        """Read the scheduler's timesteps now, before the loop: the host waits for the device."""
+        self._solver.place(0)
+
     @torch.compiler.disable
     def computes(self) -> bool:
-        """Whether the step under way is computed, where an error tolerance decides. Reads one number at most."""
-        self._settle()
+        """Whether the step under way is computed, where an error tolerance decides."""
         return self._control is None or self._control.computes(self._count)
 
     def predict(self, transformer: str, branches: Sequence[str], compute: Callable[[], Any]) -> Any:
@@ -115,10 +127,10 @@ class DenoisingSteps:
         return self._solver.place(self._solver.index(self._count))
 
     def _settle(self) -> None:
-        """Take in the error of the last computed step."""
+        """Take in the error of the last computed step, one computed step later: no device waits for the host."""
         if self._error is not None and self._control is not None:
-            step, reading = self._error
-            self._control.computed(step, None if reading is None else reading.read())
+            step, spread, reading = self._error
+            self._control.measured(step, spread, reading.read())
         self._error = None
 
     def in_place(self) -> AbstractContextManager[None]:
@@ -138,19 +150,26 @@ class DenoisingSteps:
             self._give_up(reason)
             self._count += 1
             return solver.own_step(*args, **kwargs)
+        if self._count == 0:
+            solver.begin(call)
         index = solver.index(self._count)
         if index <= self._last:
             self.begin_loop()
+            solver.begin(call)
         elif (ran and self._ran not in (ran, frozenset())) or call.sample.shape != self._shape:
-            self.forget()
+            self._forget()
         self._last, self._shape, self._ran = index, call.sample.shape, ran or self._ran
         cached, place = self._cached_on_all_ranks(cached), solver.place(index)
         if not cached:
             self._computed(call, place, index)
         self._count += 1
         if not self._report.enabled:
-            return solver.advance(call)
-        return (self._corrector.cached if cached else self._corrector.computed)(solver, call, place)
+            result = solver.advance(call)
+        else:
+            result = (self._corrector.cached if cached else self._corrector.computed)(solver, call, place)
+        # The next forward is the peak of the memory: it needs two outputs beside its own.
+        self._outputs.make_room()
+        return result
 
     def _computed(self, call: Call, place: Place, index: int) -> None:
         """Keep a computed output; start measuring how far its forecast was off."""
@@ -159,12 +178,11 @@ class DenoisingSteps:
             if self._control is None:
                 self._control = ErrorControl(tolerance, self._solver.positions(index - self._count))
             self._settle()
-            reading = None
             if self._control.measures:
-                group = self._groups.pair or self._groups.forward
                 forecast = self._outputs.predict(place.position)
-                reading = Reading(relative_error(forecast, call.output, group))
-            self._error = (self._count, reading)
+                error = relative_error(forecast, call.output, self._groups.pair or self._groups.forward)
+                self._error = self._count, self._control.spread(self._count), Reading(error)
+            self._control.computed(self._count)
         # The host may reuse the memory of an output, as CUDA graphs do.
         self._outputs.update(place.position, call.output.detach().clone())
 
@@ -205,11 +223,11 @@ class DenoisingSteps:
     def finish(self) -> None:
         """The loop has ended: complete the report. Waits for the device."""
         if self._count == 0 and self._report.enabled:
-            self._give_up("no step went through the pipeline's scheduler")
+            self._give_up(self.unseen)
         self._keep_errors()
         self._report.corrected_steps = self._corrector.corrected
-        largest = self._corrector.largest
-        self._report.largest_correction = None if largest is None else round(float(largest), 6)
+        largest = math.nan if self._corrector.largest is None else float(self._corrector.largest)
+        self._report.largest_correction = round(largest, 6) if math.isfinite(largest) else None
 
     def held_bytes(self) -> int:
         """Bytes of the tensors kept."""

@@ -22,6 +22,8 @@ FORGETTING = 0.25
 """What the last estimate of kappa counts at least: one good forecast is no proof."""
 EARLY, EARLY_WEIGHT = 0.25, 10.0
 """In this share of the steps, from the first, errors count so much: they decide what the picture shows."""
+LATE = 0.5
+"""Later errors count more, by the position to this power: fewer steps are left to make up for them."""
 
 
 class ErrorControl:
@@ -30,7 +32,8 @@ class ErrorControl:
     Args:
         tolerance: error that a run of cached steps may pass on, relative to the output, integrated over the
             positions and divided by their range; 0 computes every step.
-        positions: position of each step on the denoising path, and the position where the last step ends.
+        positions: position of each step on the denoising path, and the position where the last step ends. The
+            host may move the steps to come.
 
     Attributes:
         errors: relative error of the forecast at each computed step where one was possible.
@@ -42,18 +45,17 @@ class ErrorControl:
         self.errors: dict[int, float] = {}
         self.problem: str | None = None
         self.passed_on = 0.0
-        self._positions, self._tolerance = positions, tolerance
-        self._range = abs(positions[0] - positions[-1])
+        self.positions, self._tolerance = positions, tolerance
+        self._range = abs(positions[0] - positions[-1]) or 1.0
         self._steps = len(positions) - 1
         self._newest: list[int] = []
         self._missing = BEGINNING
-        self._kappa = 0.0
+        self._kappa: float | None = None
         self._until = 0
 
     def restart(self) -> None:
         """What is computed from now on comes from another model or with other guidance: forecasts start over."""
         self._newest = []
-        self._kappa = 0.0
         self._missing = max(self._missing, RESTART)
 
     def stop(self, problem: str) -> None:
@@ -69,39 +71,37 @@ class ErrorControl:
         """Whether the output of the next computed step can be compared with its forecast: two came before it."""
         return len(self._newest) == 2
 
-    def computed(self, step: int, error: float | None) -> None:
-        """Step ``step`` was computed.
+    def measured(self, step: int, spread: float, error: float) -> None:
+        """The error of the forecast at a computed step.
 
         Args:
-            error: norm of the forecast's error over that of the output, of the worst prompt; None where there was
-                no forecast.
+            spread: ``spread`` of the step when it was computed.
+            error: norm of the error over that of the output, of the worst prompt.
         """
-        if error is not None:
-            self._saw(step, error)
-        self._missing = max(0, self._missing - 1)
-        self._newest = [*self._newest, step][-2:]
-        self._until = step + 1 + self._gap(step)
-
-    def _saw(self, step: int, error: float) -> None:
         if not math.isfinite(error):
             self.stop(f"the error of the forecast at step {step} is {error}")
             return
         self.errors[step] = error
-        spread = self._spread(step)
         if spread > 0.0:
-            self._kappa = max(error / spread, FORGETTING * self._kappa)
+            self._kappa = max(error / spread, FORGETTING * (self._kappa or 0.0))
 
-    def _spread(self, step: int) -> float:
-        """|(s - a)(s - b)| for the newest computed steps a and b."""
-        return math.prod(abs(self._positions[step] - self._positions[known]) for known in self._newest)
+    def computed(self, step: int) -> None:
+        """Step ``step`` was computed: decide how many steps after it are cached."""
+        self._missing = max(0, self._missing - 1)
+        self._newest = [*self._newest, step][-2:]
+        self._until = step + 1 + self._gap(step)
+
+    def spread(self, step: int) -> float:
+        """|(s - a)(s - b)| for the newest computed steps a and b: what the error of the forecast grows with."""
+        return math.prod(abs(self.positions[step] - self.positions[known]) for known in self._newest)
 
     def _gap(self, step: int) -> int:
         """How many steps after ``step`` are cached."""
-        if self._kappa == 0.0 or not self.measures:
+        if self._kappa is None or not self.measures or self._tolerance == 0.0:
             return 0
         passed, gap = 0.0, 0
         for later in range(step + 1, min(step + 1 + LONGEST, self._steps - 1)):
-            error = self._kappa * self._spread(later) * self._weight(later)
+            error = self._kappa * self.spread(later) * self._weight(later)
             if not passed + error <= self._tolerance:
                 break
             passed, gap = passed + error, gap + 1
@@ -110,8 +110,10 @@ class ErrorControl:
 
     def _weight(self, step: int) -> float:
         """What a relative error of the output at ``step`` means for the latents at the end."""
-        places = self._positions
+        places = self.positions
         length = abs(places[step + 1] - places[step]) / self._range
         left = abs(places[step] - places[-1]) / self._range
+        if left == 0.0:
+            return math.inf
         early = EARLY_WEIGHT if step < EARLY * self._steps else 1.0
-        return early * length / math.sqrt(left)
+        return early * length / left**LATE

@@ -129,6 +129,7 @@ class Solver:
     _places: tuple[Place, ...] | None = None
     _source: Any = field(default=None, repr=False)
     _checked: bool = False
+    _first: int = 0
 
     def __post_init__(self) -> None:
         self._signature = inspect.signature(self.own_step)
@@ -206,6 +207,10 @@ class Solver:
             self._source, self._places = self.scheduler.timesteps, _places(self.scheduler)
         return self._places[min(max(index, 0), len(self._places) - 1)]
 
+    def read_again(self) -> None:
+        """The scheduler's timesteps were changed in place."""
+        self._places = None
+
     def positions(self, first: int) -> list[float]:
         """Position of each step from number ``first`` on, and of the clean latents at the end."""
         self.place(first)
@@ -213,12 +218,28 @@ class Solver:
         end = 1.0 if getattr(getattr(self.scheduler, "config", None), "invert_sigmas", False) else 0.0
         return [*(place.position for place in self._places[first:]), end]
 
+    def begin(self, call: Call) -> None:
+        """The first step of a loop. Where nobody told the scheduler which one that is, its timestep does."""
+        self._first = 0
+        if self._own_index() is None and (timestep := call.bound.arguments["timestep"]) is not None:
+            known = self.scheduler.timesteps.flatten().tolist()
+            at = float(torch.as_tensor(timestep).flatten()[0])
+            self._first = known.index(at) if at in known else 0
+
     def index(self, count: int) -> int:
-        """Number of the step that comes next: the scheduler's own where it keeps one, else ``count``."""
+        """Number among the scheduler's timesteps of step ``count`` of the loop under way, which comes next."""
+        own = self._own_index()
+        return self._first + count if own is None else own
+
+    def _own_index(self) -> int | None:
         for name in ("step_index", "begin_index"):
             if (own := getattr(self._state_holder, name, None)) is not None:
                 return int(own)
-        return count
+        return None
+
+    def gain(self, call: Call, place: Place) -> float:
+        """``Place.gain`` for the output of ``call``: flow Euler with a timestep for each token takes minus the flow."""
+        return place.gain if call.bound.arguments.get("per_token_timesteps") is None else -place.gain
 
 
 def _same_state(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -245,7 +266,7 @@ def _places(scheduler: Any) -> tuple[Place, ...]:
         levels = sigmas if sigmas is not None and len(sigmas) >= len(steps) else [t / trained for t in steps]
         if getattr(config, "invert_sigmas", False):
             return tuple(Place(level, -1.0 / max(1.0 - level, 1e-3)) for level in levels[: len(steps)])
-        return tuple(Place(level, _gain_of_flow(level)) for level in levels[: len(steps)])
+        return tuple(Place(level, 1.0 / max(level, 1e-3)) for level in levels[: len(steps)])
     if type(scheduler).__name__ == "EulerDiscreteScheduler" and sigmas is not None:
         # x = x0 + sigma * noise
         scale = {"epsilon": lambda s: 1.0 / s, "v_prediction": lambda s: 1.0 / (s * math.sqrt(s * s + 1.0))}.get(kind)
@@ -257,10 +278,6 @@ def _places(scheduler: Any) -> tuple[Place, ...]:
     # x = sqrt(a) * x0 + sqrt(1 - a) * noise
     shares = torch.as_tensor(noise).tolist()
     return tuple(Place(t / trained, _gain(kind, shares[min(max(round(t), 0), len(shares) - 1)])) for t in steps)
-
-
-def _gain_of_flow(level: float) -> float:
-    return 1.0 / max(level, 1e-3)
 
 
 def _gain(kind: str, signal: float) -> float:

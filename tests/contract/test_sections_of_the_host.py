@@ -47,7 +47,9 @@ def launch(folder, config, *, num_gpus=2, **flags) -> ServerArgs:
 
 
 def launch_native(config) -> None:
-    startup.before_launch(SimpleNamespace(backend="sglang", cache_dit_config=config))
+    startup.before_launch(SimpleNamespace(
+        backend="sglang", cache_dit_config=config, enable_breakable_cuda_graph=False
+    ))
 
 
 NATIVE = [

@@ -11,12 +11,16 @@ import torch.distributed as dist
 from sglang.multimodal_gen.runtime.distributed import parallel_state as state
 from sglang.multimodal_gen.runtime.pipelines_core.stages.base import StageParallelismType
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from sglang_cachedit_plugin import host, parallel
+from sglang_cachedit_plugin import host, host_ranks, parallel
+from sglang_cachedit_plugin.errors import MountError
 from sglang_cachedit_plugin.runtime import Groups
 from tests.unit.blocks import Rig, sample
 
+from . import steps
+from .histories import histories
 from .world import collectives
 
 LAYOUTS: dict[str, dict[str, int]] = {
@@ -164,6 +168,44 @@ def meshes(rank: int) -> dict[str, list[int]]:
     return {name: _ranks(parallel.mesh_group(model)) for name, model in found.items()}
 
 
+def fsdp(rank: int) -> dict[str, Any]:
+    """Groups of transformers whose weights are spread over all ranks, and over pairs of them."""
+    def spread(*shape: int) -> torch.nn.Module:
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+        return fully_shard(model, mesh=mesh)
+
+    found: dict[str, Any] = {}
+    batch = SimpleNamespace()
+    with _layout("CFG 2 x SP 2"):
+        for name, shape in {"over the branches": (1, 4), "within a branch": (2, 2)}.items():
+            model = spread(*shape)
+            groups = host.groups([_stage()], batch, modules=[model])
+            found[name] = {"gathered": groups.gathered, "weights": sorted(parallel.weight_ranks([model]))}
+    with _layout("replicas 2 x SP 2"):
+        found["over replicas"] = _declined(modules=[spread(1, 4)])
+    return found
+
+
+def _declined(**arguments: Any) -> str:
+    try:
+        host.groups([_stage()], SimpleNamespace(), **arguments)
+    except MountError as error:
+        return str(error)
+    return "served"
+
+
+def unknown_layout(rank: int) -> str:
+    """The host's groups were made where the plugin did not see it."""
+    known = host_ranks._layout
+    try:
+        with _layout("replicas 2 x SP 2"):
+            host_ranks._layout = host_ranks._Layout()
+            return _declined()
+    finally:
+        host_ranks._layout = known
+
+
 def mesh_over_replicas(rank: int) -> list[str]:
     """A mesh of all ranks where each replica has two."""
     messages = []
@@ -177,9 +219,21 @@ def mesh_over_replicas(rank: int) -> list[str]:
     return messages
 
 
+def steps_of_branches_with_shards(rank: int) -> dict[str, Any]:
+    """Two branches on two ranks each, latents cut over the two."""
+    with _layout("CFG 2 x SP 2"):
+        groups, cfg = host.groups([_stage()], SimpleNamespace()), state.get_cfg_group().device_group
+        own = steps.start().chunk(2, dim=1)[groups.shard].clone()
+        return {
+            "shard": groups.shard,
+            "control": steps.controlled(groups, own, cfg), "alone": steps.cached(groups, own, cfg),
+        }
+
+
 SCENARIOS = {
     scenario.__name__: scenario
     for scenario in (
-        every_layout, one_forward_over_cfg_ranks, idle_replica, cfg_with_shards, meshes, mesh_over_replicas,
+        histories, every_layout, one_forward_over_cfg_ranks, idle_replica, cfg_with_shards, meshes, fsdp, unknown_layout,
+        mesh_over_replicas, steps_of_branches_with_shards,
     )
 }

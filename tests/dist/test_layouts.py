@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from sglang_cachedit_plugin.host import connected
 from sglang_cachedit_plugin.runtime import Groups
 
 from . import world
+from .histories import faults
 
 ALL, NONE = [[0, 1, 2, 3]] * 4, [[]] * 4
 HALVES = [[0, 1], [0, 1], [2, 3], [2, 3]]
@@ -76,6 +78,34 @@ def test_branches_of_several_ranks_agree_within_and_in_lockstep_between(ranks):
         assert found[0][name] == found[1][name] and found[2][name] == found[3][name]
     assert found[0]["off"]["computed"] != found[2]["off"]["computed"]
     assert found[0]["on"]["computed"] == found[2]["on"]["computed"]
+
+
+def test_no_rank_waits_for_another_in_random_histories(ranks):
+    assert faults(ranks["histories"]) == []
+    cached = [each["cached"] for each in ranks["histories"][0]["whole"]]
+    assert sum(map(bool, cached)) > len(cached) / 2, "otherwise this shows nothing"
+
+
+def test_ranks_that_gather_weights_from_one_another_decide_together_or_not_at_all(ranks):
+    for each in ranks["fsdp"]:
+        assert each["over the branches"] == {"gathered": True, "weights": [0, 1, 2, 3]}
+        assert each["within a branch"]["gathered"] is False and len(each["within a branch"]["weights"]) == 2
+        assert each["over replicas"] == "FSDP gathers the weights from 4 ranks, and 2 of them serve the request"
+
+
+def test_ranks_whose_layout_is_not_known_are_not_cached(ranks):
+    assert ranks["unknown_layout"] == ["the layout of the 4 ranks is not known: each would decide alone"] * 4
+
+
+@pytest.mark.parametrize("kind", ["control", "alone"])
+def test_branches_of_cut_latents_end_with_the_same_shards(ranks, kind):
+    found = ranks["steps_of_branches_with_shards"]
+    by_shard = {}
+    for each in found:
+        by_shard.setdefault(each["shard"], []).append(each[kind])
+    for one, other in by_shard.values():
+        assert torch.equal(one["latents"], other["latents"])
+    assert len({each[kind]["corrected"] for each in found}) == 1 and found[0][kind]["corrected"] > 0
 
 
 def test_groups_of_device_meshes(ranks):

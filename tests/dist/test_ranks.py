@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
 from . import world
+from .histories import faults
 from .two import COUNTED
 
 
@@ -14,6 +16,24 @@ from .two import COUNTED
 def ranks(tmp_path_factory):
     """Results of the two ranks by scenario."""
     return world.run(2, "tests.dist.two", tmp_path_factory.mktemp("two"))
+
+
+def test_no_rank_waits_for_another_in_random_histories(ranks):
+    assert faults(ranks["histories"]) == []
+    cached = [each["cached"] for each in ranks["histories"][0]["whole"]]
+    assert sum(map(bool, cached)) > len(cached) / 2, "otherwise this shows nothing"
+
+
+def test_a_fault_that_one_rank_finds_is_met_by_both(ranks):
+    first, second = ranks["fault_on_one_rank"]
+    assert first["cached"] == second["cached"] == []
+    assert "RuntimeError: block failed" in second["problem"] and "rank 1: " in first["problem"]
+
+
+def test_a_model_that_one_rank_cannot_mount_runs_uncached_on_both(ranks):
+    first, second = ranks["mount_on_one_rank"]
+    assert first == (False, "rank 1: no such blocks", "BYPASSED")
+    assert second == (False, "no such blocks", "UNMOUNTABLE")
 
 
 def test_random_shards_give_the_value_of_the_whole(ranks):
@@ -124,3 +144,57 @@ def test_one_decision_covers_a_joint_forward(ranks):
     assert first["together"] == second["together"]
     assert first["failed"] == "RanksDisagreeError: step 2 failed on rank 1: RuntimeError: block failed"
     assert second["failed"] == "RuntimeError: block failed"
+
+
+def _decisions(found: dict) -> set[tuple]:
+    return {(tuple(branch["computed"]), tuple(branch["cached"])) for branch in found["branches"].values()}
+
+
+@pytest.mark.parametrize("kind", ["control", "corrector"])
+def test_steps_of_cut_latents_are_those_of_the_whole(ranks, kind):
+    """One collective for each forecast that is measured, of which the whole needs none."""
+    first, second = ranks["steps_on_shards"]
+    whole = first[f"whole {kind}"]
+    assert first[kind]["corrected"] == second[kind]["corrected"] == whole["corrected"] > 0
+    assert _decisions(first[kind]) == _decisions(second[kind]) == _decisions(whole)
+    together = torch.cat([first[kind]["latents"], second[kind]["latents"]], dim=1)
+    torch.testing.assert_close(together, whole["latents"], rtol=1e-5, atol=1e-5)
+    assert whole["counts"] == {}
+
+
+def test_an_error_tolerance_is_one_collective_for_each_computed_step_with_a_forecast(ranks):
+    for layout in ("steps_on_shards", "steps_on_replicas", "steps_of_branches"):
+        for each in ranks[layout]:
+            ((computed, cached),) = _decisions(each["control"])
+            assert cached and each["control"]["counts"] == {"all_reduce": len(computed) - 2}, layout
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind"),
+    [("steps_on_replicas", "control"), ("steps_on_replicas", "corrector"), ("steps_of_branches", "control"),
+     ("steps_of_branches", "alone"), ("steps_of_branches", "lockstep"), ("steps_of_branches", "static")],
+)
+def test_ranks_of_the_same_latents_end_with_the_same_picture(ranks, layout, kind):
+    first, second = (each[kind] for each in ranks[layout])
+    assert torch.equal(first["latents"], second["latents"])
+    assert first["corrected"] == second["corrected"] > 0
+
+
+def test_outputs_that_differ_by_rounding_decide_the_same(ranks):
+    first, second = (each["rounding"] for each in ranks["steps_on_replicas"])
+    assert _decisions(first) == _decisions(second)
+
+
+def test_branches_that_decide_alone_agree_which_steps_count_as_cached(ranks):
+    first, second = (each["alone"] for each in ranks["steps_of_branches"])
+    assert _decisions(first) != _decisions(second), "otherwise this shows nothing"
+    cached = set().union(*(set(cached) for found in (first, second) for _, cached in _decisions(found)))
+    last = max(set(range(20)) - cached)
+    assert first["corrected"] == sum(step < last for step in cached)
+    for found in (first, second):
+        # One for each step that either branch may cache: the first is computed by the warmup.
+        assert found["counts"] == {"all_reduce": 19}
+
+
+def test_branches_with_a_static_schedule_know_without_talking(ranks):
+    assert [each["static"]["counts"] for each in ranks["steps_of_branches"]] == [{}, {}]

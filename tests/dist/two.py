@@ -8,10 +8,16 @@ import torch
 import torch.distributed as dist
 
 from sglang_cachedit_plugin import agreement
-from sglang_cachedit_plugin.runtime import Groups
+from sglang_cachedit_plugin.defaults import Defaults
+from sglang_cachedit_plugin.errors import MountError
+from sglang_cachedit_plugin.mount import ModelBackend
+from sglang_cachedit_plugin.runtime import Groups, Runtime
+from sglang_cachedit_plugin.session import Session
 from sglang_cachedit_plugin.similarity import reduced_differences, residual_difference, residual_sums
-from tests.unit.blocks import Rig, sample
+from tests.unit.blocks import Rig, TinyDiT, sample
 
+from . import steps
+from .histories import histories
 from .world import collectives
 
 
@@ -237,6 +243,37 @@ def failure(rank: int) -> dict:
     return found
 
 
+def fault_on_one_rank(rank: int) -> dict:
+    """The first forward of one branch shows that its blocks are not as declared."""
+    rig = Rig().begin(8, groups=_pair(rank), lockstep=True, residual_diff_threshold=0.9)
+    if rank == 1:
+        calls = iter([True])
+
+        def fail_once(*_: object) -> None:
+            if next(calls, False):
+                raise RuntimeError("block failed")
+
+        # The model's own forward, which is run then, goes through.
+        rig.model.transformer_blocks[0].register_forward_pre_hook(fail_once)
+    for step in range(8):
+        rig.run(("cond", "uncond")[rank], step)
+    return {"cached": rig.stats.branches[("cond", "uncond")[rank]].cached, "problem": rig.mounted.problem()}
+
+
+def mount_on_one_rank(rank: int) -> tuple[bool, str | None, str]:
+    """Whether a request is cached, why not, and how the model stands."""
+    backend = ModelBackend({"transformer": TinyDiT()}, lambda name, kwargs: None)
+    backend.groups = Groups(forward=_world())
+    if rank == 1:
+        def fail() -> None:
+            raise MountError("no such blocks")
+
+        backend.mount = fail
+    session, runtime = Session("native", Defaults().decide(True, None)), Runtime(backend)
+    session.open(runtime, backend, {"transformer": (0, 6)}, None)
+    return session.stats.enabled, session.stats.reason, runtime.state.name
+
+
 def joint_decision(rank: int) -> dict:
     """One forward's halves on two ranks: one decision."""
     groups = Groups(forward=_world(), pair=_world(), row=rank, rows=2)
@@ -257,11 +294,50 @@ def _joint_failure(rank: int, groups: Groups) -> str:
     return "went through"
 
 
+STATIC_STEPS = {
+    "steps_computation_mask": (1, 1, 1, *(1, 0, 0) * 5, 1, 1), "steps_computation_policy": "static",
+}
+
+
+def _shards(rank: int) -> tuple[Groups, torch.Tensor]:
+    return Groups(forward=_world(), shard=rank, shards=2), steps.start().chunk(2, dim=1)[rank].clone()
+
+
+def steps_on_shards(rank: int) -> dict:
+    """Latents cut over two ranks against the whole on one."""
+    groups, own = _shards(rank)
+    return {
+        "control": steps.controlled(groups, own), "whole control": steps.controlled(Groups(), steps.start()),
+        "corrector": steps.cached(groups, own), "whole corrector": steps.cached(Groups(), steps.start()),
+    }
+
+
+def steps_on_replicas(rank: int) -> dict:
+    """The same latents on both ranks, as under TP; outputs of one rank are off by rounding."""
+    groups = Groups(forward=_world())
+    return {
+        "control": steps.controlled(groups, steps.start()), "corrector": steps.cached(groups, steps.start()),
+        "rounding": steps.controlled(groups, steps.start(), noise=1e-6 * rank),
+    }
+
+
+def steps_of_branches(rank: int) -> dict:
+    """One branch a rank."""
+    return {
+        "control": steps.controlled(_pair(rank), steps.start(), _world()),
+        "alone": steps.cached(_pair(rank), steps.start(), _world()),
+        "lockstep": steps.cached(_pair(rank), steps.start(), _world(), lockstep=True),
+        "static": steps.cached(_pair(rank), steps.start(), _world(), **STATIC_STEPS),
+    }
+
+
 SCENARIOS = {
     scenario.__name__: scenario
     for scenario in (
-        random_shards, padded_shards, nan_on_one_rank, another_shape_on_one_rank, unlike_shards, counted_collectives,
+        histories, random_shards, padded_shards, nan_on_one_rank, another_shape_on_one_rank, unlike_shards,
+        counted_collectives,
         lockstep, lockstep_with_uneven_branches, lockstep_where_one_branch_is_lost, following_cond,
-        different_decisions, verified_every_step, failure, joint_decision,
+        different_decisions, verified_every_step, failure, fault_on_one_rank, mount_on_one_rank, joint_decision,
+        steps_on_shards, steps_on_replicas, steps_of_branches,
     )
 }

@@ -20,8 +20,8 @@ VARIABLES = {
     "out of range": ({"WARMUP": "-4"}, "SGLANG_CACHE_DIT_WARMUP = -4", "at least 0"),
     "order": ({"TS_ORDER": "7"}, "SGLANG_CACHE_DIT_TS_ORDER = 7", "from 1 to 2"),
     "policy": ({"SCM_POLICY": "statik"}, "SGLANG_CACHE_DIT_SCM_POLICY = 'statik'", "did you mean 'static'"),
-    "both calibrators": ({"TAYLORSEER": "1", "DMD": "1"}, "enable_dmd", "exclude each other"),
-    "bins that do not pair": ({"SCM_COMPUTE_BINS": "4,2"}, "scm_cache_bins", "together or not at all"),
+    "both calibrators": ({"TAYLORSEER": "1", "DMD": "1"}, "SGLANG_CACHE_DIT_DMD", "exclude each other"),
+    "bins that do not pair": ({"SCM_COMPUTE_BINS": "4,2"}, "SGLANG_CACHE_DIT_SCM_CACHE_BINS", "together or not at all"),
     "second transformer": ({"SECONDARY_FN": "x"}, "SGLANG_CACHE_DIT_SECONDARY_FN = 'x'", "a whole number"),
     "switch": ({"ENABLED": "ja"}, "SGLANG_CACHE_DIT_ENABLED = 'ja'", "true or false"),
 }

@@ -19,10 +19,16 @@ ADDRESS = "http://cachedit.test"
 STEPS = {"computed": [0, 2], "cached": [1], "residual_diffs": {"1": 0.5}, "nan_diffs": 0}
 REPORT = {
     "enabled": True, "reason": f"reason {SCRIPT}", "backend": f"backend {SCRIPT}", "profile": f"profile {SCRIPT}",
+    "corrector": {
+        "enabled": True, "reason": None, "corrected_steps": f"corrected {SCRIPT}", "largest_correction": 0.11,
+    },
+    "error_control": {"tolerance": f"tolerance {SCRIPT}", "errors": {"0": 0.01, "2": 0.04}, "passed_on": 0.002},
     "computed_steps": f"computed {SCRIPT}", "cached_steps": f"cached {SCRIPT}", "denoising_s": 1.0,
     "transformers": {f"transformer {SCRIPT}": {"steps": 3, "branches": {f"branch {SCRIPT}": STEPS}}},
 }
-OFF = REPORT | {"enabled": False, "reason": f"why not {SCRIPT}", "transformers": {}}
+OFF = REPORT | {
+    "corrector": None, "error_control": None, "enabled": False, "reason": f"why not {SCRIPT}", "transformers": {},
+}
 NEWS = {
     "started": 1.0, "last": 2, "speed_up": 1.5,
     "totals": {"cached_requests": f"requests {SCRIPT}", "uncached_requests": 0, "computed_steps": f"steps {SCRIPT}",
@@ -38,7 +44,7 @@ SETTINGS = {
 }
 WORDS = (
     "reason", "backend", "profile", "computed", "cached", "transformer", "branch", "why not", "requests", "steps",
-    "file", "name", "setting", "value", "origin",
+    "corrected", "tolerance", "file", "name", "setting", "value", "origin",
 )
 
 
@@ -87,6 +93,17 @@ def test_texts_that_are_said_aloud_or_pointed_at_too(shown):
     assert SCRIPT in strip.get_attribute("aria-label")
     strip.locator(".cell").nth(1).hover()
     assert shown.locator("#tip").text_content() == "step 1: cached, difference 0.5000"
+
+
+def test_errors_of_the_forecasts_are_drawn_below_their_steps(shown):
+    bars, cells = (shown.locator(selector).first.locator(".cell") for selector in (".errors", ".strip:not(.errors)"))
+    places = [[cell.bounding_box() for cell in each.all()] for each in (bars, cells)]
+    assert [box["x"] for box in places[0]] == [box["x"] for box in places[1]]
+    assert [round(box["height"]) for box in places[0]] == [5, 2, 20]
+    bars.nth(2).hover()
+    assert shown.locator("#tip").text_content() == "step 2: error 0.0400"
+    assert "corrected corrected" in shown.locator(".facts").last.text_content()
+    assert "largest 0.11" in shown.locator(".facts").last.text_content()
 
 
 def test_nothing_of_it_runs_and_the_policy_stops_what_got_in_all_the_same(shown):

@@ -212,6 +212,11 @@ def count(report: dict[str, Any], counted: Counter) -> None:
     """Add a report to the numbers that ``/metrics`` must show."""
     cached = any(b["cached"] for t in report["transformers"].values() for b in t["branches"].values())
     counted[metrics.REQUESTS, ("cached" if cached else "computed") if report["enabled"] else "off"] += 1
+    if report["enabled"]:
+        counted[(metrics.CORRECTED,)] += report["corrector"]["corrected_steps"]
+        profile = report["profile"] or metrics.NO_PROFILE
+        counted[f"{metrics.COMPUTED}_count", profile] += 1
+        counted[f"{metrics.COMPUTED}_sum", profile] += report["computed_steps"]
     for name, transformer in report["transformers"].items():
         for branch, steps in transformer["branches"].items():
             for kind in ("computed", "cached"):
@@ -227,7 +232,7 @@ def scrape(url: str) -> Counter:
     for family in text_string_to_metric_families(httpx.get(f"{url}/metrics", timeout=30).text):
         for sample in family.samples:
             if sample.name.startswith("sglang_cache_dit") and not sample.name.endswith(("_bucket", "_created")):
-                order = [key for key in ("outcome", "transformer", "branch", "kind") if key in sample.labels]
+                order = [key for key in ("outcome", "profile", "transformer", "branch", "kind") if key in sample.labels]
                 found[(sample.name, *(sample.labels[key] for key in order))] += sample.value
     return found
 

@@ -44,7 +44,8 @@ def test_profiles_of_one_change_stay_known_for_the_next_one_only():
 
 @pytest.fixture
 def fresh_series(monkeypatch):
-    monkeypatch.setattr(metrics, "_series", set())
+    for known in ("_branches", "_profiles"):
+        monkeypatch.setattr(metrics, known, set())
 
 
 def test_branches_without_end_share_a_series(fresh_series):
@@ -70,6 +71,17 @@ def test_branches_without_end_share_a_series(fresh_series):
     assert len(own) == 2 * metrics.MAX_SERIES and set(own.values()) == {2.0}
     grown = {key: value - before.get(key, 0.0) for key, value in other.items()}
     assert grown == {"other computed": 18.0 * metrics.MAX_SERIES, "other cached": 18.0 * metrics.MAX_SERIES}
+
+
+def test_profiles_without_end_share_a_series(fresh_series):
+    for number in range(2 * metrics.MAX_SERIES):
+        metrics.observe(RequestStats(backend="native", enabled=True, profile=f"bounds_{number}").as_dict())
+    profiles = {
+        sample.labels["profile"] for family in REGISTRY.collect() for sample in family.samples
+        if sample.name == f"{metrics.COMPUTED}_count"
+    }
+    assert sum(name.startswith("bounds_") for name in profiles) == metrics.MAX_SERIES
+    assert metrics.OTHER in profiles
 
 
 class Stage:

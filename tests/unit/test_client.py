@@ -20,6 +20,7 @@ def report(**changes):
     }
     return {
         "enabled": True, "reason": None, "computed_steps": 3, "cached_steps": 2,
+        "corrector": {"enabled": True, "reason": None, "corrected_steps": 0, "largest_correction": None},
         "transformers": {"transformer": {"steps": 5, "branches": branches}},
     } | changes
 
@@ -189,6 +190,16 @@ def test_a_progress_display_is_for_terminals_only(run, monkeypatch):
 
 def test_a_table_of_nothing_is_empty():
     assert table.lines([report(transformers={})]) == []
+
+
+def test_a_table_ends_with_what_the_outputs_corrected():
+    corrected = [
+        report(corrector={"enabled": True, "reason": None, "corrected_steps": steps, "largest_correction": size})
+        for steps, size in ((12, 0.1138), (6, 0.02))
+    ]
+    found = table.lines([*corrected, report(), report(enabled=False, corrector=None, transformers={})])
+    assert found[-1] == "corrected 18 cached steps, largest 0.11"
+    assert len(found) == 2 + 6 + 1
 
 
 def test_columns_of_a_table_stand_under_each_other():

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from torch._dynamo.utils import counters
 
+from sglang_cachedit_plugin.cache.denoising_steps import DenoisingSteps
+from sglang_cachedit_plugin.cache.solvers import Solver
 from sglang_cachedit_plugin.mount import ModelBackend, preset_mask
 from sglang_cachedit_plugin.rehearsal import Rehearsal
-from sglang_cachedit_plugin.runtime import Identity, RequestSpec, Runtime, TransformerSpec
-from sglang_cachedit_plugin.schedule import build_plan
+from sglang_cachedit_plugin.runtime import Groups, Identity, RequestSpec, Runtime, TransformerSpec
+from sglang_cachedit_plugin.schedule import StepPlan, build_plan
 from sglang_cachedit_plugin.settings import CacheSettings
 from sglang_cachedit_plugin.stats import RequestStats
 
@@ -79,8 +83,38 @@ class Model:
                 hidden_states=latents, encoder_hidden_states=text, pooled_projections=pooled, timestep=time,
                 img_ids=image_ids, txt_ids=text_ids, return_dict=False,
             )[0]
-            latents = latents - velocity / STEPS
+            latents = self.advance(velocity, latents)
         return latents
+
+    def advance(self, velocity: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """The latents after a step."""
+        return latents - velocity / STEPS
+
+
+class Stepped(Model):
+    """The same with a scheduler, whose steps are corrected; an error tolerance decides before each forward."""
+
+    def request(self, knobs: dict | None, tokens: int = 16) -> tuple[torch.Tensor, RequestStats]:
+        self.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        self.scheduler.set_timesteps(STEPS)
+        stats = self.backend.stats = RequestStats(backend="diffusers", enabled=True)
+        settings = CacheSettings(**{"max_warmup_steps": 2, **knobs})
+        self.steps = DenoisingSteps(Solver(self.scheduler, self.scheduler.step), settings, stats, Groups())
+        plan, _ = build_plan(settings, STEPS, preset_mask)
+        if settings.error_tolerance is not None:
+            settings = replace(settings, forecast="output")
+            plan = StepPlan(num_steps=STEPS, static=True, computes=self.steps.computes)
+        spec = RequestSpec(transformers=(TransformerSpec(name="transformer", settings=settings, plan=plan),))
+        self.runtime.prepare(spec)
+        self.steps.spec = spec
+        with self.steps.in_place():
+            output = self.loop(tokens)
+        self.steps.finish()
+        self.runtime.prepare(None)
+        return output, stats
+
+    def advance(self, velocity: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        return self.scheduler.step(velocity, self.scheduler.timesteps[self.step], latents, return_dict=False)[0]
 
 
 def compile_whole(module: torch.nn.Module) -> None:
@@ -137,6 +171,23 @@ def test_twenty_requests_compile_nothing_after_the_first_two(compile_it):
         _, stats = model.request(knobs)
         assert knobs is None or knobs == {} or stats.count("cached") > 0, knobs
     assert graphs() == warm
+
+
+@pytest.mark.parametrize("compile_it", [compile_whole, compile_blocks])
+def test_corrector_and_error_control_compile_nothing_after_the_first_requests(compile_it):
+    model, eager = Stepped(), Stepped()
+    model.runtime.mount()
+    compile_it(model.module)
+    requests = [{"residual_diff_threshold": 0.9}, *({"error_tolerance": value} for value in (0.0, 0.1, 1000.0))]
+    for knobs in requests[:2]:
+        model.request(knobs)
+    warm = graphs()
+    for knobs in [*requests, *requests[::-1]]:
+        got, stats = model.request(knobs)
+        assert torch.equal(got, eager.request(knobs)[0]), knobs
+        assert stats.corrector.corrected_steps == stats.count("cached") or knobs == requests[0]
+    assert graphs() == warm
+    assert model.request(requests[-1])[1].count("cached") > 0
 
 
 @pytest.mark.parametrize("compile_it", [compile_whole, compile_blocks])

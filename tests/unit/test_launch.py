@@ -19,8 +19,14 @@ def new_process(monkeypatch):
     monkeypatch.setattr(defaults, "_current", Defaults())
 
 
+def server_arguments(config) -> SimpleNamespace:
+    return SimpleNamespace(
+        cache_dit_config=config, backend="sglang", num_gpus=1, enable_breakable_cuda_graph=False
+    )
+
+
 def arguments(path) -> SimpleNamespace:
-    return SimpleNamespace(cache_dit_config=str(path), backend="sglang", num_gpus=1)
+    return server_arguments(str(path))
 
 
 def launched(path) -> SimpleNamespace:
@@ -59,7 +65,7 @@ def test_a_second_launch_in_one_process_reads_the_file_again(tmp_path):
 
 
 def test_settings_given_as_a_mapping_are_handed_on_as_they_are():
-    made = SimpleNamespace(cache_dit_config={"cache_config": {"strict": True}}, backend="sglang", num_gpus=1)
+    made = server_arguments({"cache_config": {"strict": True}})
     startup.before_launch(made)
     assert made.cache_dit_config == {"cache_config": {"strict": True}}
     assert defaults.current().enabled

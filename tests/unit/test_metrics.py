@@ -57,6 +57,25 @@ def test_a_report_is_counted_by_transformer_branch_and_kind(worker):
     assert [b - a for a, b in zip(before, after, strict=True)] == pytest.approx([4, 2, 2, 0.6, 1])
 
 
+def test_corrected_steps_and_the_computed_steps_of_a_profile_are_counted(worker):
+    names = [(f"{metrics.COMPUTED}_count", {"profile": "own"}), (f"{metrics.COMPUTED}_sum", {"profile": "own"}),
+             (metrics.CORRECTED, {})]
+    before = [value(name, **labels) for name, labels in names]
+    served, failed = stats(), stats()
+    for each in (served, failed):
+        each.profile, each.corrector.corrected_steps = "own", 2
+    publish(batch(), served, print)
+    publish(batch(), failed, print, failed=True)
+    after = [value(name, **labels) for name, labels in names]
+    assert [b - a for a, b in zip(before, after, strict=True)] == [1, 4, 4]
+
+
+def test_a_request_without_caching_has_no_computed_steps(worker):
+    before = value(f"{metrics.COMPUTED}_count", profile=metrics.NO_PROFILE)
+    publish(batch(), stats(enabled=False), print)
+    assert value(f"{metrics.COMPUTED}_count", profile=metrics.NO_PROFILE) == before
+
+
 @pytest.mark.parametrize(
     ("made", "failed", "outcome"),
     [

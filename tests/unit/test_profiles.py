@@ -9,29 +9,30 @@ from sglang_cachedit_plugin.errors import SettingError
 from sglang_cachedit_plugin.profiles import BUILT_IN, KNOBS_OF
 from sglang_cachedit_plugin.sources import read_environment, read_file
 
-PRESETS = {"quality": "slow", "balanced": "medium", "fast": "fast"}
+TOLERANCES = {"quality": 0.003, "balanced": 0.01, "fast": 0.08}
 
 
 def test_every_built_in_profile_is_tested():
-    assert set(PRESETS) == set(BUILT_IN) == set(KNOBS_OF)
+    assert set(TOLERANCES) == set(BUILT_IN) == set(KNOBS_OF)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", TOLERANCES)
 def test_a_request_takes_a_built_in_profile(name):
     resolved = Defaults().decide(True, {"profile": name}).resolved
     assert resolved.profile == name
-    assert resolved.primary.steps_computation_mask == PRESETS[name]
-    assert (resolved.primary.forecast, resolved.primary.forecast_order) == ("output", 1)
-    assert resolved.primary.steps_computation_policy == "static"
+    assert resolved.primary.error_tolerance == TOLERANCES[name]
     assert resolved.secondary == resolved.primary
-    assert resolved.origins["forecast"] == f"built-in profiles.{name}.forecast"
+    assert resolved.origins["error_tolerance"] == f"built-in profiles.{name}.error_tolerance"
 
 
 def test_a_profile_outranks_file_and_environment_and_the_request_outranks_it():
     environment, _ = read_environment({"SGLANG_CACHE_DIT_FORECAST": "residual", "SGLANG_CACHE_DIT_WARMUP": "7"})
-    file = read_file({"cache_config": {"steps_computation_mask": "ultra", "forecast_order": 3}})
+    file = read_file({
+        "cache_config": {"steps_computation_mask": "ultra", "forecast_order": 3},
+        "profiles": {"own": {"steps_computation_mask": "fast", "forecast": "output"}},
+    })
     defaults = Defaults(environment=environment, file=file)
-    settings = defaults.decide(None, {"profile": "fast", "forecast_order": 2}).resolved.primary
+    settings = defaults.decide(None, {"profile": "own", "forecast_order": 2}).resolved.primary
     assert (settings.forecast, settings.steps_computation_mask, settings.forecast_order) == ("output", "fast", 2)
     assert settings.max_warmup_steps == 7
     assert defaults.decide(None, {"profile": "quality"}).resolved.primary.max_warmup_steps == 4
@@ -42,9 +43,9 @@ def test_the_files_profile_replaces_the_built_in_one_of_the_same_name():
     defaults = Defaults(file=file)
     resolved = defaults.decide(None, {"profile": "fast"}).resolved
     assert resolved.primary.residual_diff_threshold == 0.5
-    assert (resolved.primary.forecast, resolved.primary.steps_computation_mask) == ("residual", None)
+    assert resolved.primary.error_tolerance is None
     assert sorted(defaults.profiles) == ["balanced", "draft", "fast", "quality"]
-    assert defaults.decide(None, {"profile": "balanced"}).resolved.primary.forecast == "output"
+    assert defaults.decide(None, {"profile": "balanced"}).resolved.primary.error_tolerance == 0.01
 
 
 def test_a_misspelt_profile_is_refused_with_the_near_name():

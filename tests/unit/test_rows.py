@@ -64,7 +64,7 @@ def test_a_missing_mask_is_named():
 
 
 def test_schedules_and_another_schedule_of_the_same_source_exclude_each_other():
-    with pytest.raises(SettingError, match=r"steps_computation_mask = 'fast' .*excludes schedules"):
+    with pytest.raises(SettingError, match=r"scm_preset = 'fast' .*excludes schedules"):
         read_request({"schedules": [ROW], "scm_preset": "fast"})
 
 

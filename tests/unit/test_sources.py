@@ -35,6 +35,10 @@ PRIMARY_ONLY = [
     ("VERIFY_RANKS", "on", "verify_ranks", True),
     ("FORECAST", "output", "forecast", "output"),
     ("FORECAST_ORDER", "3", "forecast_order", 3),
+    ("ERROR_TOLERANCE", "0.01", "error_tolerance", 0.01),
+    ("CORRECTOR", "false", "corrector", False),
+    ("CORRECTOR_ORDER", "1", "corrector_order", 1),
+    ("CORRECTOR_CARRY", "1", "corrector_carry", 1.0),
     ("STRICT", "1", "strict", True),
 ]
 

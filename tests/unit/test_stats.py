@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_cachedit_plugin.stats import BranchStats, RequestStats, TransformerStats, percentile
+from sglang_cachedit_plugin.stats import (
+    BranchStats,
+    CorrectorStats,
+    ErrorStats,
+    RequestStats,
+    TransformerStats,
+    percentile,
+)
 
 
 def finished() -> RequestStats:
@@ -31,6 +38,8 @@ def test_the_report_has_the_fixed_form():
         "enabled": True, "reason": None, "backend": "native", "profile": None,
         "config": {"Fn_compute_blocks": {"value": 1, "origin": "default"}},
         "computed_steps": 7, "cached_steps": 5, "denoising_s": 1.10,
+        "corrector": {"enabled": True, "reason": None, "corrected_steps": 0, "largest_correction": None},
+        "error_control": None,
         "transformers": {"transformer": {"steps": 12, "branches": {
             "cond": {"computed": [0, 1, 2, 3, 5, 7, 10], "cached": [4, 6, 8, 9, 11],
                      "residual_diffs": {"4": 0.11}, "nan_diffs": 0}}}},
@@ -42,7 +51,8 @@ def test_a_request_that_was_not_cached():
     stats = RequestStats(backend="diffusers", enabled=False, reason="request")
     assert stats.as_dict() == {
         "enabled": False, "reason": "request", "backend": "diffusers", "profile": None, "config": {},
-        "computed_steps": 0, "cached_steps": 0, "denoising_s": 0.0, "transformers": {},
+        "computed_steps": 0, "cached_steps": 0, "denoising_s": 0.0, "corrector": None, "error_control": None,
+        "transformers": {},
     }
     assert stats.lines() == ["cache-dit: off: request"]
 
@@ -77,6 +87,27 @@ def test_the_first_of_two_block_lists_is_the_one_listed():
     branch.measured(3, 0.25)
     branch.measured(3, 0.75)
     assert branch.residual_diffs == {3: 0.25}
+
+
+def test_a_further_stage_adds_its_corrections_and_keeps_its_errors():
+    stats, second = finished(), finished()
+    stats.corrector = CorrectorStats(corrected_steps=4, largest_correction=0.1)
+    second.corrector = CorrectorStats(corrected_steps=3, largest_correction=0.3)
+    second.error_control = ErrorStats(tolerance=0.01, errors={5: 0.02}, passed_on=0.001)
+    stats.add_stage("Refinement", second)
+    stats.add_stage("Other", RequestStats(backend="native", enabled=False, reason="request"))
+    report = stats.as_dict()
+    assert report["corrector"] == {
+        "enabled": True, "reason": None, "corrected_steps": 7, "largest_correction": 0.3,
+    }
+    assert report["error_control"] == {"tolerance": 0.01, "errors": {"5": 0.02}, "passed_on": 0.001}
+
+
+def test_a_stage_that_corrects_follows_one_without_caching():
+    stats, second = RequestStats(backend="native", enabled=False, reason="no blocks"), finished()
+    second.corrector = CorrectorStats(corrected_steps=3, largest_correction=0.3)
+    stats.add_stage("Refinement", second)
+    assert stats.as_dict()["corrector"]["corrected_steps"] == 3
 
 
 def test_log_lines():

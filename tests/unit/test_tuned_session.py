@@ -43,11 +43,25 @@ def test_the_row_of_the_request_decides_for_each_branch():
 
 def test_weights_and_damping_of_the_row_are_used():
     row = {"steps": STEPS, "mask": "111010"}
-    linear, _ = serve([row])
-    held, _ = serve([{**row, "damping": 0.0}])
-    by_weights, _ = serve([{**row, "weights": [[1.0], [1.0]]}])
+    # The corrector would replace forecasts, and leaves those by fitted weights alone.
+    plain = {"corrector": False}
+    linear, _ = serve([row], knobs=plain)
+    held, _ = serve([{**row, "damping": 0.0}], knobs=plain)
+    by_weights, _ = serve([{**row, "weights": [[1.0], [1.0]]}], knobs=plain)
     assert torch.equal(held, by_weights)
     assert not torch.equal(held, linear)
+
+
+def test_fitted_weights_are_corrected_only_where_it_is_asked_for():
+    rows = [{"steps": STEPS, "mask": "111010", "weights": [[1.0], [1.0]]}]
+    uncorrected, _ = serve(rows, knobs={"corrector": False})
+    by_default, report = serve(rows)
+    assert torch.equal(by_default, uncorrected)
+    assert (report["corrector"]["enabled"], report["corrector"]["corrected_steps"]) == (False, 0)
+    assert "fitted weights" in report["corrector"]["reason"]
+    asked, report = serve(rows, knobs={"corrector": True})
+    assert report["corrector"]["corrected_steps"] == 1, "nothing is computed after the last step"
+    assert not torch.equal(asked, uncorrected)
 
 
 def test_weights_hold_for_the_mask_that_they_were_fitted_to():

@@ -421,40 +421,39 @@ def test_two_runs_of_comfyui_by_turns_do_not_meet(comfy, counted):
 # Cosmos 3
 
 
-def test_cosmos_3_steps_without_guidance_are_a_branch_of_their_own_on_every_cfg_rank(monkeypatch):
+@pytest.mark.parametrize(("rank", "own"), [(0, "cond"), (1, "uncond")])
+def test_cosmos_3_steps_without_guidance_have_a_history_of_their_own_on_every_cfg_rank(monkeypatch, rank, own):
     each = rig("Cosmos3OmniTransformer")
     from sglang.multimodal_gen.runtime.pipelines_core.stages.model_specific_stages import cosmos3
 
     inputs = each.case.inputs(0, 0)
     each.case.fresh(each.model)
-    monkeypatch.setattr(host, "runs_branches_apart", lambda: True)
+    monkeypatch.setattr(host, "runs_branches_apart", lambda: True, raising=False)
     monkeypatch.setattr(cosmos3, "cfg_model_parallel_all_reduce", lambda tensor: tensor)
-    texts = {"text_ids": inputs["text_ids"], "text_mask": inputs["text_mask"]}
+    text = {"text_ids": inputs["text_ids"], "text_mask": inputs["text_mask"]}
     common = {"latents": inputs["hidden_states"], "timestep": inputs["timestep"], "video_shape": None, "fps": 24.0}
+    guided = (2, 3, 4)
 
-    def of_rank(rank):
-        def forward(self, made, server_args):
-            for step in range(STEPS):
-                if step < 3:
-                    branches = [
-                        texts | {"cache_key": key, "text_seq_len": None, "control_latents": None, "coeff": 1.0}
-                        for key in ("cond", "uncond")
-                    ]
-                    self._predict_noise_cfg(branches, cfg_rank=rank, cfg_world_size=2, current_timestep=step, **common)
-                else:
-                    self._run_transformer(**texts, **common, cache_key="cond", current_timestep=step)
-            return made
+    def forward(self, made, server_args):
+        for step in range(8):
+            if step in guided:
+                branches = [
+                    text | {"cache_key": key, "text_seq_len": None, "control_latents": None, "coeff": 1.0}
+                    for key in ("cond", "uncond")
+                ]
+                self._predict_noise_cfg(branches, cfg_rank=rank, cfg_world_size=2, current_timestep=step, **common)
+            else:
+                self._run_transformer(**text, **common, cache_key="cond", current_timestep=step)
+        return made
 
-        stage = on_host("Cosmos3DenoisingStage", f"{SPECIFIC}.cosmos3", forward, each.model)
-        stage._extra_transformer_kwargs, stage.server_args = {}, set_arguments()
-        made = request(steps_computation_mask=[1, 1, 0, 0, 0, 1], scm_policy="static", max_warmup_steps=0)
-        with torch.no_grad():
-            return run(stage, made)
-
-    for rank, own in enumerate(("cond", "uncond")):
-        report = of_rank(rank)
-        branches = report["transformers"]["transformer"]["branches"]
-        assert {name: (branch["computed"], branch["cached"]) for name, branch in branches.items()} == {
-            own: ([0, 1], [2]), "cond_only": ([3, 5], [4]),
-        }
-        assert report["computed_steps"] + report["cached_steps"] == (STEPS if rank == 0 else 3)
+    stage = on_host("Cosmos3DenoisingStage", f"{SPECIFIC}.cosmos3", forward, each.model)
+    stage._extra_transformer_kwargs, stage.server_args = {}, set_arguments()
+    made = request(steps_computation_mask=[1, 0, 0, 0, 1, 0, 0, 0], scm_policy="static", max_warmup_steps=0)
+    made.timesteps, made.num_inference_steps = torch.linspace(900, 200, 8), 8
+    with torch.no_grad():
+        report = run(stage, made)
+    branches = report["transformers"]["transformer"]["branches"]
+    assert {name: (branch["computed"], branch["cached"]) for name, branch in branches.items()} == {
+        "cond_only": ([0], [1]), own: ([2, 4], [3]), "cond_only_2": ([5], [6, 7]),
+    }
+    assert report["computed_steps"] + report["cached_steps"] == (8 if rank == 0 else 5)

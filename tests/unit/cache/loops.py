@@ -74,11 +74,15 @@ class Loop:
         self.steps = DenoisingSteps(self.solver, CacheSettings(**settings), self.stats, Groups())
         self._output, self.last = output, torch.empty(0)
 
-    def run(self, mask: Sequence[int] | None = None, forecast: Callable[[int, float], torch.Tensor] | None = None):
+    def run(
+        self, mask: Sequence[int] | None = None, forecast: Callable[[int, float], torch.Tensor] | None = None, *,
+        last: bool = True,
+    ) -> torch.Tensor:
         """Latents at the end.
 
         Args:
             mask: 1 computed, 0 cached with the value of ``forecast``; None: as the error tolerance decides.
+            last: no other loop of the same request follows.
         """
         latents = noise()
         with self.steps.in_place():
@@ -92,7 +96,8 @@ class Loop:
                     output = self.steps.forecast() if forecast is None else forecast(number, place.position)
                 self.stats.transformers["transformer"].branch("cond").record(number, not computed)
                 latents = self.scheduler.step(output, timestep, latents, return_dict=False)[0]
-        self.steps.finish()
+        if last:
+            self.steps.finish()
         return latents
 
 
