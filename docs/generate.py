@@ -9,9 +9,10 @@ from pathlib import Path
 from sglang_cachedit_plugin import versions
 from sglang_cachedit_plugin.adapters import DIFFUSERS, NATIVE, AdapterRow, Blocks
 from sglang_cachedit_plugin.hooks import SEAMS
+from sglang_cachedit_plugin.profiles import KNOBS_OF
 from sglang_cachedit_plugin.schema import config_schema
 from sglang_cachedit_plugin.section_knobs import PARALLELISM, QUANT_SPELLINGS, QUANTIZE, SPELLINGS
-from sglang_cachedit_plugin.settings import ALIASES, INERT_KNOBS, KNOBS, CacheSettings, Knob
+from sglang_cachedit_plugin.settings import ALIASES, EITHER_KNOBS, INERT_KNOBS, KNOBS, CacheSettings, Knob
 from sglang_cachedit_plugin.sources import PREFIX
 
 HERE = Path(__file__).parent
@@ -36,6 +37,14 @@ def settings() -> str:
         "",
         f"`{PREFIX}ENABLED` switches caching on for requests that say nothing; so does a file with a `cache_config` "
         "(one that only has `profiles` does not). A request decides for itself with `enable_cache_dit`.",
+        "",
+        f"`{PREFIX}PROFILE`, or `profile` at the top level of the file, names the profile of requests that name none, "
+        f"and switches caching on unless `{PREFIX}ENABLED` says no. Built in are "
+        + ", ".join(f"`{name}` (`error_tolerance: {knobs['error_tolerance']:g}`)" for name, knobs in KNOBS_OF.items())
+        + "; [profiles](serving.md#profiles) has the rules. Beside an error tolerance only "
+        + ", ".join(f"`{name}`" for name in KNOBS if name in EITHER_KNOBS - {"error_tolerance"})
+        + " have an effect: other settings in the same source are refused, and across sources the strongest that names "
+        "either decides.",
         "",
         "An empty variable is unset. True is `1`, `true`, `yes`, `y`, `t` or `on`, false `0`, `false`, `no`, `n`, "
         "`f` or `off`, in any case, as SGLang reads them. Any other value that is not accepted ends the start with one "

@@ -54,7 +54,8 @@ class Defaults:
     @property
     def _given_switch(self) -> Value | None:
         sources = (self.overrides.source, self.file.source, self.environment)
-        return next((source.enabled for source in sources if source.enabled is not None), None)
+        given = [*(source.enabled for source in sources), *(source.implied for source in sources)]
+        return next((switch for switch in given if switch is not None), None)
 
     @property
     def profiles(self) -> Mapping[str, Source]:
@@ -101,14 +102,16 @@ class Defaults:
         given = [request, self.overrides.source, self.file.source, self.environment]
         # A profile stands under the source that names it, and in place of those that weaker ones name.
         naming = next((index for index, source in enumerate(given) if source.profile), None)
-        profile = None
+        profile = Source()
         if naming is not None:
             profile = _named(given[naming], known)
-            check_method(given[naming], profile)
             given.insert(naming + 1, profile)
+        if request.profile:
+            # Those that the server's settings name were checked with them.
+            check_method(request, profile)
         resolved = resolve(*given, Source() if stage is None else stage)
-        if profile is not None and "error_tolerance" in profile.primary and resolved.primary.error_tolerance is None:
-            # A stronger source asks for DBCache: nothing of the profile is in force.
+        if profile.controls not in (None, resolved.primary.error_tolerance is not None):
+            # A stronger source decides the steps in the other way: the profile has no say.
             resolved = replace(resolved, profile=None)
         switch = self._given_switch or (stage and stage.enabled) or _OFF
         enabled = switch.value if enable is None else enable

@@ -268,8 +268,8 @@ def check_worker(worker: Any) -> None:
     for name, module in getattr(worker.pipeline, "modules", {}).items():
         row = find_row(type(module)) if isinstance(module, nn.Module) else None
         reason = "" if row is None else row.refused
-        if row is not None and row.no_blocks and settings.forecast != "output":
-            reason = f"{row.no_blocks}; forecast: output can be used"
+        if row is not None and row.no_blocks and settings.forecast != "output" and settings.error_tolerance is None:
+            reason = f"{row.no_blocks}; error_tolerance or forecast: output can be used"
         if not reason:
             continue
         if settings.strict:

@@ -111,6 +111,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     if (settings := found["settings"]) is not None:
         switch = settings["enabled"]
         out += ["settings", f"  {'caching':<40} {'on' if switch['value'] else 'off'} ({switch['origin']})"]
+        out.append(f"  {'profile':<40} {settings['profile'] or 'none'}")
         for name, entry in settings["config"].items():
             out.append(f"  {name:<40} {entry['value']} ({entry['origin']})")
         out.append(f"  {'profiles':<40} {', '.join(settings['profiles'])}")

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from . import model_facts
+from .cache.error_control import BEGINNING
 from .defaults import Defaults
 from .model_facts import Ability, FactsError
 from .mount import preset_mask
@@ -87,6 +88,9 @@ def _described(can: Ability | None) -> dict[str, Any]:
 
 def fewest_steps(settings: CacheSettings) -> int | None:
     """Steps from which on something may be cached, None where never."""
+    if settings.error_tolerance is not None:
+        # The last step is computed too.
+        return BEGINNING + 2 if settings.error_tolerance else None
     for steps in range(1, _MOST_STEPS + 1):
         plan, _ = build_plan(settings, steps, preset_mask)
         if plan.may_cache and (plan.static or settings.residual_diff_threshold > 0.0):
@@ -102,11 +106,12 @@ def stops(can: Ability | None, settings: CacheSettings, backend: str, model: dic
     if can is None:
         return [f"{'SGLang' if backend == 'native' else 'diffusers'} has no such class"]
     found = []
-    if can.refused and not (can.output and settings.forecast == "output"):
+    controlled = settings.error_tolerance is not None
+    if can.refused and not (can.output and (controlled or settings.forecast == "output")):
         found.append(can.refused + ("; forecast: output works" if can.output else ""))
     counts = [each.count for each in can.blocks if each.count is not None]
     first, last = settings.Fn_compute_blocks, settings.Bn_compute_blocks
-    if counts and first + last > min(counts):
+    if counts and not controlled and first + last > min(counts):
         found.append(f"Fn_compute_blocks {first} + Bn_compute_blocks {last} exceed the {min(counts)} blocks of a list")
     if native is not None and native["steps"] is not None:
         fewest = fewest_steps(settings)

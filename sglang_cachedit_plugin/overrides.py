@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 from .config_file import unique_keys
 from .errors import SettingError
-from .sources import BOOL, Source, Value, profile_name, read_layer, read_request
+from .sources import BOOL, Source, Value, check_method, profile_name, read_layer, read_request
 
 ORIGIN = "control"
 SECTIONS = ("enabled", "profile", "cache_config", "secondary", "profiles")
@@ -46,12 +47,12 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a number of JSON")
 
 
-def read_overrides(raw: Any, *, profiles: Collection[str] = ()) -> Overrides:
+def read_overrides(raw: Any, *, profiles: Mapping[str, Source] = MappingProxyType({})) -> Overrides:
     """Check a whole change.
 
     Args:
         raw: ``enabled``, ``profile``, ``secondary`` and ``profiles``, and knobs, flat or under ``cache_config``.
-        profiles: names that the server knows besides those of ``raw``.
+        profiles: those that the server knows besides those of ``raw``.
 
     Raises:
         SettingError: anything in it that cannot be used.
@@ -72,8 +73,9 @@ def read_overrides(raw: Any, *, profiles: Collection[str] = ()) -> Overrides:
         read_layer(nested, f"{ORIGIN}.cache_config", [])
         flat = dict(nested)
     request = {**flat, "secondary": raw.get("secondary"), "profile": raw.get("profile")}
-    read = read_request(request, origin=ORIGIN, profiles={*profiles, *own})
-    source = Source(primary=read.primary, secondary=read.secondary, enabled=enabled, profile=read.profile)
+    known = {**profiles, **own}
+    source = replace(read_request(request, origin=ORIGIN, profiles=known), enabled=enabled)
+    check_method(source, known[source.profile] if source.profile else None)
     return Overrides(source=source, profiles=own, given=dict(raw))
 
 

@@ -40,7 +40,9 @@ def config_schema() -> dict[str, Any]:
         "type": "object",
         "additionalProperties": False,
         "properties": {
-            "profile": {"type": ["string", "null"], "description": "The server's profile, by name."},
+            "profile": {
+                "type": ["string", "null"], "minLength": 1, "description": "Profile of requests that name none.",
+            },
             "cache_config": _or_null(cache, "Settings of the cache, on both backends."),
             "secondary": _or_null(_cache(secondary=True), "Settings of the second transformer where they differ."),
             "profiles": _or_null(

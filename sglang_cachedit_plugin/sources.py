@@ -64,13 +64,25 @@ Layer = Mapping[str, Value]
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One source's settings for the first and for the second transformer."""
+    """One source's settings for the first and for the second transformer.
+
+    Args:
+        implied: the switch where no source says ``enabled``.
+    """
 
     primary: Layer = field(default_factory=dict)
     secondary: Layer = field(default_factory=dict)
     enabled: Value | None = None
+    implied: Value | None = None
     profile: str | None = None
     profile_origin: str = ""
+
+    @property
+    def controls(self) -> bool | None:
+        """Whether an error tolerance decides the steps, None where the source does not say."""
+        if (tolerance := self.primary.get("error_tolerance")) is not None:
+            return tolerance.value is not None
+        return False if self.dbcache() is not None else None
 
     def dbcache(self) -> Value | None:
         """A setting that does without an error tolerance, where the source has one."""
@@ -155,7 +167,7 @@ def read_environment(
         if variable == ENABLED_VARIABLE:
             enabled = Value(BOOL.parse(variable, text, "environment"), variable)
         elif variable == PROFILE_VARIABLE:
-            profile = profile_name(text.strip(), "environment")
+            profile = text.strip()
         elif variable in VARIABLES or variable in SECONDARY_VARIABLES:
             secondary = variable in SECONDARY_VARIABLES
             name = (SECONDARY_VARIABLES if secondary else VARIABLES)[variable]
@@ -172,11 +184,9 @@ def read_environment(
     for layer, variables in zip(layers, (VARIABLES, SECONDARY_VARIABLES), strict=True):
         spelt = {name: variable for variable, name in variables.items()}
         check_consistent({n: v.value for n, v in layer.items()}, "environment", spelt)
-    if profile and enabled is None:
-        enabled = Value(True, PROFILE_VARIABLE)
     source = Source(
         primary=layers[0], secondary=layers[1], enabled=enabled, profile=profile,
-        profile_origin="environment" if profile else "",
+        implied=Value(True, PROFILE_VARIABLE) if profile else None, profile_origin="environment" if profile else "",
     )
     check_method(source)
     return source, tuple(warnings)
@@ -243,13 +253,14 @@ def read_file(path_or_mapping: str | Mapping[str, Any]) -> FileConfig:
     warnings: list[str] = []
     profiles = _read_profiles(raw.get("profiles"), label, warnings)
     # Profiles alone are only there to be named.
-    enabled = Value(True, label) if raw.get("cache_config") is not None or raw.get("profile") is not None else None
-    profile = None if raw.get("profile") is None else profile_name(raw["profile"], label)
+    enabled = Value(True, label) if raw.get("cache_config") is not None else None
+    if (profile := raw.get("profile")) is not None and not (isinstance(profile, str) and profile):
+        raise SettingError("profile", profile, label, "expected the name of a profile")
     primary, secondary = ({} if raw.get(key) is None else raw[key] for key in ("cache_config", "secondary"))
     source = Source(
         primary=read_layer(primary, f"{label} cache_config", warnings),
         secondary=read_layer(secondary, f"{label} secondary", warnings, secondary=True),
-        enabled=enabled, profile=profile, profile_origin=label,
+        enabled=enabled, implied=Value(True, label) if profile else None, profile=profile, profile_origin=label,
     )
     check_method(source)
     passed_on = read_sections(raw, label, warnings)
@@ -308,16 +319,29 @@ def read_request(
 
 
 def check_method(source: Source, profile: Source | None = None) -> None:
-    """Refuse a source with an error tolerance, of its own or of the profile it names, beside what that leaves without
-    effect.
+    """Refuse an error tolerance beside settings that it leaves without effect.
+
+    Args:
+        profile: the one that ``source`` names.
     """
-    other = source.dbcache()
-    own, named = source.primary.get("error_tolerance"), profile and profile.primary.get("error_tolerance")
-    if other is None or not any(each is not None and each.value is not None for each in (own, named)):
+    own, named = (each and each.primary.get("error_tolerance") for each in (source, profile))
+    if own is not None and own.value is None:
+        # It speaks against control itself.
         return
-    where, _, name = other.origin.rpartition(".")
-    what = "error_tolerance" if own is not None else f"profile {source.profile}, which is an error tolerance"
-    raise SettingError(name, other.value, where or "environment", f"without effect beside {what}, drop one of the two")
+    if (other := source.dbcache()) is not None:
+        if own is not None:
+            raise _contradiction(other, own.origin.rpartition(".")[2])
+        if named is not None and named.value is not None:
+            raise _contradiction(other, f"profile {source.profile}, which is an error tolerance")
+    if own is not None and profile is not None and profile.dbcache() is not None:
+        raise _contradiction(own, f"profile {source.profile}, which does without")
+
+
+def _contradiction(value: Value, other: str) -> SettingError:
+    where, _, name = value.origin.rpartition(".")
+    return SettingError(
+        name, value.value, where or "environment", f"without effect beside {other}, drop one of the two"
+    )
 
 
 def resolve(*strongest_first: Source) -> Resolved:

@@ -68,7 +68,7 @@ class State(BaseModel):
     """Settings of requests that say nothing, what is mounted, and totals."""
 
     enabled: ValueWithOrigin
-    profile: str | None = Field(description="Profile set by the change in force.")
+    profile: str | None = Field(description="Profile of requests that name none.")
     config: dict[str, ValueWithOrigin]
     profiles: list[str]
     control: dict[str, Any] | None = Field(description="The change in force as it was sent; null at start-up settings.")

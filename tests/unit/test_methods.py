@@ -13,10 +13,12 @@ from sglang_cachedit_plugin.errors import SettingError
 from sglang_cachedit_plugin.overrides import read_overrides
 from sglang_cachedit_plugin.profiles import KNOBS_OF
 from sglang_cachedit_plugin.settings import DBCACHE_KNOBS, CacheSettings
-from sglang_cachedit_plugin.sources import FileConfig, read_environment, read_file
+from sglang_cachedit_plugin.sources import FileConfig, read_environment, read_file, read_request, resolve
 
 P = "SGLANG_CACHE_DIT_"
 BALANCED = KNOBS_OF["balanced"]["error_tolerance"]
+
+MINE = {"mine": {"residual_diff_threshold": 0.2}}
 
 
 def defaults(env: dict[str, str] | None = None, file: Any = None, put: Any = None) -> Defaults:
@@ -46,6 +48,12 @@ def defaults(env: dict[str, str] | None = None, file: Any = None, put: Any = Non
          None, 0.24),
         ({"put": {"profile": "balanced"}, "env": {P + "RDT": "0.1"}}, None, False, "balanced", BALANCED, 0.24),
         ({"put": {"residual_diff_threshold": 0.1}, "file": {"profile": "balanced"}}, None, True, None, None, 0.1),
+        ({"file": {"profile": "balanced"}, "env": {P + "ENABLED": "no"}}, None, False, "balanced", BALANCED, 0.24),
+        ({"file": {"profile": "balanced"}, "put": {"enabled": False}}, None, False, "balanced", BALANCED, 0.24),
+        ({"file": {"profile": "mine", "profiles": MINE}}, {"error_tolerance": 0.5}, True, None, 0.5, 0.24),
+        ({"env": {P + "PROFILE": "mine", P + "WARMUP": "2"}, "file": {"profiles": MINE},
+          "put": {"profiles": {"mine": {"error_tolerance": 0.5}}}}, None, True, None, None, 0.24),
+        ({}, {"profile": "fast", "error_tolerance": None, "residual_diff_threshold": 0.1}, False, None, None, 0.1),
         ({"env": {P + "ENABLED": "true"}}, None, True, None, None, 0.24),
     ],
 )
@@ -71,7 +79,10 @@ def test_origin_of_a_dropped_tolerance_is_the_setting_that_dropped_it():
          f"{P}RDT = 0.1 (environment): without effect beside profile balanced, which is an error tolerance, drop one "
          "of the two"),
         ({"env": {P + "ERROR_TOLERANCE": "0.01", P + "SECONDARY_WARMUP": "2"}}, None,
-         f"{P}SECONDARY_WARMUP = 2 (environment): without effect beside error_tolerance, drop one of the two"),
+         f"{P}SECONDARY_WARMUP = 2 (environment): without effect beside {P}ERROR_TOLERANCE, drop one of the two"),
+        ({"file": {"profile": 3}}, None, "profile = 3 (cache_dit_config): expected the name of a profile"),
+        ({"file": {"profile": "mine", "profiles": MINE, "cache_config": {"error_tolerance": 0.1}}}, None,
+         "error_tolerance = 0.1 (cache_dit_config cache_config): without effect beside profile mine, which"),
         ({"file": {"profile": "mine"}}, None, "profile = 'mine' (cache_dit_config): expected one of"),
         ({"file": {"profile": "fast", "cache_config": {"max_warmup_steps": 2}}}, None,
          "max_warmup_steps = 2 (cache_dit_config cache_config): without effect beside profile fast"),
@@ -87,6 +98,17 @@ def test_both_in_one_source_are_refused_in_one_line(given, request_, line):
     with pytest.raises(SettingError) as error:
         defaults(**given).decide(None, request_)
     assert str(error.value).startswith(line)
+
+
+@pytest.mark.parametrize("body", [
+    {"profile": "fast", "Fn_compute_blocks": 8}, {"profile": "fast", "cache_config": {"enable_dmd": True}},
+    {"profile": "fast", "secondary": {"max_warmup_steps": 2}}, {"error_tolerance": 0.1, "scm_preset": "fast"},
+    {"profile": "a", "profiles": {"a": {"error_tolerance": 0.1}}, "forecast": "output"},
+])
+def test_a_change_with_both_is_refused_before_any_request_meets_it(body):
+    start_up = defaults()
+    with pytest.raises(SettingError, match=r"\(control.*\): without effect beside"):
+        read_overrides(body, profiles=start_up.start_up_profiles)
 
 
 LAYER = st.sampled_from([
@@ -107,3 +129,30 @@ def test_a_tolerance_never_meets_settings_that_it_leaves_without_effect(request_
             assert getattr(found.primary, name) == getattr(found.secondary, name) == getattr(CacheSettings, name)
     # The corrector goes with both.
     assert found.primary.corrector is not any("corrector" in each for each in (request_, put, file))
+
+
+NAMES = {"error_tolerance": st.none() | st.floats(0.0, 1.0), "residual_diff_threshold": st.floats(0.0, 1.0),
+         "max_warmup_steps": st.integers(0, 9), "forecast": st.sampled_from(["output", "residual"]),
+         "scm_preset": st.sampled_from(["none", "fast"]), "lockstep": st.booleans(), "corrector": st.booleans()}
+
+
+@given(st.lists(st.fixed_dictionaries({}, optional=NAMES), max_size=4))
+def test_settings_in_force_are_those_of_the_method_that_the_strongest_source_names(drawn):
+    sources = []
+    for number, raw in enumerate(drawn):
+        if raw.get("error_tolerance") is not None:
+            raw = {name: raw[name] for name in raw if name in ("error_tolerance", "corrector")}
+        sources.append(read_request(raw, origin=f"s{number}"))
+    found = resolve(*sources)
+    says = next((each.controls for each in sources if each.controls is not None), False)
+    assert (found.primary.error_tolerance is not None) is says
+    for name, origin in found.origins.items():
+        number, _, key = origin.partition(".")
+        if number == "default":
+            assert getattr(found.primary, name) == getattr(CacheSettings, name)
+        elif name == "error_tolerance" and key != name:
+            # Dropped: the origin is the setting that decided.
+            assert not says and sources[int(number[1:])].controls is False
+        else:
+            assert sources[int(number[1:])].primary[name].value == getattr(found.primary, name)
+            assert not (says and name in DBCACHE_KNOBS)

@@ -131,6 +131,7 @@ FILES = st.fixed_dictionaries(
     optional={
         "cache_config": CACHE | VALUES,
         "secondary": CACHE | VALUES,
+        "profile": VALUES,
         "profiles": st.dictionaries(WORDS, CACHE | VALUES, max_size=2) | VALUES,
         "parallelism_config": PARALLEL | VALUES,
         "quantize_config": QUANT | VALUES,

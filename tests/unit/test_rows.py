@@ -77,7 +77,7 @@ def test_the_strongest_source_decides_on_the_whole_schedule():
 
 def test_spread_of_earlier_files_is_ignored_with_a_warning():
     row = {**ROW, "spread": "whatever"}
-    file = read_file({"cache_config": {"schedules": [row, {**ROW, "steps": 9, "mask": "1" * 9}]}})
+    file = read_file({"cache_config": {"schedules": [row, {"steps": 9, "mask": "1" * 9}]}})
     assert file.source.primary["schedules"].value[0] == read_file(
         {"cache_config": {"schedules": [ROW]}}
     ).source.primary["schedules"].value[0]
