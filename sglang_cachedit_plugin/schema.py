@@ -21,6 +21,7 @@ from .section_knobs import (
     SVDQ,
 )
 from .settings import ALIASES, EITHER_KNOBS, INERT_KNOBS, KNOBS, MAX_LENGTH, PRESETS, CacheSettings, Knob
+from .sources import MAX_NAME
 
 _TEXT = {"type": "string", "pattern": r"\S"}
 _ROOM = {"maxItems": MAX_LENGTH}
@@ -46,7 +47,11 @@ def config_schema() -> dict[str, Any]:
             "cache_config": _or_null(cache, "Settings of the cache, on both backends."),
             "secondary": _or_null(_cache(secondary=True), "Settings of the second transformer where they differ."),
             "profiles": _or_null(
-                {"type": "object", "additionalProperties": _or_null(profile)}, "Sets of settings that requests name."
+                {
+                    "type": "object", "additionalProperties": _or_null(profile),
+                    "propertyNames": {"minLength": 1, "maxLength": MAX_NAME},
+                },
+                "Sets of settings that requests name.",
             ),
             "parallelism_config": _or_null(parallelism, "How ranks share the model; diffusers backend."),
             "quantize_config": _or_null(_quantize(), "Number formats of the weights; diffusers backend."),

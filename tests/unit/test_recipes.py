@@ -144,6 +144,7 @@ SUMS = (
     "contradicts attention_backend", "does not split sequences", "no ring kernel", "cache bins", "the bins cover",
     "one a step", "together or not at all", "positive step counts", "excludes schedules", "already a row",
     "one for each 0", "one falling number", "width and height", "the first 1", "list of 1 to 4 numbers",
+    "without effect beside",
 )
 """What only the strict checker says: sums, and one key against another."""
 
@@ -157,6 +158,9 @@ SUMS = (
 @example({"profiles": {"draft": {"secondary": {"lockstep": True}}}})
 @example({"profiles": {"draft": {"profile": "x"}}})
 @example({"profiles": {"draft": None}})
+@example({"profiles": {"": {}}})
+@example({"profile": ""})
+@example({"cache_config": {"error_tolerance": 0.1}, "secondary": {"max_warmup_steps": 2}})
 @example({"quantize_config": {"quant_type": "Float8_Blockwise", "components_to_quantize": {"vae": {"quant_type": 1}}}})
 @example({"quantize_config": {}})
 @example({"cache_config": {"schedules": [{"steps": 2, "mask": "10", "size": "64x64", "timesteps": [2, 1]}]}})
