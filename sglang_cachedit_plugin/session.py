@@ -111,13 +111,18 @@ class Session:
         if solver is None:
             self.stats.corrector = CorrectorStats(enabled=False, reason="the stage has no scheduler")
         else:
-            self.steps = DenoisingSteps(solver, self.decision.resolved.primary, self.stats, backend.groups)
+            self.steps = self._denoising_steps(solver, backend.groups)
         backend.stats = self.stats
         notes = list(self.stats.notes)
         spec = self._spec(steps, positions, one_config)
         if followed:
             self.stats.notes = notes
         self._serve(spec)
+
+    def _denoising_steps(self, solver: Solver, groups: Groups) -> DenoisingSteps:
+        resolved = self.decision.resolved
+        asked = resolved.origins["corrector"] != "default"
+        return DenoisingSteps(solver, resolved.primary, self.stats, groups, asked=asked)
 
     def open_for_stage(
         self, runtime: Runtime, backend: ModelBackend, steps: Mapping[str, tuple[int, int]], solver: Solver
@@ -133,7 +138,7 @@ class Session:
         runtime.prepare(None)
         self.stage_decides = True
         self.stats.transformers.update({name: TransformerStats(steps=count) for name, (_, count) in steps.items()})
-        self.steps = DenoisingSteps(solver, self.decision.resolved.primary, self.stats, backend.groups)
+        self.steps = self._denoising_steps(solver, backend.groups)
         self.steps.read_places()
 
     def follow(self, steps: dict[str, tuple[int, int]], stretch: Stretch) -> None:
@@ -170,10 +175,6 @@ class Session:
         if self.steps is not None:
             self.steps.spec = spec
             self.steps.read_places()
-            fitted = any(each.weights for each in spec.transformers)
-            if fitted and self.decision.resolved.origins["corrector"] == "default":
-                self.stats.corrector.enabled = False
-                self.stats.corrector.reason = "fitted weights were searched without it; corrector: true corrects too"
         backend = self._backend
         if self.recording is not None:
             backend.watch(self.recording.forward)

@@ -30,13 +30,16 @@ class DenoisingSteps:
         settings: those of the first transformer.
         stats: the request's record; it says what was computed since the last step.
         groups: the ranks that hold parts or branches of the same latents.
+        asked: the corrector was asked for, not only left on: it corrects where it would step aside.
 
     Attributes:
         spec: what the request wants of each transformer, None where no transformer decides.
         unseen: the reason in the report where no step goes through the scheduler.
     """
 
-    def __init__(self, solver: Solver, settings: CacheSettings, stats: RequestStats, groups: Groups):
+    def __init__(
+        self, solver: Solver, settings: CacheSettings, stats: RequestStats, groups: Groups, *, asked: bool = False
+    ):
         self._stats, self._groups = stats, groups
         self.spec: RequestSpec | None = None
         self.unseen = "no step went through the pipeline's scheduler"
@@ -57,6 +60,7 @@ class DenoisingSteps:
         self._ran: frozenset[tuple[str, str]] = frozenset()
         self._shape: torch.Size | None = None
         self._count, self._last = 0, -1
+        self._chosen = asked
 
     def _give_up(self, reason: str) -> None:
         """Steps of this scheduler cannot be repeated: nothing is corrected, and no tolerance leaves out a step."""
@@ -66,6 +70,19 @@ class DenoisingSteps:
         if self._settings.error_tolerance is not None:
             self._control = None
             self._stats.note(f"error_tolerance: {reason}; every step is computed")
+
+    def _choose(self, ran: frozenset[tuple[str, str]]) -> None:
+        """Leave the corrector out where measurement shows that it does harm, unless it was asked for."""
+        self._chosen = True
+        settings, specs = self._settings, () if self.spec is None else self.spec.transformers
+        guided = self._groups.pair is not None or len({branch for _, branch in ran}) > 1
+        forecast = settings.forecast == "output" or settings.error_tolerance is not None or settings.calibrator
+        if not self._report.enabled:
+            return
+        if any(each.weights for each in specs):
+            self._report.enabled, self._report.reason = False, "fitted weights were searched without it"
+        elif guided and forecast:
+            self._report.enabled, self._report.reason = False, "forecasts under guidance are better left as they are"
 
     def _keep_errors(self) -> None:
         """Hand what error control saw of this loop to the report."""
@@ -142,6 +159,8 @@ class DenoisingSteps:
         """In place of the scheduler's ``step``: what it returns, after correction."""
         solver = self._solver
         cached, ran = self._since_last_step()
+        if not self._chosen and ran:
+            self._choose(ran)
         if self._unfit or not (self._report.enabled or self._settings.error_tolerance is not None):
             self._count += 1
             return solver.own_step(*args, **kwargs)
