@@ -126,7 +126,7 @@ def test_profiles_decide_which_steps_are_cached(answers):
     assert 0 < cached["quality"] <= cached["balanced"] <= cached["fast"] < STEPS
     draft = reports["the file's profile"]["transformers"]["transformer"]["branches"]["cond"]
     assert (draft["computed"], draft["cached"]) == ([0, 1, 2, 5, 8, 11], [3, 4, 6, 7, 9, 10])
-    assert reports["fast"]["config"]["forecast"]["origin"] == "built-in profiles.fast.forecast"
+    assert reports["fast"]["config"]["error_tolerance"]["origin"] == "built-in profiles.fast.error_tolerance"
     assert reports["defaults of the file"]["config"]["max_warmup_steps"]["value"] == 3
 
 
