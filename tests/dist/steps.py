@@ -47,7 +47,7 @@ class _Loop:
         self.scheduler.set_timesteps(STEPS)
         self.stats = RequestStats(backend="test", enabled=True)
         self.solver = Solver(self.scheduler, self.scheduler.step)
-        self.steps = DenoisingSteps(self.solver, CacheSettings(**settings), self.stats, groups)
+        self.steps = DenoisingSteps(self.solver, CacheSettings(**settings), self.stats, groups, asked=True)
 
     def run(self, latents: torch.Tensor, step) -> dict[str, Any]:
         with collectives() as counts, self.steps.in_place():

@@ -48,7 +48,7 @@ def test_all_steps_computed_is_the_uncached_picture(case):
     _, each, cache = case
     plain = call(cache.pipe, each.call(SMALL), N)
     for knobs in ({"steps_computation_mask": [1] * N, "scm_policy": "static"}, {"error_tolerance": 0.0}):
-        latents, report = served(cache, each.call(SMALL), **knobs)
+        latents, report = served(cache, each.call(SMALL), corrector=True, **knobs)
         assert torch.equal(latents, plain), knobs
         assert report["corrector"]["enabled"] and report["corrector"]["corrected_steps"] == 0
     assert "step" not in vars(cache.pipe.scheduler)

@@ -60,18 +60,20 @@ class Loop:
 
     Args:
         output: model output at a step's number, position and latents.
+        asked: the corrector was asked for, not only left on.
         settings: of the request.
     """
 
     def __init__(
-        self, name: str, steps: int, output: Callable[[int, float, torch.Tensor], torch.Tensor], **settings: Any
+        self, name: str, steps: int, output: Callable[[int, float, torch.Tensor], torch.Tensor], *, asked: bool = False,
+        **settings: Any,
     ):
         self.scheduler = SCHEDULERS[name]()
         self.scheduler.set_timesteps(steps)
         self.stats = RequestStats(backend="test", enabled=True)
         self.stats.transformers["transformer"] = TransformerStats(steps=steps)
         self.solver = Solver(self.scheduler, self.scheduler.step)
-        self.steps = DenoisingSteps(self.solver, CacheSettings(**settings), self.stats, Groups())
+        self.steps = DenoisingSteps(self.solver, CacheSettings(**settings), self.stats, Groups(), asked=asked)
         self._output, self.last = output, torch.empty(0)
 
     def run(

@@ -262,3 +262,27 @@ def test_copies_of_a_hooked_scheduler_make_plain_steps():
         for each in copies:
             assert each.step(noise(), each.timesteps[0], noise(), return_dict=False)[0].shape == SHAPE
     assert "step" not in vars(scheduler)
+
+
+@pytest.mark.parametrize(
+    ("settings_", "asked", "corrected"),
+    [
+        ({}, False, 3),
+        ({"forecast": "output"}, False, 0),
+        ({"enable_taylorseer": True}, False, 0),
+        ({"enable_dmd": True}, False, 0),
+        ({"forecast": "output"}, True, 3),
+    ],
+)
+def test_forecasts_under_guidance_are_corrected_only_where_it_is_asked_for(settings_, asked, corrected):
+    loop = Loop("diffusers Euler", STEPS, curved, asked=asked, **settings_)
+    transformer, latents = loop.stats.transformers["transformer"], noise()
+    with loop.steps.in_place():
+        for number, timestep in enumerate(loop.scheduler.timesteps):
+            for branch in ("cond", "uncond"):
+                transformer.branch(branch).record(number, number in (5, 6, 9))
+            latents = loop.scheduler.step(curved(number, 0.5, latents), timestep, latents, return_dict=False)[0]
+    loop.steps.finish()
+    assert loop.stats.corrector.corrected_steps == corrected
+    assert loop.stats.corrector.enabled is bool(corrected)
+    assert corrected or "guidance" in loop.stats.corrector.reason
