@@ -1,9 +1,11 @@
-"""The corrector and error control around CUDA graphs and where the picture grows."""
+"""The corrector and error control around CUDA graphs, where the picture grows, and over the clips of a video."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -165,3 +167,97 @@ def test_after_a_growth_the_corrector_knows_the_moved_step_and_nothing_of_the_sm
     )
     assert report["corrector"]["corrected_steps"] > 0
     torch.testing.assert_close(latents, exact, rtol=0.0, atol=1e-5)
+
+
+# The clips of Wan-Animate 2
+
+
+class Clips(Model):
+    """Takes what Wan-Animate 2 gives its transformer: latents (channels, frames, height, width)."""
+
+    batched = False
+
+    def build_reference_kv(self, clip_cond):
+        return None
+
+    def prepare_context(self, prompt, image):
+        return prompt
+
+    def forward(self, hidden_states, timestep=None, projected_context=0.0, **kwargs):
+        output = super().forward(hidden_states, bias=projected_context)
+        return output[None] if self.batched else output
+
+
+def animate() -> Any:
+    from sglang.multimodal_gen.runtime.models.schedulers.scheduling_dpm_solver_multistep import (
+        DPMSolverMultistepScheduler,
+    )
+    from sglang.multimodal_gen.runtime.pipelines_core.stages.model_specific_stages.wan_animate_2.denoising import (
+        WanAnimate2DenoisingStage,
+    )
+
+    def forward(self, batch, server_args):
+        """The host's clips, without what encodes and decodes them."""
+        wanted = SimpleNamespace(
+            prompt_embeddings=0.0, negative_prompt_embeddings=0.3, reference_image_embeddings=None,
+            inputs=SimpleNamespace(num_inference_steps=N, guidance_scale=2.0 if batch.cfg else 1.0),
+        )
+        batch.latents = [
+            self._denoise_single_clip(batch, server_args, wanted, SimpleNamespace(init_noise=start))
+            for start in batch.latents
+        ]
+        return batch
+
+    stage = made_stage()
+    stage.__class__ = type("WanAnimate2DenoisingStage", (WanAnimate2DenoisingStage,), {
+        "forward": forward, "begin_declared_component_use": lambda self, **kwargs: None,
+        "_finish_active_component_use": lambda self: None, "step_profile": lambda self: None,
+    })
+    stage.transformer, stage.server_args.pipeline_config.flow_shift = Clips(), 3.0
+    stage.scheduler = DPMSolverMultistepScheduler(
+        num_train_timesteps=1000, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    return stage
+
+
+def animated(stage: Any, knobs: dict | None, *seeds: int, cfg: bool = False) -> tuple[list[torch.Tensor], dict]:
+    """The clips of one request that start from the noise of these seeds, and its report."""
+    stage.scheduler.set_timesteps(sigmas=np.linspace(1, 0, N + 1)[:N])
+    starts = [noise(each, 3, 2, 5, DIM) for each in seeds]
+    made = made_request(knobs, scheduler=None, timesteps=stage.scheduler.timesteps, latents=starts)
+    made.cfg = cfg
+    return denoised(stage, made)
+
+
+@pytest.mark.parametrize("knobs", [STATIC, CONTROL], ids=["schedule", "control"])
+@pytest.mark.parametrize("cfg", [False, True], ids=["no guidance", "guidance"])
+def test_clips_whose_outputs_have_no_batch_dimension_are_corrected(knobs, cfg):
+    stage = animate()
+    (exact,), _ = animated(stage, None, 1, cfg=cfg)
+    (plain,), _ = animated(stage, knobs | {"corrector": False}, 1, cfg=cfg)
+    (corrected,), report = animated(stage, knobs | {"corrector": True}, 1, cfg=cfg)
+    assert report["corrector"]["corrected_steps"] > 0
+    assert corrected.shape == exact.shape
+    assert (corrected - exact).norm() < (plain - exact).norm()
+
+
+def test_the_error_of_an_output_without_batch_dimension_is_that_of_the_whole_sample():
+    stage = animate()
+    (clip,), report = animated(stage, CONTROL, 1)
+    stage.transformer.batched = True
+    (other,), expected = animated(stage, CONTROL, 1)
+    assert report["error_control"] == expected["error_control"]
+    assert torch.equal(clip, other)
+
+
+ENDS_CACHED = STATIC | {"steps_computation_mask": [1, 1, 1, *[0, 0, 1] * 5, 0, 0]}
+
+
+@pytest.mark.parametrize("knobs", [ENDS_CACHED, OUTPUT, CONTROL], ids=["ends cached", "forecast", "control"])
+def test_each_clip_of_a_request_is_what_it_is_alone(knobs):
+    stage = animate()
+    asked = knobs | {"corrector": True}
+    (alone,), one = animated(stage, asked, 2)
+    (_, second), two = animated(stage, asked, 2, 2)
+    assert torch.equal(second, alone)
+    assert two["corrector"]["corrected_steps"] == 2 * one["corrector"]["corrected_steps"] > 0
