@@ -169,6 +169,18 @@ def test_after_a_growth_the_corrector_knows_the_moved_step_and_nothing_of_the_sm
     torch.testing.assert_close(latents, exact, rtol=0.0, atol=1e-5)
 
 
+def test_after_a_growth_forecasts_know_the_moved_step():
+    stage = growing()
+    stage.transformer = Ramp()
+    exact, _ = denoised(stage, made_request(None, **GROWING))
+    mask = [*[1] * (GROWTH + 2), *[0, 0, 1] * 3, 0, 1]
+    latents, report = denoised(
+        stage, made_request(OUTPUT | {"steps_computation_mask": mask, "corrector": False}, **GROWING)
+    )
+    assert report["cached_steps"] == mask.count(0)
+    torch.testing.assert_close(latents, exact, rtol=0.0, atol=1e-5)
+
+
 # The clips of Wan-Animate 2
 
 
