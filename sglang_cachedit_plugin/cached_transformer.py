@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -289,10 +290,12 @@ class CachedTransformer:
         self._outputs.clear()
         self.contexts.clear()
 
-    def forget(self) -> None:
-        """Drop what is kept of the steps so far; the request goes on."""
+    def forget(self, positions: Sequence[float] | None = None) -> None:
+        """Drop what is kept of the steps so far; the request goes on, at other ``positions`` if given."""
         self._outputs.clear()
         self.contexts.clear()
+        if positions is not None and self.contexts.spec is not None:
+            self.contexts.spec = replace(self.contexts.spec, positions=positions)
 
     def buffer_bytes(self) -> int:
         """Bytes of the tensors held for cached steps."""

@@ -127,10 +127,14 @@ class CacheDitDenoisingMixin:
         return host.untouched_config(num_inference_steps, steps_computation_mask, scm_policy)
 
     def _refresh_cache_dit_context(self, n_remaining: int, scm_preset: str | None, ctx: Any = None) -> None:
-        """The picture has grown: nothing kept of the small one is of use. Steps keep their numbers."""
+        """The picture has grown: nothing kept of the small one is of use. Steps keep their numbers.
+
+        The host may have moved the next step back on the path.
+        """
+        positions = None if ctx is None else tuple(float(t) for t in ctx.timesteps.flatten().tolist())
         if self in _stages:
             for transformer in _stages[self].backend.mounted.values():
-                transformer.forget()
+                transformer.forget(positions)
         for owner, session in _open:
             if owner is self and session.steps is not None:
                 session.steps.grow()

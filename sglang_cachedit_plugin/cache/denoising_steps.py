@@ -169,6 +169,9 @@ class DenoisingSteps:
             self._give_up(reason)
             self._count += 1
             return solver.own_step(*args, **kwargs)
+        if self._count and solver.set_anew():
+            # The next clip of a video, which knows of no step yet.
+            self.begin_loop()
         if self._count == 0:
             solver.begin(call)
         index = solver.index(self._count)
@@ -199,7 +202,9 @@ class DenoisingSteps:
             self._settle()
             if self._control.measures:
                 forecast = self._outputs.predict(place.position)
-                error = relative_error(forecast, call.output, self._groups.pair or self._groups.forward)
+                # The output of a stage that runs one sample may have no batch dimension; its latents have.
+                pair = (each.reshape(len(call.sample), -1) for each in (forecast, call.output))
+                error = relative_error(*pair, self._groups.pair or self._groups.forward)
                 self._error = self._count, self._control.spread(self._count), Reading(error)
             self._control.computed(self._count)
         # The host may reuse the memory of an output, as CUDA graphs do.

@@ -211,6 +211,10 @@ class Solver:
         """The scheduler's timesteps were changed in place."""
         self._places = None
 
+    def set_anew(self) -> bool:
+        """Whether the scheduler has other timesteps than at the last ``place``: its ``set_timesteps`` was called."""
+        return self._source is not self.scheduler.timesteps
+
     def positions(self, first: int) -> list[float]:
         """Position of each step from number ``first`` on, and of the clean latents at the end."""
         self.place(first)
