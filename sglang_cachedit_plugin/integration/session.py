@@ -19,7 +19,7 @@ from ..cache.solvers import Solver
 from ..cache.step_plan import StepPlan, build_plan
 from ..cache.stretch import Stretch
 from ..cache.warmup import Rehearsal
-from ..config import effective, resampling
+from ..config import effective, tuned_schedules
 from ..config.effective import Decision
 from ..config.settings import CacheSettings
 from ..config.sources import REQUEST, Source
@@ -308,9 +308,9 @@ class Session:
             self.stats.note(f"schedules are tuned for the first denoising stage, the {steps} steps are computed")
             return replace(settings, schedules=None, steps_computation_mask=(1,) * steps), None
         if stretch is None:
-            row, note = resampling.choose(settings.schedules, steps, self._size, positions)
+            row, note = tuned_schedules.choose(settings.schedules, steps, self._size, positions)
         else:
-            row, note = resampling.choose(
+            row, note = tuned_schedules.choose(
                 settings.schedules, len(stretch.timesteps), self._size, stretch.timesteps
             )
             row = stretch.row(row)

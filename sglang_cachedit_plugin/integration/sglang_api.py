@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cache.runtime import Identity
-from ..config.preflight import Machine
+from ..config.diffusers_sections import Machine
 from ..report.stats import COND
 from .ranks import (
     build_slices,

@@ -15,7 +15,7 @@ from typing import Any
 from ..cache.mount import describe_models
 from ..config import effective
 from ..config.effective import Defaults
-from ..config.overrides import Overrides, read_overrides
+from ..config.sources import Overrides, read_overrides
 from ..errors import CacheDitError, one_line
 from ..integration import sglang_api, startup
 

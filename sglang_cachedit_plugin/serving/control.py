@@ -11,7 +11,8 @@ from typing import Any
 from fastapi import APIRouter, HTTPException, Request
 
 from ..config import effective
-from ..config.overrides import MAX_BYTES, Overrides, parse, read_overrides
+from ..config.json_schema import change_schema
+from ..config.sources import MAX_CHANGE_BYTES, Overrides, parse_change, read_overrides
 from ..errors import SettingError, one_line
 from ..integration import sglang_api
 from . import auth, channel, models
@@ -113,7 +114,7 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": models.Refusal, "description": "A setting that cannot be used; nothing was changed."},
     401: {"model": models.Refusal, "description": "The control key is missing or wrong."},
     403: {"model": models.Refusal, "description": "The server has no control key, and the client is elsewhere."},
-    413: {"model": models.Refusal, "description": f"The body is larger than {MAX_BYTES} bytes."},
+    413: {"model": models.Refusal, "description": f"The body is larger than {MAX_CHANGE_BYTES} bytes."},
     501: {"model": models.Refusal, "description": "Roles run apart; their settings cannot be changed."},
     503: {"model": models.Refusal, "description": "A worker did not take the change; the old settings were put back."},
 }
@@ -125,15 +126,15 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
     response_model=models.State,
     responses=_REFUSALS,
     openapi_extra={"requestBody": {
-        "required": True, "content": {"application/json": {"schema": models.schema(models.Change)}},
+        "required": True, "content": {"application/json": {"schema": change_schema()}},
     }},
 )
 async def change(request: Request) -> dict[str, Any]:
     """Replace the change before by this one. What it does not name is as at start-up."""
     _check(request)
-    body = Request(request.scope, limited(request.receive, MAX_BYTES))
+    body = Request(request.scope, limited(request.receive, MAX_CHANGE_BYTES))
     try:
-        overrides = read_overrides(parse(await body.body()), profiles=effective.current().start_up_profiles)
+        overrides = read_overrides(parse_change(await body.body()), profiles=effective.current().start_up_profiles)
     except SettingError as error:
         raise HTTPException(400, str(error)) from None
     return await _finish(_install(overrides))

@@ -19,7 +19,8 @@ from packaging.version import Version
 
 from sglang_cachedit_plugin import adapters
 from sglang_cachedit_plugin.cache.contexts import BranchContext, BranchContexts
-from sglang_cachedit_plugin.config.settings import PRESETS, CacheSettings
+from sglang_cachedit_plugin.config.knobs import PRESETS
+from sglang_cachedit_plugin.config.settings import CacheSettings
 
 
 def parameters(function) -> dict[str, inspect.Parameter]:
