@@ -47,9 +47,7 @@ ATTENTION_BACKENDS: Mapping[str, Backend] = {
     "_sdpa_cudnn": Backend(split=True),
     "sage": Backend(library="sageattention", split=True, lse=True),
     "sage3": Backend(library="sageattn3", split=True),
-    **dict.fromkeys(
-        ("ffpa", "ffpa_fp8", "ffpa_fp4", "ffpa_fp8_per_block"), Backend(library="ffpa_attn", split=True)
-    ),
+    **dict.fromkeys(("ffpa", "ffpa_fp8", "ffpa_fp4", "ffpa_fp8_per_block"), Backend(library="ffpa_attn", split=True)),
     "_native_npu": Backend(library="torch_npu", device="npu", split=True),
     "_npu_fia": Backend(library="torch_npu", device="npu", split=True, lse=True),
     "_mindiesd_laser": Backend(library="mindiesd", device="npu", split=True),
@@ -57,8 +55,7 @@ ATTENTION_BACKENDS: Mapping[str, Backend] = {
     **dict.fromkeys(("_native_efficient", "_native_flash", "_native_cudnn"), Backend()),
     "_native_xla": Backend(library="torch_xla", device="xla"),
     **dict.fromkeys(
-        ("flash_hub", "flash_varlen_hub", "_flash_3_hub", "_flash_3_varlen_hub", "sage_hub"),
-        Backend(library="kernels"),
+        ("flash_hub", "flash_varlen_hub", "_flash_3_hub", "_flash_3_varlen_hub", "sage_hub"), Backend(library="kernels")
     ),
     "_flash_varlen_3": Backend(library="flash_attn_interface"),
     **dict.fromkeys(
@@ -317,12 +314,11 @@ def _attention_problems(found: Mapping[str, Any]) -> Iterator[Problem]:
         yield "attention_backend", backend, f"contradicts attention_backend {other} of parallelism_config"
     name = other or backend or "native"
     split = [size for size in ("ulysses_size", "ring_size") if parallelism.get(size, 1) != 1]
-    if split and not ATTENTION_BACKENDS[name].split:
-        able = ", ".join(known for known, each in ATTENTION_BACKENDS.items() if each.split)
-        yield "attention_backend", name, f"does not split sequences, expected one of {able}"
-    if "ring_size" in split and not ATTENTION_BACKENDS[name].lse:
-        able = ", ".join(known for known, each in ATTENTION_BACKENDS.items() if each.lse)
-        yield "attention_backend", name, f"has no ring kernel, expected one of {able}"
+    abilities = {"split": (split, "does not split sequences"), "lse": ("ring_size" in split, "has no ring kernel")}
+    for ability, (needed, problem) in abilities.items():
+        able = [known for known, each in ATTENTION_BACKENDS.items() if getattr(each, ability)]
+        if needed and name not in able:
+            yield "attention_backend", name, f"{problem}, expected one of {', '.join(able)}"
 
 
 DEGREE_FLAGS: Mapping[str, tuple[str, str]] = {

@@ -10,16 +10,15 @@ from typing import Any
 from ..errors import SettingError
 from .sources import (
     BUILT_IN,
-    PROFILE_VARIABLE,
     FileConfig,
     Overrides,
     Resolved,
     Source,
     Value,
     check_method,
+    profile_of,
     read_request,
     resolve,
-    unknown_profile,
 )
 
 
@@ -101,7 +100,7 @@ class Defaults:
         naming = next((index for index, source in enumerate(given) if source.profile), None)
         profile = Source()
         if naming is not None:
-            profile = _named(given[naming], known)
+            profile = profile_of(given[naming], known)
             given.insert(naming + 1, profile)
         if request.profile:
             # Those that the server's settings name were checked with them.
@@ -115,9 +114,11 @@ class Defaults:
         return Decision(enabled=enabled, reason=reason, resolved=resolved)
 
     def _switch(self, stage: Source | None) -> Value:
-        """Live changes outrank the file, the file outranks the environment; then come profiles that they name."""
-        sources = (self.overrides.source, self.file.source, self.environment)
-        given = [each.enabled for each in sources] + [each.implied for each in sources] + [(stage or Source()).enabled]
+        """Live changes outrank the file, the file outranks the environment; then come profiles that a start names."""
+        start = (self.file.source, self.environment)
+        given = [each.enabled for each in (self.overrides.source, *start)]
+        given += [Value(True, each.profile_origin) if each.profile else None for each in start]
+        given.append((stage or Source()).enabled)
         return next((switch for switch in given if switch is not None), Value(False, "default"))
 
     def check_profiles(self) -> None:
@@ -128,7 +129,7 @@ class Defaults:
         """
         for source in (self.file.source, self.environment):
             if source.profile:
-                check_method(source, _named(source, self.start_up_profiles))
+                check_method(source, profile_of(source, self.start_up_profiles))
 
     def check(self, fields: Mapping[str, Any]) -> None:
         """Check a request's ``enable_cache_dit`` and ``cache_dit_params`` before any worker hears of it.
@@ -141,15 +142,6 @@ class Defaults:
         if switch is not None and not isinstance(switch, bool):
             raise SettingError(name, switch, "request", "expected true or false")
         self.decide(switch, fields.get("cache_dit_params"))
-
-
-def _named(source: Source, known: Mapping[str, Source]) -> Source:
-    """The profile that a source names."""
-    assert source.profile is not None
-    if source.profile not in known:
-        field = PROFILE_VARIABLE if source.profile_origin == "environment" else "profile"
-        raise unknown_profile(source.profile, source.profile_origin, known, field)
-    return known[source.profile]
 
 
 _current = Defaults()

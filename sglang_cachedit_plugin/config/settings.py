@@ -142,6 +142,9 @@ MISSPELT: Mapping[str, str] = {"enable_sperate_cfg": "enable_separate_cfg"}
 
 SCHEDULE_KNOBS = frozenset({"steps_computation_mask", "scm_compute_bins", "scm_cache_bins", "schedules"})
 CALIBRATOR_KNOBS = frozenset({"enable_taylorseer", "enable_dmd"})
+GROUPS = (SCHEDULE_KNOBS, CALIBRATOR_KNOBS, *({name} for name in KNOBS.keys() - SCHEDULE_KNOBS - CALIBRATOR_KNOBS))
+"""A schedule, and the choice of a calibrator, are taken whole from the strongest source that speaks of them: the
+request's preset must not meet the environment's bins."""
 
 EITHER_KNOBS = frozenset({
     "error_tolerance", "corrector", "corrector_order", "corrector_carry", "verify_ranks", "strict",

@@ -19,17 +19,7 @@ import yaml
 from ..errors import SettingError, nearest, printable, shown
 from .diffusers_sections import read_sections
 from .knobs import Flag, Knob, key_name, read_mapping, refuse
-from .settings import (
-    ALIASES,
-    CALIBRATOR_KNOBS,
-    DBCACHE_KNOBS,
-    INERT_KNOBS,
-    KNOBS,
-    MISSPELT,
-    SCHEDULE_KNOBS,
-    CacheSettings,
-    contradictions,
-)
+from .settings import ALIASES, DBCACHE_KNOBS, GROUPS, INERT_KNOBS, KNOBS, MISSPELT, CacheSettings, contradictions
 from .tuned_schedules import TunedSchedule
 
 PREFIX = "SGLANG_CACHE_DIT_"
@@ -66,16 +56,11 @@ Layer = Mapping[str, Value]
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One source's settings for the first and for the second transformer.
-
-    Args:
-        implied: the switch where no source says ``enabled``.
-    """
+    """One source's settings for the first and for the second transformer."""
 
     primary: Layer = field(default_factory=dict)
     secondary: Layer = field(default_factory=dict)
     enabled: Value | None = None
-    implied: Value | None = None
     profile: str | None = None
     profile_origin: str = ""
 
@@ -88,9 +73,8 @@ class Source:
 
     def dbcache(self) -> Value | None:
         """A setting that does without an error tolerance, where the source has one."""
-        given = (value for layer in (self.primary, self.secondary) for name, value in layer.items()
-                 if name in DBCACHE_KNOBS)
-        return next(given, None)
+        given = [*self.primary.items(), *self.secondary.items()]
+        return next((value for name, value in given if name in DBCACHE_KNOBS), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,21 +109,17 @@ class Resolved:
 
     def config(self) -> dict[str, dict[str, Any]]:
         """The ``config`` part of the report; secondary values appear where they differ."""
-        report = {
-            name: {"value": _plain(getattr(self.primary, name)), "origin": self.origins[name]} for name in KNOBS
-        }
+        found = {name: (getattr(self.primary, name), self.origins[name]) for name in KNOBS}
         for name in KNOBS:
-            value = getattr(self.secondary, name)
-            if value != getattr(self.primary, name):
-                report[f"secondary.{name}"] = {"value": _plain(value), "origin": self.secondary_origins[name]}
-        return report
+            if (value := getattr(self.secondary, name)) != getattr(self.primary, name):
+                found[f"secondary.{name}"] = value, self.secondary_origins[name]
+        return {name: {"value": _plain(value), "origin": origin} for name, (value, origin) in found.items()}
 
 
 def _plain(value: Any) -> Any:
     """A setting as the report shows it: of tuned schedules, what they are for."""
-    if isinstance(value, tuple) and value and isinstance(value[0], TunedSchedule):
-        return [row.label() for row in value]
-    return value
+    rows = isinstance(value, tuple) and value and isinstance(value[0], TunedSchedule)
+    return [row.label() for row in value] if rows else value
 
 
 VARIABLES = {PREFIX + knob.env: name for name, knob in KNOBS.items() if knob.env}
@@ -170,7 +150,7 @@ def read_environment(
     source = Source(
         primary=_variables(given, VARIABLES), secondary=_variables(given, SECONDARY_VARIABLES), profile=profile,
         enabled=Value(ENABLED.parse(ENABLED_VARIABLE, enabled, "environment"), ENABLED_VARIABLE) if enabled else None,
-        implied=Value(True, PROFILE_VARIABLE) if profile else None, profile_origin="environment" if profile else "",
+        profile_origin=PROFILE_VARIABLE if profile else "",
     )
     check_method(source)
     return source, tuple(warnings)
@@ -224,7 +204,7 @@ def read_file(path_or_mapping: str | Mapping[str, Any]) -> FileConfig:
         secondary=read_layer(secondary, f"{label} secondary", warnings, secondary=True),
         # Profiles alone are only there to be named.
         enabled=Value(True, label) if raw.get("cache_config") is not None else None,
-        implied=Value(True, label) if profile else None, profile=profile, profile_origin=label,
+        profile=profile, profile_origin=label,
     )
     check_method(source)
     passed_on = read_sections(raw, label, warnings)
@@ -261,18 +241,26 @@ def read_request(
     warnings = [] if warnings is None else warnings
     primary = read_layer(raw, origin, warnings, extra=("secondary", "profile"))
     secondary, profile = raw.get("secondary"), raw.get("profile")
-    if profile is not None and not (isinstance(profile, str) and profile in profiles):
-        raise unknown_profile(profile, origin, profiles)
+    if profile is not None:
+        _check_profile("profile", profile, origin, profiles)
     layer = {} if secondary is None else read_layer(secondary, f"{origin}.secondary", warnings, secondary=True)
     source = Source(primary=primary, secondary=layer, profile=profile, profile_origin=origin)
     check_method(source)
     return source
 
 
-def unknown_profile(profile: Any, origin: str, known: Collection[str], field: str = "profile") -> SettingError:
-    """A profile that there is not."""
-    allowed = f"expected one of: {', '.join(sorted(known)) or 'none is defined'}"
-    return SettingError(field, profile, origin, allowed, nearest(key_name(profile), known))
+def profile_of(source: Source, known: Mapping[str, Source]) -> Source:
+    """The profile that a source names."""
+    variable = source.profile_origin == PROFILE_VARIABLE
+    field, origin = (PROFILE_VARIABLE, "environment") if variable else ("profile", source.profile_origin)
+    _check_profile(field, source.profile, origin, known)
+    return known[str(source.profile)]
+
+
+def _check_profile(field: str, profile: Any, origin: str, known: Collection[str]) -> None:
+    if not isinstance(profile, str) or profile not in known:
+        allowed = f"expected one of: {', '.join(sorted(known)) or 'none is defined'}"
+        raise SettingError(field, profile, origin, allowed, nearest(key_name(profile), known))
 
 
 def read_overrides(raw: Any, *, profiles: Mapping[str, Source] = MappingProxyType({})) -> Overrides:
@@ -367,14 +355,9 @@ def _without(names: Collection[str], source: Source) -> Source:
     return replace(source, primary=primary, secondary=secondary)
 
 
-_GROUPS = (SCHEDULE_KNOBS, CALIBRATOR_KNOBS, *({name} for name in KNOBS.keys() - SCHEDULE_KNOBS - CALIBRATOR_KNOBS))
-"""A schedule, and the choice of a calibrator, are taken whole from the strongest source that speaks of them: the
-request's preset must not meet the environment's bins."""
-
-
 def _merge(layers: list[Layer]) -> tuple[CacheSettings, dict[str, str]]:
     found: dict[str, Value] = {}
-    for group in _GROUPS:
+    for group in GROUPS:
         layer = next((layer for layer in layers if not group.isdisjoint(layer)), {})
         found |= {name: layer[name] for name in group if name in layer}
     origins = {name: found[name].origin if name in found else "default" for name in KNOBS}

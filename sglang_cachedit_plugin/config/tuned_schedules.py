@@ -99,18 +99,6 @@ class TunedSchedule:
         """Steps and size in words."""
         return _label(self.steps, self.size)
 
-    def as_dict(self) -> dict[str, Any]:
-        """The form of files and requests."""
-        found = {name: getattr(self, name) for name in FIELDS if getattr(self, name) is not None}
-        for name, separator in {"size": "x", "mask": "", "uncond_mask": ""}.items():
-            if name in found:
-                found[name] = separator.join(map(str, found[name]))
-        if self.weights is not None:
-            found["weights"] = [list(each) for each in self.weights]
-        if self.timesteps is not None:
-            found["timesteps"] = list(self.timesteps)
-        return found
-
 
 FIELDS: Mapping[str, Knob] = declared(TunedSchedule)
 
@@ -126,15 +114,13 @@ class Rows(Knob):
         return json_list(json_object(FIELDS) | {"required": ["steps", "mask"]}, 1, MAX_ROWS)
 
     def read(self, value: Any) -> Any:
-        rows = entries(value, 1, MAX_ROWS)
-        if not all(isinstance(each, Mapping | TunedSchedule) for each in rows):
+        if not all(isinstance(each, Mapping) for each in entries(value, 1, MAX_ROWS)):
             raise TypeError(value)
-        return rows
+        return value
 
     def check(self, name: str, value: Any, origin: str) -> Any:
         """The rows of a list of mappings; SettingError names row and field."""
-        given = super().check(name, value, origin)
-        if given is None:
+        if (given := super().check(name, value, origin)) is None:
             return None
         rows: dict[Any, TunedSchedule] = {}
         for index, each in enumerate(given):
@@ -145,8 +131,7 @@ class Rows(Knob):
 
 
 def _read_row(name: str, value: Any, origin: str) -> TunedSchedule:
-    given = value.as_dict() if isinstance(value, TunedSchedule) else value
-    read, _ = read_mapping(given, FIELDS, origin, [], prefix=f"{name}.")
+    read, _ = read_mapping(value, FIELDS, origin, [], prefix=f"{name}.")
     refuse(((f"{name}.{key}", shown, problem) for key, shown, problem in _problems(read)), origin)
     return TunedSchedule(**read)
 

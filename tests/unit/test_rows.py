@@ -19,11 +19,11 @@ def read(**changes):
     return Rows().check("schedules", [{**ROW, **changes}], "tuned.yaml")
 
 
-def test_a_row_comes_back_from_yaml_as_it_was_read():
+def test_a_row_in_yaml_is_read_as_it_was_written():
     (row,) = read()
     assert (row.steps, row.size, row.mask, row.uncond_mask) == (4, (128, 64), (1, 0, 1, 0), (1, 0, 0, 0))
     assert row.weights == ((1.0,), (-0.5, 1.5))
-    text = yaml.safe_dump({"profiles": {"tuned": {"schedules": [row.as_dict()]}}})
+    text = yaml.safe_dump({"profiles": {"tuned": {"schedules": [ROW]}}})
     again = read_file(yaml.safe_load(text)).profiles["tuned"].primary["schedules"].value
     assert again == (row,)
 
