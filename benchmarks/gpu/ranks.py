@@ -171,7 +171,7 @@ def with_plugin(case: Case, layout: stock.HostLayout, settings: CacheSettings, t
     found: dict[str, Any] = {"step_ms": 1e3 * case.run(STEPS, plugin.at), **plugin.counts()}
     begin(PROFILED)
     found |= counted(case, contexts.BranchContexts, PROFILED, plugin.at)
-    manager = plugin.backend.mounted["transformer"].contexts
+    manager = plugin.model.mounted["transformer"].contexts
     tensor = case.at(0)[0]
     other = tensor * 1.1
     begin(STEPS)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,15 +19,8 @@ from .inputs import given
 from .mount_check import MountProbe
 from .output_steps import OutputSteps
 from .patched_forwards import set_forwards, undone
-from .runtime import Groups, Identity, TransformerSpec
+from .runtime import Identity, RequestSpec, TransformerSpec
 from .swaps import Swaps
-from .warmup import Rehearsal, Request
-
-Identify = Callable[[str, Mapping[str, Any]], Identity | None]
-"""(transformer name, keyword arguments of the forward) -> identity, None where the host names none."""
-
-OnForward = Callable[[str, Identity, Any, Any], None]
-"""Told of each computed forward: transformer name, identity, latents that went in, output."""
 
 
 class CachedTransformer:
@@ -39,6 +31,9 @@ class CachedTransformer:
 
     Args:
         name: ``transformer`` or ``transformer_2``.
+
+    Attributes:
+        request: what the forwards under way are served under, None without.
     """
 
     def __init__(self, name: str, transformer: nn.Module, pipe: Any = None):
@@ -55,11 +50,9 @@ class CachedTransformer:
             self._swaps = self._find_swaps(pipe)
         self._patched = with_own_code(patches.pop(transformer, self._original))
         self._block_forwards = {module: patches[module] for module in transformer.modules() if module in patches}
-        self._identify: Identify | None = None
+        self.request: RequestSpec | None = None
         self._identity_outside: tuple[Identity | None] | None = None
         self._outputs = OutputSteps(self.contexts)
-        self.on_forward: OnForward | None = None
-        self.rehearsal: Rehearsal | None = None
         self.probe = MountProbe(self._swaps.watched)
         setattr(transformer, self._slot, self._wrapper())
 
@@ -77,8 +70,8 @@ class CachedTransformer:
             identity = self._identity(args, kwargs)
             if identity is None:
                 return self._original(*args, **kwargs)
-            if self.rehearsal is not None:
-                self.rehearsal.run(self, identity, args, kwargs)
+            if self.request.warmup is not None:
+                self.request.warmup(self, identity, args, kwargs)
             return self.run(identity, args, kwargs)
 
         return forward
@@ -89,15 +82,18 @@ class CachedTransformer:
         self._receive(identity)
         run = self._guarded if self.contexts.guarded else self._run
         output = run(identity, args, kwargs)
-        if self.on_forward is not None and self.contexts.computed_last(identity):
-            self.on_forward(self.name, identity, (kwargs.get("hidden_states"), args), output)
+        if self.request.on_forward is not None and self.contexts.computed_last(identity):
+            self.request.on_forward(self.name, identity, (kwargs.get("hidden_states"), args), output)
         return output
 
-    def run_around(self, forward: Callable[..., Any], identity: Identity, args: Any, kwargs: dict[str, Any]) -> Any:
+    def run_around(self, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         """One forward of the request under way, where computed steps are ``forward``: what the host made of it.
 
         Only static schedules with ``forecast: output`` cache any step here.
         """
+        identity = None if self.request is None else self.request.identify(self.name, kwargs)
+        if identity is None:
+            return forward(*args, **kwargs)
         self.contexts.given = given(args, kwargs)
         self._receive(identity)
         computed = functools.partial(forward, *args, **kwargs)
@@ -139,7 +135,9 @@ class CachedTransformer:
     def _identity(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Identity | None:
         if self._identity_outside is not None:
             return self._identity_outside[0]
-        identity = self._identify(self.name, kwargs) if self._identify is not None else None
+        if self.request is None or self.request.around:
+            return None
+        identity = self.request.identify(self.name, kwargs)
         if identity is not None:
             self.contexts.given = given(args, kwargs)
         return identity
@@ -225,34 +223,25 @@ class CachedTransformer:
             functools.partial(self._original, *args, **kwargs),
         )
 
-    def refresh(
-        self, spec: TransformerSpec, stats: TransformerStats, identify: Identify, groups: Groups | None = None
-    ) -> None:
-        """Serve the next forwards under ``spec``.
+    def refresh(self, request: RequestSpec) -> None:
+        """Serve the next forwards under ``request``; nothing that was kept before is of use to it.
 
         Raises:
             MountError: F and B do not fit the blocks, only the whole output can be forecast, or an earlier
                 forward has shown that the blocks are not as declared.
         """
-        self._check(spec)
-        self.begin(Request(spec=spec, stats=stats, identify=identify, groups=groups or Groups()))
+        self._check(request.of(self.name))
+        self.begin(request)
 
     @torch.compiler.disable
-    def begin(self, request: Request) -> None:
-        """Start over under ``request``."""
-        self.on_forward, self.rehearsal = request.on_forward, None
-        self.contexts.begin_request(request.spec, request.stats, request.groups)
-        self._outputs.begin_request(request.spec)
-        self._identify = request.identify
-
-    @torch.compiler.disable
-    def request(self) -> Request:
-        """What the forwards under way are served under."""
-        contexts = self.contexts
-        return Request(
-            spec=contexts.spec, stats=contexts.stats, identify=self._identify, groups=contexts.groups,
-            on_forward=self.on_forward,
-        )
+    def begin(self, request: RequestSpec) -> None:
+        """Start over under ``request``, which is known to fit."""
+        spec = request.of(self.name)
+        stats = request.stats.transformers.setdefault(self.name, TransformerStats(steps=0))
+        stats.steps = spec.plan.num_steps
+        self.contexts.begin_request(spec, stats, request.groups)
+        self._outputs.begin_request(spec)
+        self.request = request
 
     def _check(self, spec: TransformerSpec) -> None:
         settings, name = spec.settings, type(self.module).__name__
@@ -287,16 +276,9 @@ class CachedTransformer:
 
     def bypass(self) -> None:
         """Run the original forward; drop all buffers."""
-        self._identify = self.rehearsal = None
+        self.request = None
         self._outputs.clear()
         self.contexts.clear()
-
-    def forget(self, positions: Sequence[float] | None = None) -> None:
-        """Drop what is kept of the steps so far; the request goes on, at other ``positions`` if given."""
-        self._outputs.clear()
-        self.contexts.clear()
-        if positions is not None and self.contexts.spec is not None:
-            self.contexts.spec = replace(self.contexts.spec, positions=positions)
 
     def buffer_bytes(self) -> int:
         """Bytes of the tensors held for cached steps."""

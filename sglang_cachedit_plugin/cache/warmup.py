@@ -8,28 +8,17 @@ cached, with the forecasts asked for. What came of it is dropped, and the reques
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ..config.settings import CacheSettings
 from ..errors import CacheDitError
-from ..report.stats import TransformerStats
+from ..report.stats import RequestStats
 from .compiling import no_compile
-from .runtime import Groups, Identity, TransformerSpec
+from .runtime import Identity, RequestSpec, TransformerSpec
 from .step_plan import StepPlan
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What the forwards of one transformer are served under; see ``CachedTransformer``."""
-
-    spec: TransformerSpec
-    stats: TransformerStats
-    identify: Any
-    groups: Groups
-    on_forward: Any = None
 
 
 class Rehearsal:
@@ -52,7 +41,7 @@ class Rehearsal:
             CacheDitError: the mount is wrong and the request is strict, or ranks disagree.
             torch.OutOfMemoryError: the host tries a smaller request then.
         """
-        request = mounted.request()
+        request = mounted.request
         # Ranks that gather weights from one another rehearse at the same time, whatever their branches.
         key = (mounted.name, "" if request.groups.gathered else identity.branch)
         if key in self._done:
@@ -61,16 +50,15 @@ class Rehearsal:
         try:
             if self._compiled:
                 mounted.run_original(args, kwargs)
-            for each in _ways(request, blocks=bool(mounted.num_blocks)):
+            for each in _ways(request, request.of(mounted.name), blocks=bool(mounted.num_blocks)):
                 mounted.begin(each)
-                self._steps(mounted, identity.branch, each.spec.plan.num_steps - 1, args, kwargs)
+                self._steps(mounted, identity.branch, each.of(mounted.name).plan.num_steps - 1, args, kwargs)
         except (CacheDitError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             self._warn(f"warmup of cached steps broke off: {type(error).__name__}: {error}")
         finally:
             mounted.begin(request)
-            mounted.rehearsal = self
 
     @no_compile
     def _steps(self, mounted: Any, branch: str, last: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -80,9 +68,9 @@ class Rehearsal:
 
 
 @torch.compiler.disable
-def _ways(request: Request, *, blocks: bool) -> list[Request]:
+def _ways(request: RequestSpec, spec: TransformerSpec, *, blocks: bool) -> list[RequestSpec]:
     """A computed step and a cached one for each forecast that requests with these settings use."""
-    settings = _plain(request.spec.settings)
+    settings = _plain(spec.settings)
     plans = []
     if blocks:
         last = max(2, settings.dmd_history if settings.calibrator == "dmd" else settings.taylorseer_order + 1)
@@ -91,8 +79,8 @@ def _ways(request: Request, *, blocks: bool) -> list[Request]:
         plans.append(("output", StepPlan(num_steps=2, mask=(1, 0), static=True)))
     return [
         replace(
-            request, stats=TransformerStats(steps=plan.num_steps), on_forward=None,
-            spec=TransformerSpec(name=request.spec.name, settings=replace(settings, forecast=forecast), plan=plan),
+            request, stats=RequestStats(backend="", enabled=True), on_forward=None, warmup=None,
+            transformers=(TransformerSpec(name=spec.name, settings=replace(settings, forecast=forecast), plan=plan),),
         )
         for forecast, plan in plans
     ]

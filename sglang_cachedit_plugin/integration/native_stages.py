@@ -1,21 +1,27 @@
-"""Stages of the host with a denoising loop of their own.
+"""What the host's stages do by themselves: denoising loops of their own, settings, refusals.
 
-Most never ask for caching. Where such a loop calls the transformer once for each step and branch, the plugin opens
-the request itself and names the forwards. Otherwise the stage is declined, and the report says why. Others ask,
-but name the step or the branch of a forward in a way of their own.
+Most stages with a loop of their own never ask for caching. Where such a loop calls the transformer once for each step
+and branch, the plugin opens the request itself and names the forwards. Otherwise the stage is declined, and the report
+says why. Others ask, but name the step or the branch of a forward in a way of their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from ..cache.runtime import Identity
+from ..cache.runtime import Identify, Identity
+from ..config.settings import KNOBS
+from ..config.sources import Layer, Source, Value
 from ..report.stats import COND, COND_ONLY
 from . import sglang_api
+from .request import WORKER
 
-Identify = Callable[[str, Mapping[str, Any]], Identity | None]
+
+def _by_context(batch: Any) -> Identify:
+    """The host's forward context names step and branch."""
+    return lambda name, kwargs: sglang_api.forward_identity(WORKER.active.branch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,29 +36,26 @@ class OwnLoop:
         one_step: each of its requests is one step; caching goes on until the stage unmounts.
     """
 
-    identify: Callable[[Any], Identify] | None = None
+    identify: Callable[[Any], Identify] = _by_context
     refused: str = ""
     asks: bool = False
     refuses: str = ""
     one_step: bool = False
 
 
-def _by_context(batch: Any) -> Identify:
-    """The host's forward context names step and branch."""
-    return lambda name, kwargs: sglang_api.forward_identity()
-
-
-_guided = False
-
-
 def guided(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Around ``Cosmos3DenoisingStage._predict_noise_cfg``: the branches of a step, shared out over the CFG ranks."""
-    global _guided
-    _guided = True
+    active = WORKER.active
+    active.guided = True
     try:
         return original(*args, **kwargs)
     finally:
-        _guided = False
+        active.guided = False
+
+
+def branch_comes(branch: Any, batch: Any) -> None:
+    """Before ``CFGBranch.configure_batch``: the forward of this branch comes next."""
+    WORKER.active.branch = branch.name
 
 
 def _by_cache_key(batch: Any) -> Identify:
@@ -70,7 +73,7 @@ def _by_cache_key(batch: Any) -> Identify:
         if step is None:
             return None
         branch = COND if key in ("cfg_batched", "") else key
-        if not apart or branch != COND or _guided:
+        if not apart or branch != COND or WORKER.active.guided:
             return Identity(branch, step)
         runs, last = runs + (step > last + 1), step
         return Identity(COND_ONLY if runs == 1 else f"{COND_ONLY}_{runs}", step)
@@ -149,7 +152,7 @@ _CHUNKS = "it samples chunk by chunk, and what each block keeps is read by the n
 
 OWN_LOOPS: Mapping[str, OwnLoop] = {
     "Cosmos3DenoisingStage": OwnLoop(identify=_by_cache_key),
-    "SanaWMDenoisingStage": OwnLoop(identify=_by_context),
+    "SanaWMDenoisingStage": OwnLoop(),
     "WanAnimate2DenoisingStage": OwnLoop(identify=_by_flag),
     "SanaVideo2DenoisingStage": OwnLoop(identify=_by_count),
     "LTX2DenoisingStage": OwnLoop(identify=_by_step, asks=True, refuses="it starts from an image"),
@@ -204,7 +207,62 @@ def of(cls: type) -> OwnLoop | None:
     return next((OWN_LOOPS[base.__name__] for base in cls.__mro__ if base.__name__ in OWN_LOOPS), None)
 
 
+def makes_base_steps(stage: Any) -> bool:
+    """Whether all steps of a stage whose class is not known here go through ``_predict_noise_with_cfg``."""
+    # Stages that grow the picture have a loop of their own over the base's steps.
+    own_loop = sglang_api.overrides(stage, "forward") and not hasattr(stage, "_run_stage_steps")
+    methods = ("_denoise", "_run_denoising_loop", "_run_denoising_step", "_predict_noise_with_cfg")
+    return not own_loop and not any(sglang_api.overrides(stage, each) for each in methods)
+
+
 def num_steps(batch: Any) -> int:
     """Steps that the loop of ``batch`` takes."""
     timesteps = getattr(batch, "timesteps", None)
     return int(batch.num_inference_steps) if timesteps is None else len(timesteps)
+
+
+CONFIGURES = ("_build_cache_dit_config", "_cache_dit_scm_masks")
+"""Methods with which a stage replaces the settings that it was given."""
+
+
+def refusal(stage: Any) -> str:
+    """Why a request runs uncached that the stage does not want cached."""
+    loop = of(type(stage))
+    when = f": {loop.refuses}" if loop is not None and loop.refuses else ""
+    return f"{type(stage).__name__} keeps this request uncached{when}"
+
+
+def source(stage: Any, steps: int | tuple[int, int], *, wanted: bool) -> Source:
+    """The stage's own settings and wish for the request under way.
+
+    Args:
+        steps: of the transformer, or of the high and the low noise expert.
+        wanted: the stage asks for caching.
+    """
+    origin = f"stage {type(stage).__name__}"
+    enabled = Value(True, origin) if wanted else None
+    if not wanted or not any(sglang_api.overrides(stage, name) for name in CONFIGURES):
+        return Source(enabled=enabled)
+    counts = stage._cache_dit_step_counts(steps)
+    _, policy, *masks = stage._cache_dit_scm_masks(*counts)
+    layers = [
+        _layer(stage, count, mask, policy, bool(second), origin)
+        for second, (count, mask) in enumerate(zip(counts, masks, strict=True))
+    ]
+    return Source(primary=layers[0], secondary=layers[1], enabled=enabled)
+
+
+def _layer(stage: Any, steps: int | None, mask: Any, policy: str, second: bool, origin: str) -> Layer:
+    """The config that the stage builds, where it differs from the one that nobody has touched."""
+    if steps is None:
+        return {}
+    config = stage._build_cache_dit_config(steps, mask, policy, secondary=second)
+    if config == sglang_api.untouched_config(steps):
+        return {}
+    given = {each.name: getattr(config, each.name) for each in fields(config)}
+    return {
+        name: Value(knob.check(name, given[name], origin), origin)
+        for name, knob in KNOBS.items()
+        # The number of steps is the request's, not what a mask was written for.
+        if name != "num_inference_steps" and given.get(name) is not None
+    }

@@ -1,4 +1,4 @@
-"""Everything that is asked of SGLang: identity of a forward, versions, and what host_ranks.py says of its ranks.
+"""What is asked of SGLang, but for the layout of its ranks: see ``ranks``.
 
 Imports of sglang stand inside functions: the plugin is loaded in processes that must not import the runtime early.
 """
@@ -14,30 +14,16 @@ from typing import Any
 from ..cache.runtime import Identity
 from ..config.preflight import Machine
 from ..report.stats import COND
-from .ranks import (
-    build_slices,
-    connected,
-    ensure_one_replica,
-    gather_replica,
-    groups,
-    groups_ready,
-    is_first_rank,
-    layout,
-    rank,
-)
-from .versions import version
-
-__all__ = [
-    "answer", "branch_comes", "branch_name", "build_slices", "connected", "ensure_one_replica", "explicit_flags",
-    "forget_branch", "forward_identity", "forward_request", "forward_step", "gather_replica", "groups",
-    "groups_ready", "is_first_rank", "known_variables", "layout", "logger", "machine", "overrides",
-    "prefer_regional_compile", "publishes_metrics", "rank", "runs_branches_apart", "serves_nobody", "size_of",
-    "tell_replicas", "transformer_classes", "untouched_config", "version",
-]
+from .host_contract import version as version
 
 _BRANCH_NAMES = {"conditional": COND, "unconditional": "uncond"}
 
-_branch_name: str | None = None
+
+def hook_registry() -> tuple[Any, Any]:
+    """The host's registry of hooks, and its types of hooks."""
+    from sglang.multimodal_gen.runtime.platforms.plugins import HookRegistry, HookType
+
+    return HookRegistry, HookType
 
 
 def known_variables() -> Collection[str]:
@@ -92,24 +78,18 @@ def explicit_flags(server_args: Any) -> dict[str, Any]:
     }
 
 
-def forget_branch() -> None:
-    """No branch was named for what comes next."""
-    global _branch_name
-    _branch_name = None
+def forward_identity(branch: str | None) -> Identity | None:
+    """Branch and step of the forward under way, None outside the host's denoising loop.
 
-
-def forward_identity() -> Identity | None:
-    """Branch and step of the forward under way, None outside the host's denoising loop."""
-    from sglang.multimodal_gen.runtime.managers.forward_context import get_forward_context_or_none
-
-    context = get_forward_context_or_none()
+    Args:
+        branch: the host's name of the branch that was configured last.
+    """
+    context = _context()
     if context is None or context.forward_batch is None:
         return None
-    negative = bool(getattr(context.forward_batch, "is_cfg_negative", False))
-    name = "uncond" if negative else COND
-    named = None if _branch_name is None else branch_name(_branch_name)
-    if named is not None and named not in (COND, "uncond"):
-        name = named
+    name = COND if branch is None else branch_name(branch)
+    if name in (COND, "uncond"):
+        name = "uncond" if getattr(context.forward_batch, "is_cfg_negative", False) else COND
     return Identity(branch=name, step=int(context.current_timestep))
 
 
@@ -120,18 +100,20 @@ def branch_name(own: str) -> str:
 
 def forward_step() -> int | None:
     """Step of the forward under way, None outside the host's denoising loops."""
-    from sglang.multimodal_gen.runtime.managers.forward_context import get_forward_context_or_none
-
-    context = get_forward_context_or_none()
+    context = _context()
     return None if context is None else int(context.current_timestep)
 
 
 def forward_request() -> Any:
     """The request of the forward under way, None outside the host's denoising loops."""
+    context = _context()
+    return None if context is None else context.forward_batch
+
+
+def _context() -> Any:
     from sglang.multimodal_gen.runtime.managers.forward_context import get_forward_context_or_none
 
-    context = get_forward_context_or_none()
-    return None if context is None else context.forward_batch
+    return get_forward_context_or_none()
 
 
 def runs_branches_apart() -> bool:
@@ -168,6 +150,11 @@ def size_of(batch: Any) -> tuple[int, ...] | None:
     return (width, height, frames) if isinstance(frames, int) and frames > 1 else (width, height)
 
 
+def timesteps_of(owner: Any) -> tuple[float, ...]:
+    """Timesteps of a request, a context or a scheduler."""
+    return tuple(float(each) for each in owner.timesteps.flatten().tolist())
+
+
 def prefer_regional_compile(server_args: Any, module: Any) -> bool:
     """Whether to compile the repeated blocks of ``module`` only, because nobody chose otherwise.
 
@@ -189,12 +176,6 @@ def logger() -> Any:
     from sglang.multimodal_gen.runtime.utils.logging_utils import init_logger
 
     return init_logger("sglang_cachedit_plugin")
-
-
-def branch_comes(branch: Any, batch: Any) -> None:
-    """Before ``CFGBranch.configure_batch``: remember the branch whose forward comes next."""
-    global _branch_name
-    _branch_name = branch.name
 
 
 async def tell_replicas(message: Any) -> list[Any]:
@@ -225,3 +206,29 @@ def publishes_metrics() -> bool:
     from sglang.multimodal_gen.runtime.observability.metrics import get_metrics
 
     return get_metrics() is not None
+
+
+def rank() -> int:
+    """This process's rank, 0 without ranks."""
+    import torch.distributed as dist
+
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for all ranks in the log."""
+    import torch.distributed as dist
+
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def gather_replica(value: Any) -> list[Any]:
+    """``value`` of every rank of this data-parallel replica, in order of ranks; all of them must call this."""
+    import torch.distributed as dist
+    from sglang.multimodal_gen.runtime.distributed import parallel_state as state
+
+    if not dist.is_initialized() or (group := state.get_replica_group()).world_size == 1:
+        return [value]
+    everyone: list[Any] = [None] * group.world_size
+    dist.all_gather_object(everyone, value, group=group.cpu_group)
+    return everyone
