@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
-import sys
 
 from . import hooks
-from .integration import host_contract
+from .integration import host_contract, sglang_api, startup
 
 
 def register() -> None:
@@ -16,16 +15,10 @@ def register() -> None:
     """
     problems, unknown = hooks.mismatches(hooks.host_root()), "; ".join(host_contract.untried())
     if problems:
-        _warn("this host is not one the plugin knows, it is left unpatched: " + "; ".join(problems))
+        startup.warn("this host is not one the plugin knows, it is left unpatched: " + "; ".join(problems))
         return
     if unknown and multiprocessing.parent_process() is None:
         # Workers are spawned: once is enough.
-        _warn(f"{unknown}; all that the plugin needs is there, so it works")
-    from .integration import sglang_api, startup
-
+        startup.warn(f"{unknown}; all that the plugin needs is there, so it works")
     startup.read_settings()
     hooks.register(*sglang_api.hook_registry())
-
-
-def _warn(text: str) -> None:
-    print(f"cache-dit: warning: {text}", file=sys.stderr, flush=True)

@@ -50,7 +50,7 @@ class HostLayout:
     def _build(self, ulysses: int, ring: int, tp: int, cfg: int) -> None:
         from sglang.multimodal_gen.runtime.distributed import parallel_state as state
 
-        from sglang_cachedit_plugin.integration import sglang_api
+        from sglang_cachedit_plugin.integration import ranks
 
         if state._WORLD is None:
             state.init_distributed_environment(
@@ -66,8 +66,8 @@ class HostLayout:
             sequence_parallel_degree=ulysses * ring, ulysses_degree=ulysses, ring_degree=ring,
             tensor_parallel_degree=tp, classifier_free_guidance_degree=cfg,
         )
-        sglang_api.build_slices()
-        self.groups = sglang_api.groups([], None)
+        ranks.groups_ready()
+        self.groups = ranks.groups([], None)
         self.sp = state.get_sp_group().device_group if ulysses * ring > 1 else None
         self.tp = state.get_tp_group().device_group if tp > 1 else None
 

@@ -260,7 +260,7 @@ def check_worker(worker: Any) -> None:
             continue
         if settings.strict:
             raise MountError(f"{type(module).__name__}: {reason}")
-        if ranks.is_first_rank():
+        if sglang_api.is_first_rank():
             sglang_api.logger().warning("cache-dit: off: %s (%s): %s", name, type(module).__name__, reason)
 
 

@@ -7,6 +7,7 @@ says why. Others ask, but name the step or the branch of a forward in a way of t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -104,36 +105,20 @@ def _extra(batch: Any, name: str) -> Any:
     return (getattr(batch, "extra", None) or {}).get(name)
 
 
-def _by_flag(batch: Any) -> Identify:
-    """Wan-Animate 2: the context names the step, a flag of the forward the branch."""
+def _by(branch: Callable[[Mapping[str, Any]], str]) -> Callable[[Any], Identify]:
+    """The context names the step, and ``branch`` the branch from the forward's keyword arguments."""
 
     def identify(name: str, kwargs: Mapping[str, Any]) -> Identity | None:
         step = sglang_api.forward_step()
-        return None if step is None else Identity("uncond" if kwargs.get("is_unconditional") else COND, step)
+        return None if step is None else Identity(branch(kwargs), step)
 
-    return identify
+    return lambda batch: identify
 
 
 def _by_count(batch: Any) -> Identify:
     """Sana-Video 2: one forward a step for both branches, and nothing names the step."""
-    calls = 0
-
-    def identify(name: str, kwargs: Mapping[str, Any]) -> Identity:
-        nonlocal calls
-        calls += 1
-        return Identity(COND, calls - 1)
-
-    return identify
-
-
-def _by_step(batch: Any) -> Identify:
-    """LTX-2: the context names the step alone; all branches are one forward."""
-
-    def identify(name: str, kwargs: Mapping[str, Any]) -> Identity | None:
-        step = sglang_api.forward_step()
-        return None if step is None else Identity(COND, step)
-
-    return identify
+    steps = itertools.count()
+    return lambda name, kwargs: Identity(COND, next(steps))
 
 
 def _by_remaining(batch: Any) -> Identify:
@@ -153,9 +138,12 @@ _CHUNKS = "it samples chunk by chunk, and what each block keeps is read by the n
 OWN_LOOPS: Mapping[str, OwnLoop] = {
     "Cosmos3DenoisingStage": OwnLoop(identify=_by_cache_key),
     "SanaWMDenoisingStage": OwnLoop(),
-    "WanAnimate2DenoisingStage": OwnLoop(identify=_by_flag),
+    "WanAnimate2DenoisingStage": OwnLoop(
+        identify=_by(lambda given: "uncond" if given.get("is_unconditional") else COND)
+    ),
     "SanaVideo2DenoisingStage": OwnLoop(identify=_by_count),
-    "LTX2DenoisingStage": OwnLoop(identify=_by_step, asks=True, refuses="it starts from an image"),
+    # All branches of LTX-2 are one forward.
+    "LTX2DenoisingStage": OwnLoop(identify=_by(lambda given: COND), asks=True, refuses="it starts from an image"),
     "Flux3ImageDenoiseStage": OwnLoop(
         asks=True, refuses="its samples pass each block one by one under Ulysses, or its CFG pair runs as two forwards"
     ),

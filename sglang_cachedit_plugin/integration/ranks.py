@@ -142,8 +142,8 @@ def _connect(group: Any) -> None:
 _layout = _Layout()
 
 
-def build_slices() -> None:
-    """Find the ranks that must agree. Every rank calls this once its model-parallel groups exist.
+def groups_ready(result: Any = None, *args: Any, **kwargs: Any) -> None:
+    """After ``initialize_model_parallel``, on every rank: find the ranks that must agree.
 
     Raises:
         HostContractError: pipeline parallelism, which SGLang Diffusion does not start with.
@@ -206,8 +206,3 @@ def connected(sets: list[list[int]]) -> list[list[int]]:
                 rest.append(component)
         components = [*rest, joined]
     return sorted(sorted(component) for component in components)
-
-
-def groups_ready(result: Any, *args: Any, **kwargs: Any) -> None:
-    """After ``initialize_model_parallel``."""
-    build_slices()

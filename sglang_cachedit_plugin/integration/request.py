@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -35,8 +35,7 @@ from .recording import Recording
 REPORT = "cache_dit"
 
 
-@dataclass(frozen=True)
-class Running:
+class Running(NamedTuple):
     """A stage under way, its requests, and the size of the pictures that were asked of it."""
 
     stage: Any
@@ -50,7 +49,7 @@ class Served:
 
     batches: Sequence[Any]
     stats: RequestStats
-    failed: bool = False
+    failed: bool
 
 
 @dataclass
@@ -179,14 +178,13 @@ def end(session: Session, batches: Sequence[Any], failed: bool = False) -> None:
     module = getattr(session.owner, "transformer", None)
     parameters = module.parameters() if isinstance(module, nn.Module) else iter(())
     stats = session.close(next((each.device for each in parameters), None))
-    reports = WORKER.active.served
-    served = next((each for each in reports if each.batches[0] is batches[0]), None)
+    served = next((each for each in WORKER.active.served if each.batches[0] is batches[0]), None)
     if served is None:
-        served = Served(batches, stats)
-        reports.append(served)
+        served = Served(batches, stats, failed)
+        WORKER.active.served.append(served)
     else:
         served.stats.add_stage(type(session.owner).__name__, stats)
-    served.failed = served.failed or failed
+        served.failed = served.failed or failed
     for batch in batches:
         attach(batch, served.stats)
 
@@ -271,10 +269,7 @@ class Session:
     ):
         self.decision, self.owner, self.batch = decision, owner, batch
         self.stats = RequestStats(
-            backend=backend,
-            enabled=decision.enabled,
-            reason=decision.reason,
-            profile=decision.resolved.profile,
+            backend=backend, enabled=decision.enabled, reason=decision.reason, profile=decision.resolved.profile,
             config=decision.resolved.config() if decision.enabled else {},
         )
         self.steps: DenoisingSteps | None = None
@@ -437,14 +432,12 @@ class Session:
 
     def _wanted(self) -> RequestSpec:
         """What the request wants, as far as the facts are known."""
-        facts, specs = self._facts, []
-        notes = list(self.stats.notes)
+        facts, specs, notes = self._facts, [], list(self.stats.notes)
+        total = _total(facts.steps)
         for name, (first, count) in facts.steps.items():
-            settings, row = self._tuned(self._settings(name, facts.one_config)[0], _total(facts.steps))
+            settings, row = self._tuned(self._settings(name, facts.one_config)[0], total)
             if settings.error_tolerance is None:
-                plan, found = build_plan(
-                    settings, count, preset_mask, first_step=first, total_steps=_total(facts.steps)
-                )
+                plan, found = build_plan(settings, count, preset_mask, first_step=first, total_steps=total)
             else:
                 settings = replace(settings, forecast="output", forecast_order=1, forecast_damping=1.0)
                 row, found = None, ()
@@ -473,8 +466,7 @@ class Session:
 
     def _tuned(self, settings: CacheSettings, steps: int) -> tuple[CacheSettings, TunedSchedule | None]:
         """``settings`` with the schedule of the run: of a tuned one or a mask list for the whole its part."""
-        facts, mask = self._facts, settings.steps_computation_mask
-        stretch = facts.stretch
+        facts, stretch, mask = self._facts, self._facts.stretch, settings.steps_computation_mask
         if stretch is not None and isinstance(mask, tuple):
             settings = replace(settings, steps_computation_mask=stretch.mask(mask))
         if settings.schedules is None or steps == 0:
@@ -495,8 +487,7 @@ class Session:
             row = replace(row, mask=both, uncond_mask=None, weights=None)
             self.stats.note("the branches decide together: steps that mask or uncond_mask marks are computed on both")
         return replace(
-            settings,
-            steps_computation_mask=row.mask,
+            settings, steps_computation_mask=row.mask,
             forecast_order=settings.forecast_order if row.order is None else row.order,
             forecast_damping=settings.forecast_damping if row.damping is None else row.damping,
         ), row

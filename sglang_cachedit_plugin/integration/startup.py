@@ -20,8 +20,9 @@ def fail(error: SettingError) -> None:
     raise SystemExit(2)
 
 
-def _warn(text: str) -> None:
-    print(f"cache-dit: warning: {one_line(text)}", file=sys.stderr, flush=True)
+def warn(text: str) -> None:
+    """One line on stderr."""
+    print(f"cache-dit: warning: {text}", file=sys.stderr, flush=True)
 
 
 def read_settings() -> None:
@@ -31,7 +32,7 @@ def read_settings() -> None:
     except SettingError as error:
         fail(error)
     for warning in warnings:
-        _warn(warning)
+        warn(one_line(warning))
     effective.install(replace(effective.current(), environment=environment))
 
 
@@ -45,7 +46,7 @@ def before_launch(server_args: Any, *args: Any, **kwargs: Any) -> None:
     """Before workers start: leave with status 2 where ``--cache-dit-config`` is not valid, else hand it on read."""
     try:
         for warning in ensure_file(server_args, anew=True):
-            _warn(warning)
+            warn(one_line(warning))
         effective.current().check_profiles()
     except SettingError as error:
         fail(error)
