@@ -1,8 +1,7 @@
 """All transformers of one model, as the runtime drives them.
 
-cache-dit's ``enable_cache`` is not used: it keeps its state on classes, cannot be undone in 1.5.1, and binds contexts
-before branches are known. Its parts are: the register of block lists, the cached blocks, the contexts and the
-calibrators.
+cache-dit's ``enable_cache`` is not used: it keeps its state on classes, cannot be undone in 1.5.1, and tells branches
+apart by counting. Its presets and its register of block lists are.
 """
 
 from __future__ import annotations
@@ -11,20 +10,21 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
-import cache_dit
 from torch import nn
 
 from ..report.stats import RequestStats, TransformerStats
-from . import kernels
+from . import similarity
 from .cached_transformer import CachedTransformer, Identify, OnForward
 from .runtime import Groups, RequestSpec
-from .warmup import Rehearsal
+from .warmup import Warmup
 
 __all__ = ["CachedTransformer", "Identify", "ModelBackend", "OnForward", "describe_models", "preset_mask"]
 
 
 def preset_mask(preset: str, num_steps: int) -> list[int]:
     """cache-dit's mask for a preset; 1 computed, 0 may be cached."""
+    import cache_dit
+
     return cache_dit.steps_mask(mask_policy=preset, total_steps=num_steps)
 
 
@@ -55,7 +55,7 @@ class ModelBackend:
                 self.mounted[name] = CachedTransformer(name, module, self._pipe)
                 weights = next(module.parameters(), None)
                 if weights is not None and weights.is_floating_point():
-                    kernels.prepare(weights.device, weights.dtype)
+                    similarity.prepare(weights.device, weights.dtype)
         except BaseException:
             for transformer in self.mounted.values():
                 transformer.unmount()
@@ -85,11 +85,11 @@ class ModelBackend:
         for transformer in self.mounted.values():
             transformer.bypass()
 
-    def rehearse(self, rehearsal: Rehearsal) -> None:
+    def warm_up(self, warmup: Warmup) -> None:
         """Before the request's own forwards, run what later requests will run."""
         for transformer in self.mounted.values():
-            if transformer.contexts.spec is not None:
-                transformer.rehearsal = rehearsal
+            if transformer.cache.spec is not None:
+                transformer.warmup = warmup
 
     def watch(self, on_forward: OnForward) -> None:
         """Tell ``on_forward`` of each computed forward until the request ends."""

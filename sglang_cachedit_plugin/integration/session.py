@@ -18,7 +18,7 @@ from ..cache.runtime import Groups, RequestSpec, Runtime, TransformerSpec
 from ..cache.solvers import Solver
 from ..cache.step_plan import StepPlan, build_plan
 from ..cache.stretch import Stretch
-from ..cache.warmup import Rehearsal
+from ..cache.warmup import Warmup
 from ..config import effective, resampling
 from ..config.effective import Decision
 from ..config.settings import CacheSettings
@@ -77,7 +77,7 @@ class Session:
         self._further = further
         self.recording = None if further or recording.folder() is None else Recording()
         self._size: tuple[int, ...] | None = None
-        self._rehearsal: Rehearsal | None = None
+        self._warmup: Warmup | None = None
         self._started = time.perf_counter()
 
     def open(
@@ -154,7 +154,7 @@ class Session:
         """
         if self.stats.enabled:
             self._positions = stretch.positions
-            if self._rehearsal is None:
+            if self._warmup is None:
                 # A mask list may be written for the whole of which the run takes a part.
                 self.check_masks(steps, also={stretch.asked, len(stretch.timesteps)})
             self._serve(self._spec(steps, stretch.positions, False, stretch))
@@ -181,8 +181,8 @@ class Session:
         backend = self._backend
         if self.recording is not None:
             backend.watch(self.recording.forward)
-        if self._rehearsal is not None:
-            backend.rehearse(self._rehearsal)
+        if self._warmup is not None:
+            backend.warm_up(self._warmup)
 
     def hook_scheduler(self) -> None:
         """The scheduler's steps go through ``steps`` until the request ends."""
@@ -192,8 +192,8 @@ class Session:
     def rehearse(self, *, compiled: bool) -> None:
         """This is a warmup request: beside its own steps, run what later ones will run."""
         if self.stats.enabled and self._backend is not None:
-            self._rehearsal = Rehearsal(sglang_api.logger().warning, compiled=compiled)
-            self._backend.rehearse(self._rehearsal)
+            self._warmup = Warmup(sglang_api.logger().warning, compiled=compiled)
+            self._backend.warm_up(self._warmup)
 
     def _problem(self, groups: Groups, own: Exception | None) -> str:
         """Why the request is not cached, empty where it is: no rank is, where one cannot be."""

@@ -97,7 +97,7 @@ def cached(groups: Groups, latents: torch.Tensor, cfg: Any = None, **knobs: Any)
     rig.begin(STEPS, groups=groups, verify_ranks=False, **{"residual_diff_threshold": 0.2, **knobs})
     loop = _Loop(groups, {})
     loop.stats.transformers["transformer"] = rig.stats
-    loop.steps.spec = RequestSpec(transformers=(rig.mounted.contexts.spec,))
+    loop.steps.spec = RequestSpec(transformers=(rig.mounted.cache.spec,))
 
     def step(number: int, sigma: float, latents: torch.Tensor) -> torch.Tensor:
         branch = "cond" if cfg is None else BRANCHES[groups.cfg_rank]

@@ -14,7 +14,7 @@ from sglang_cachedit_plugin.cache.mount import ModelBackend, preset_mask
 from sglang_cachedit_plugin.cache.runtime import Groups, Identity, RequestSpec, Runtime, TransformerSpec
 from sglang_cachedit_plugin.cache.solvers import Solver
 from sglang_cachedit_plugin.cache.step_plan import StepPlan, build_plan
-from sglang_cachedit_plugin.cache.warmup import Rehearsal
+from sglang_cachedit_plugin.cache.warmup import Warmup
 from sglang_cachedit_plugin.config.settings import CacheSettings
 from sglang_cachedit_plugin.report.stats import RequestStats
 
@@ -66,7 +66,7 @@ class Model:
         spec = TransformerSpec(name="transformer", settings=settings, plan=plan)
         self.runtime.prepare(RequestSpec(transformers=(spec,)))
         if rehearsed:
-            self.backend.rehearse(Rehearsal(pytest.fail, compiled=True))
+            self.backend.warm_up(Warmup(pytest.fail, compiled=True))
         self.loop(steps=1)
         self.runtime.prepare(None)
         return stats

@@ -1,4 +1,4 @@
-"""Mounting diffusers' own transformers through cache-dit's register: FLUX (two lists as one) and Qwen-Image."""
+"""Mounting diffusers' own transformers: one list, two lists as one, two decisions."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from diffusers import (
     WanTransformer3DModel,
 )
 
+from sglang_cachedit_plugin.cache.block_lists import describe
 from sglang_cachedit_plugin.cache.mount import CachedTransformer, preset_mask
 from sglang_cachedit_plugin.cache.runtime import Identity, TransformerSpec
 from sglang_cachedit_plugin.cache.step_plan import build_plan
-from sglang_cachedit_plugin.cache.swaps import find_blocks
 from sglang_cachedit_plugin.config.settings import CacheSettings
 from sglang_cachedit_plugin.errors import MountError
 from sglang_cachedit_plugin.report.stats import TransformerStats
@@ -201,10 +201,10 @@ def test_an_offload_hook_goes_on_working(build):
 def test_a_mount_that_fails_late_leaves_the_original_forward(monkeypatch):
     model = widened(flux)
 
-    def fails(chain, block):
+    def fails(shared, block):
         raise MountError("a block of another kind")
 
-    monkeypatch.setattr("sglang_cachedit_plugin.cache.block_hooks.Chain.gate", fails)
+    monkeypatch.setattr("sglang_cachedit_plugin.cache.block_hooks.SharedBlockState.hook", fails)
     with pytest.raises(MountError, match="a block of another kind"):
         CachedTransformer("transformer", model)
     assert "forward" not in model.__dict__
@@ -212,7 +212,7 @@ def test_a_mount_that_fails_late_leaves_the_original_forward(monkeypatch):
 
 def test_a_class_nobody_describes_is_named():
     with pytest.raises(MountError, match=r"^Linear: "):
-        find_blocks(torch.nn.Linear(2, 2))
+        describe(torch.nn.Linear(2, 2))
 
 
 def test_blocks_that_are_not_as_the_table_says_are_refused_untouched():

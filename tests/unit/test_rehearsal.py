@@ -9,7 +9,7 @@ from sglang_cachedit_plugin.cache import rank_agreement
 from sglang_cachedit_plugin.cache.dmd import DMDForecaster
 from sglang_cachedit_plugin.cache.forecast import Extrapolator
 from sglang_cachedit_plugin.cache.runtime import Groups
-from sglang_cachedit_plugin.cache.warmup import Rehearsal
+from sglang_cachedit_plugin.cache.warmup import Warmup
 from sglang_cachedit_plugin.errors import MountError
 from tests.unit.blocks import Rig, known_classes, sample
 
@@ -21,7 +21,7 @@ def _rows():
 
 
 def rehearsed(rig: Rig, warn=pytest.fail, compiled: bool = False) -> Rig:
-    rig.mounted.rehearsal = Rehearsal(warn, compiled=compiled)
+    rig.mounted.warmup = Warmup(warn, compiled=compiled)
     return rig
 
 
@@ -58,7 +58,7 @@ def test_reports_pictures_and_contexts_are_those_without_a_rehearsal():
     assert rig.stats.as_dict() == plain.stats.as_dict()
     assert rig.stats.branches["cond"].cached and not rig.stats.notes
     rig.mounted.bypass()
-    assert rig.mounted.rehearsal is None and rig.mounted.buffer_bytes() == 0
+    assert rig.mounted.warmup is None and rig.mounted.buffer_bytes() == 0
 
 
 @pytest.mark.parametrize("kind", [Extrapolator, DMDForecaster])
@@ -67,9 +67,9 @@ def test_forecasts_have_the_history_that_they_ask_for(monkeypatch, calibrator, k
     depths = []
     own = kind.predict
 
-    def predict(self, *args):
+    def predict(self, *args, **kwargs):
         depths.append(len(self._known))
-        return own(self, *args)
+        return own(self, *args, **kwargs)
 
     monkeypatch.setattr(kind, "predict", predict)
     rig = rehearsed(Rig().begin(1, taylorseer_order=2, dmd_history=5, **{calibrator: True}))
