@@ -147,10 +147,7 @@ cache-dit's own register. [Adding a model](adding-a-model.md) is one row, in you
 
 
 def _list(blocks: Blocks) -> str:
-    if blocks.pattern is not None:
-        return f"`{blocks.name}` (pattern {blocks.pattern})"
-    measured = blocks.measured or blocks.streams[0]
-    streams = ", ".join(f"**{name}**" if name == measured else name for name in blocks.streams)
+    streams = ", ".join(f"**{name}**" if name == blocks.measured else name for name in blocks.streams)
     return f"`{blocks.name}` ({streams})"
 
 
@@ -162,12 +159,12 @@ def _lists(row: ModelAdapter) -> str:
 
 
 def _class(name: str, row: ModelAdapter) -> str:
-    why = row.output_only or row.refused
+    why = row.output_only or row.unsupported
     second = "a second transformer is cached for itself" if row.transformers > 1 and row.cfg != "paired" else ""
     notes = "; ".join(part for part in (f"not cached: {why}" if why else "", row.note, second) if part)
     cells = (
-        row.family, f"`{name}`", _lists(row), row.cfg if not row.refused else "", _FORECASTS[row.ability],
-        "" if row.refused else _VERIFIED[row.verified], notes,
+        row.family, f"`{name}`", _lists(row), row.cfg if not row.unsupported else "", _FORECASTS[row.ability],
+        "" if row.unsupported else _VERIFIED[row.verified], notes,
     )
     return f"| {' | '.join(cells)} |"
 

@@ -31,12 +31,12 @@ import torch
 
 from benchmarks.gpu import launch
 from benchmarks.gpu.models import Work, build
-from sglang_cachedit_plugin.cache import kernels
+from sglang_cachedit_plugin.cache import similarity
 from sglang_cachedit_plugin.cache.mount import CachedModel, preset_mask
 from sglang_cachedit_plugin.cache.runtime import Identity, RequestSpec, TransformerSpec
 from sglang_cachedit_plugin.cache.similarity import residual_sums
 from sglang_cachedit_plugin.cache.step_plan import build_plan
-from sglang_cachedit_plugin.cache.warmup import Rehearsal
+from sglang_cachedit_plugin.cache.warmup import Warmup
 from sglang_cachedit_plugin.config.settings import CacheSettings
 from sglang_cachedit_plugin.report.stats import RequestStats
 
@@ -92,7 +92,7 @@ class Plugin:
 
     def warmup(self, knobs: dict[str, Any], steps: int = 2) -> float:
         """A warmup request as the host makes it: a few steps, and what the plugin runs beside them. Seconds."""
-        self.begin(knobs, steps, warmup=Rehearsal(print, compiled=True).run)
+        self.begin(knobs, steps, warmup=Warmup(print, compiled=True).run)
         seconds = self.work.loop(steps)
         self.model.prepare(None)
         return seconds
@@ -362,11 +362,11 @@ def _decision_row(shape: tuple[int, ...], device: str) -> dict[str, float]:
     row = {"kernel_us": _micros(lambda: residual_sums(known, now).tolist())}
     ours = residual_sums(known, now).tolist()
     row["relative_error"] = abs(ours[0] / ours[1] - exact) / exact
-    usable, kernels.usable = kernels.usable, lambda *tensors: False
+    usable, similarity.usable = similarity.usable, lambda *tensors: False
     try:
         row["eager_us"] = _micros(lambda: residual_sums(known, now).tolist())
     finally:
-        kernels.usable = usable
+        similarity.usable = usable
     # As CachedContextManager.similarity of cache-dit 1.5.1.
     row["stock_us"] = _micros(lambda: ((now - known).abs().mean() / known.abs().mean()).item())
     return row

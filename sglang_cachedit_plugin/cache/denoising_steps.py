@@ -251,7 +251,7 @@ class DenoisingSteps:
             return False
         if spec.plan.static:
             return Action.CACHE in actions
-        return rank_agreement.any_of(cached, cfg_group)
+        return rank_agreement.any_rank(cached, cfg_group)
 
     def finish(self) -> None:
         """The loop has ended: complete the report. Waits for the device."""

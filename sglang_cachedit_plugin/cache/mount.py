@@ -1,8 +1,7 @@
 """All transformers of one model: mounted once, then brought to what each request wants.
 
-cache-dit's ``enable_cache`` is not used: it keeps its state on classes, cannot be undone in 1.5.1, and binds contexts
-before branches are known. Its parts are: the register of block lists, the cached blocks, the contexts and the
-calibrators.
+cache-dit's ``enable_cache`` is not used: it keeps its state on classes, cannot be undone in 1.5.1, and tells branches
+apart by counting. Its presets and its register of block lists are.
 """
 
 from __future__ import annotations
@@ -11,17 +10,18 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
-import cache_dit
 from torch import nn
 
 from ..errors import MountError
-from . import kernels
+from . import similarity
 from .cached_transformer import CachedTransformer
 from .runtime import RequestSpec
 
 
 def preset_mask(preset: str, num_steps: int) -> list[int]:
     """cache-dit's mask for a preset; 1 computed, 0 may be cached."""
+    import cache_dit
+
     return cache_dit.steps_mask(mask_policy=preset, total_steps=num_steps)
 
 
@@ -65,7 +65,7 @@ class CachedModel:
                 self.mounted[name] = CachedTransformer(name, module, self._pipe)
                 weights = next(module.parameters(), None)
                 if weights is not None and weights.is_floating_point():
-                    kernels.prepare(weights.device, weights.dtype)
+                    similarity.prepare(weights.device, weights.dtype)
         except BaseException as error:
             for transformer in self.mounted.values():
                 transformer.unmount()

@@ -21,12 +21,12 @@ from .runtime import Identity, RequestSpec, TransformerSpec
 from .step_plan import StepPlan
 
 
-class Rehearsal:
+class Warmup:
     """Every way to run a forward, once for each transformer and branch of a warmup request.
 
     Args:
+        warn: told why it broke off; the request goes on.
         compiled: uncached forwards too; where the host compiles, they may be graphs of their own.
-        warn: told why a rehearsal broke off; the request goes on.
     """
 
     def __init__(self, warn: Callable[[str], None], *, compiled: bool):
@@ -42,7 +42,7 @@ class Rehearsal:
             torch.OutOfMemoryError: the host tries a smaller request then.
         """
         request = mounted.request
-        # Ranks that gather weights from one another rehearse at the same time, whatever their branches.
+        # Ranks that gather weights from one another warm up at the same time, whatever their branches.
         key = (mounted.name, "" if request.groups.gathered else identity.branch)
         if key in self._done:
             return
@@ -52,7 +52,10 @@ class Rehearsal:
                 mounted.run_original(args, kwargs)
             for each in _ways(request, request.of(mounted.name), blocks=bool(mounted.num_blocks)):
                 mounted.begin(each)
-                self._steps(mounted, identity.branch, each.of(mounted.name).plan.num_steps - 1, args, kwargs)
+                last = each.of(mounted.name).plan.num_steps - 1
+                mounted.run(Identity(identity.branch, 0), args, kwargs)
+                mounted.cache.repeat_values(range(1, last))
+                mounted.run(Identity(identity.branch, last), args, kwargs)
         except (CacheDitError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -60,17 +63,19 @@ class Rehearsal:
         finally:
             mounted.begin(request)
 
-    @no_compile
-    def _steps(self, mounted: Any, branch: str, last: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mounted.run(Identity(branch, 0), args, kwargs)
-        mounted.contexts.repeat_values(range(1, last))
-        mounted.run(Identity(branch, last), args, kwargs)
-
 
 @torch.compiler.disable
 def _ways(request: RequestSpec, spec: TransformerSpec, *, blocks: bool) -> list[RequestSpec]:
-    """A computed step and a cached one for each forecast that requests with these settings use."""
-    settings = _plain(spec.settings)
+    """A computed step and a cached one for each forecast that requests with these settings use.
+
+    The same blocks and forecasts, and a threshold under which equal inputs are cached. Nothing is decided with the
+    other CFG ranks, which may have no such branch, unless they share weights.
+    """
+    settings: CacheSettings = replace(
+        spec.settings, residual_diff_threshold=0.99, max_accumulated_residual_diff_threshold=None,
+        lockstep=False, verify_ranks=False, cfg_diff_compute_separate=True, schedules=None,
+        steps_computation_mask=None, scm_compute_bins=None, scm_cache_bins=None,
+    )
     plans = []
     if blocks:
         last = max(2, settings.dmd_history if settings.calibrator == "dmd" else settings.taylorseer_order + 1)
@@ -84,16 +89,3 @@ def _ways(request: RequestSpec, spec: TransformerSpec, *, blocks: bool) -> list[
         )
         for forecast, plan in plans
     ]
-
-
-def _plain(settings: CacheSettings) -> CacheSettings:
-    """The same blocks and forecasts, and a threshold under which equal inputs are cached.
-
-    Nothing is decided with the other CFG ranks, which may have no such branch, unless they share weights.
-    """
-    return replace(
-        settings, residual_diff_threshold=0.99, max_accumulated_residual_diff_threshold=None, lockstep=False,
-        verify_ranks=False,
-        cfg_diff_compute_separate=True, schedules=None, steps_computation_mask=None,
-        scm_compute_bins=None, scm_cache_bins=None,
-    )

@@ -185,7 +185,7 @@ class _Run:
             return _branch_name(len(self._embeddings) - 1)
         if len(self._embeddings) > 1:
             # Several branches whose embeddings are made anew on each step: nothing tells them apart.
-            self._cache.mounted[name].contexts.disable_branch(COND)
+            self._cache.mounted[name].cache.disable_branch(COND)
         # One forward a step with new embeddings each time (batched CFG) is one branch; a second forward
         # in the same step would be refused as ambiguous.
         return COND

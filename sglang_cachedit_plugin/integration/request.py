@@ -20,7 +20,7 @@ from ..cache.runtime import Groups, Identify, RequestSpec, TransformerSpec
 from ..cache.solvers import Solver
 from ..cache.step_plan import StepPlan, build_plan
 from ..cache.stretch import Stretch
-from ..cache.warmup import Rehearsal
+from ..cache.warmup import Warmup
 from ..config import effective, resampling
 from ..config.effective import Decision
 from ..config.settings import CacheSettings
@@ -279,7 +279,7 @@ class Session:
         self._model: CachedModel | None = None
         self._facts: Facts | None = None
         self._spec: RequestSpec | None = None
-        self._warmup: Rehearsal | None = None
+        self._warmup: Warmup | None = None
         self._hooks = ExitStack()
         self._started = time.perf_counter()
 
@@ -301,7 +301,7 @@ class Session:
             self.steps = DenoisingSteps(facts.solver, resolved.primary, self.stats, facts.groups, asked=asked)
             self.steps.unseen = facts.unseen or self.steps.unseen
         if facts.compiled is not None:
-            self._warmup = Rehearsal(sglang_api.logger().warning, compiled=facts.compiled)
+            self._warmup = Warmup(sglang_api.logger().warning, compiled=facts.compiled)
         if facts.stage_forecasts and self.steps is not None and resolved.primary.error_tolerance is not None:
             model.prepare(None)
             self.stage_decides = True

@@ -76,12 +76,13 @@ class TwoListsDiT(nn.Module):
 
 ROWS = {
     "TinyDiT": adapters.ModelAdapter(
-        family="tiny", blocks=(adapters.Blocks(name="transformer_blocks", pattern=3),)
+        family="tiny", blocks=(adapters.Blocks(name="transformer_blocks", streams=("hidden_states",)),)
     ),
     "TwoListsDiT": adapters.ModelAdapter(
         family="tiny",
         blocks=(
-            adapters.Blocks(name="transformer_blocks", pattern=3), adapters.Blocks(name="single_blocks", pattern=3)
+            adapters.Blocks(name="transformer_blocks", streams=("hidden_states",)),
+            adapters.Blocks(name="single_blocks", streams=("hidden_states",)),
         ),
     ),
 }

@@ -14,7 +14,7 @@ from sglang_cachedit_plugin.cache.mount import CachedModel, preset_mask
 from sglang_cachedit_plugin.cache.runtime import Groups, Identity, RequestSpec, TransformerSpec
 from sglang_cachedit_plugin.cache.solvers import Solver
 from sglang_cachedit_plugin.cache.step_plan import StepPlan, build_plan
-from sglang_cachedit_plugin.cache.warmup import Rehearsal
+from sglang_cachedit_plugin.cache.warmup import Warmup
 from sglang_cachedit_plugin.config.settings import CacheSettings
 from sglang_cachedit_plugin.report.stats import RequestStats
 
@@ -68,7 +68,7 @@ class Model:
         settings = CacheSettings(**knobs)
         plan, _ = build_plan(settings, 1, preset_mask)
         spec = TransformerSpec(name="transformer", settings=settings, plan=plan)
-        warmup = Rehearsal(pytest.fail, compiled=True).run if rehearsed else None
+        warmup = Warmup(pytest.fail, compiled=True).run if rehearsed else None
         self.model.prepare(self.wanted(spec, stats, warmup=warmup))
         self.loop(steps=1)
         self.model.prepare(None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
@@ -215,13 +217,12 @@ def test_bypass_frees_every_tensor(calibrator):
     rig = Rig().begin(4, **CALIBRATORS[calibrator], **ALWAYS)
     run_all(rig, 4)
     run_all(rig, 4, "uncond")
-    contexts = rig.mounted.contexts
-    held = list(contexts._cached_context_manager.values())
-    assert len(held) == 2
-    assert any(isinstance(buffer, torch.Tensor) for buffer in held[0].buffers.values())
+    assert len(rig.mounted.cache._states) == 2
+    kept = [weakref.ref(state.middle["hidden_states"].latest) for state in rig.mounted.cache._states.values()]
+    assert all(residual() is not None for residual in kept)
     rig.mounted.bypass()
-    assert not contexts._cached_context_manager
-    assert contexts.current_context is None
+    assert all(residual() is None for residual in kept)
+    assert rig.mounted.buffer_bytes() == 0
 
 
 def test_one_transformer_that_cannot_be_mounted_unmounts_the_other():

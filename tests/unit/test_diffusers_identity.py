@@ -78,7 +78,7 @@ def serve(pipe: Pipe, style: str, **run: int) -> tuple[torch.Tensor, dict]:
     cache = PipelineCache(pipe)
     with cache.request(session, STEPS):
         latents = pipe.run(style, **run)
-        spec = cache.mounted["transformer"].contexts.spec
+        spec = cache.mounted["transformer"].cache.spec
     assert spec.positions == tuple(pipe.scheduler.timesteps[run.get("first", 0):].tolist())
     return latents, session.close().as_dict()
 

@@ -12,8 +12,8 @@ from cache_dit.distributed.core._hooks import HookRegistry, ModelHook
 from torch import nn
 
 from sglang_cachedit_plugin.cache.mount import CachedTransformer
+from sglang_cachedit_plugin.cache.parallel import first_residual
 from sglang_cachedit_plugin.cache.runtime import Identity, TransformerSpec
-from sglang_cachedit_plugin.cache.sequence_parallel import first_residual
 from sglang_cachedit_plugin.cache.step_plan import build_plan
 from sglang_cachedit_plugin.config.settings import CacheSettings
 from sglang_cachedit_plugin.errors import CacheDitError
@@ -97,8 +97,7 @@ def serve(mounted: CachedTransformer, seen: list, threshold: float = 1.0) -> Non
     mounted.refresh(wanted(spec, TransformerStats(4), identify))
 
 
-def test_hooks_stand_around_the_patches_of_single_models():
-    """Chroma's blocks and forward are replaced by cache-dit while it caches; a split must still see every call."""
+def test_hooks_around_the_model_and_a_block_see_every_call():
     outputs = {}
     for hooked in (False, True):
         torch.manual_seed(0)

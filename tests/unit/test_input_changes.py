@@ -53,7 +53,7 @@ def _known() -> Iterator[None]:
         family="gated", blocks=(Blocks(name="transformer_blocks", streams=("hidden_states",)),)
     )
     adapters.NATIVE["WithText"] = ModelAdapter(
-        family="listed", blocks=(Blocks(name="transformer_blocks", pattern=3),)
+        family="listed", blocks=(Blocks(name="transformer_blocks", streams=("hidden_states",)),)
     )
     with known_classes():
         yield

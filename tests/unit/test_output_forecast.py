@@ -9,10 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_cachedit_plugin.cache.contexts import Identity
 from sglang_cachedit_plugin.cache.mount import CachedTransformer, preset_mask
-from sglang_cachedit_plugin.cache.output_forecast import OutputHistory
-from sglang_cachedit_plugin.cache.runtime import TransformerSpec
+from sglang_cachedit_plugin.cache.output_cache import OutputHistory
+from sglang_cachedit_plugin.cache.runtime import Identity, TransformerSpec
 from sglang_cachedit_plugin.cache.step_plan import StepPlan, build_plan
 from sglang_cachedit_plugin.config.settings import CacheSettings
 from sglang_cachedit_plugin.report.stats import TransformerStats

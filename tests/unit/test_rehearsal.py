@@ -9,7 +9,7 @@ from sglang_cachedit_plugin.cache import rank_agreement
 from sglang_cachedit_plugin.cache.dmd import DMDForecaster
 from sglang_cachedit_plugin.cache.forecast import Extrapolator
 from sglang_cachedit_plugin.cache.runtime import Groups
-from sglang_cachedit_plugin.cache.warmup import Rehearsal
+from sglang_cachedit_plugin.cache.warmup import Warmup
 from sglang_cachedit_plugin.errors import MountError
 from tests.unit.blocks import Rig, known_classes, sample
 
@@ -21,7 +21,7 @@ def _rows():
 
 
 def rehearsed(steps: int, rig: Rig | None = None, warn=pytest.fail, compiled: bool = False, **knobs) -> Rig:
-    return (rig or Rig()).begin(steps, warmup=Rehearsal(warn, compiled=compiled).run, **knobs)
+    return (rig or Rig()).begin(steps, warmup=Warmup(warn, compiled=compiled).run, **knobs)
 
 
 BLOCKS = [f"transformer_blocks.{index}" for index in range(6)]
@@ -66,9 +66,9 @@ def test_forecasts_have_the_history_that_they_ask_for(monkeypatch, calibrator, k
     depths = []
     own = kind.predict
 
-    def predict(self, *args):
+    def predict(self, *args, **kwargs):
         depths.append(len(self._known))
-        return own(self, *args)
+        return own(self, *args, **kwargs)
 
     monkeypatch.setattr(kind, "predict", predict)
     rig = rehearsed(1, taylorseer_order=2, dmd_history=5, **{calibrator: True})

@@ -178,7 +178,7 @@ def test_a_class_that_cannot_be_cached_runs_on_with_the_reason_or_fails_with_str
     native.CacheDitDenoisingMixin._maybe_enable_cache_dit(stage, STEPS, batch(True, {}))
     report = WORKER.active.sessions.pop().close().as_dict()
     assert not report["enabled"]
-    assert report["reason"] == f"{name}: {adapters.NATIVE[name].refused}"
+    assert report["reason"] == f"{name}: {adapters.NATIVE[name].unsupported}"
     assert "forward" not in model.__dict__
     with pytest.raises(MountError, match=name):
         native.CacheDitDenoisingMixin._maybe_enable_cache_dit(stage, STEPS, batch(True, {"strict": True}))

@@ -35,7 +35,7 @@ def watched(name: str, **knobs: Any) -> tuple[TransformerSpec, list[float], dict
     session = Session("diffusers", Defaults().decide(True, {"scm_policy": "static", "max_warmup_steps": 0, **knobs}))
     with cache.request(session, N):
         call(pipe, case.call(SMALL), N)
-        spec = cache.mounted["transformer"].contexts.spec
+        spec = cache.mounted["transformer"].cache.spec
     return spec, timesteps[:: len(case.branches)], session.close().as_dict()
 
 
