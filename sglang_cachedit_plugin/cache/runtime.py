@@ -73,8 +73,7 @@ class TransformerSpec:
         settings: the settings in force.
         plan: the decision for each of its own steps.
         first_step: the host's number of its first step (the low-noise expert starts late).
-        positions: place of each of the host's steps on the denoising path (timestep or sigma); None:
-            their numbers.
+        timesteps: of each of the host's steps, or their sigmas; None: the numbers of the steps.
         uncond_plan: the plan of the unconditional branch, where it has its own.
         weights: for each of the host's steps that ``plan`` caches, what the last computed outputs count, oldest
             first; empty: those of the extrapolation. They do not hold for a branch with a plan of its own.
@@ -84,7 +83,7 @@ class TransformerSpec:
     settings: CacheSettings
     plan: StepPlan
     first_step: int = 0
-    positions: Sequence[float] | None = None
+    timesteps: Sequence[float] | None = None
     uncond_plan: StepPlan | None = None
     weights: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
 
@@ -97,10 +96,10 @@ class TransformerSpec:
         return self.weights.get(step) if self.plan_of(branch) is self.plan else None
 
     def position(self, step: int) -> float:
-        """Place of the host's step ``step``."""
-        if self.positions is None or not 0 <= step < len(self.positions):
+        """Place of the host's step ``step`` on the denoising path."""
+        if self.timesteps is None or not 0 <= step < len(self.timesteps):
             return float(step)
-        return self.positions[step]
+        return self.timesteps[step]
 
 
 @dataclass(frozen=True, kw_only=True)

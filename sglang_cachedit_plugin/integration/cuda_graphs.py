@@ -22,8 +22,12 @@ REFUSED = (
 CAPTURING = "breakable CUDA graphs are captured by this warmup request, every step is computed"
 
 
-def fits(settings: CacheSettings) -> bool:
-    """Whether requests with these settings can be cached around a graph."""
+def fits(decision: Decision) -> bool:
+    """Whether a request can be cached around a graph."""
+    return _fits(decision.resolved.primary) and _fits(decision.resolved.secondary)
+
+
+def _fits(settings: CacheSettings) -> bool:
     if settings.error_tolerance is not None:
         return True
     scheduled = settings.steps_computation_mask or settings.scm_compute_bins or settings.schedules
@@ -34,7 +38,7 @@ def refusal(decision: Decision, batch: Any) -> str | None:
     """Why a request cannot be cached around a graph, None where it can."""
     if batch.is_warmup:
         return CAPTURING
-    return None if fits(decision.resolved.primary) and fits(decision.resolved.secondary) else REFUSED
+    return None if fits(decision) else REFUSED
 
 
 class Around:

@@ -21,8 +21,23 @@ from .request import WORKER
 
 
 def _by_context(batch: Any) -> Identify:
-    """The host's forward context names step and branch."""
-    return lambda name, kwargs: sglang_api.forward_identity(WORKER.active.branch)
+    """The host's forward context names the step; the branch is the one that was configured last."""
+
+    def identify(name: str, kwargs: Mapping[str, Any]) -> Identity | None:
+        context = sglang_api.forward_context()
+        if context is None or context.forward_batch is None:
+            return None
+        branch = sglang_api.branch_name(WORKER.active.branch or COND)
+        if branch in (COND, "uncond"):
+            branch = "uncond" if getattr(context.forward_batch, "is_cfg_negative", False) else COND
+        return Identity(branch, int(context.current_timestep))
+
+    return identify
+
+
+def _step() -> int | None:
+    context = sglang_api.forward_context()
+    return None if context is None else int(context.current_timestep)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +85,7 @@ def _by_cache_key(batch: Any) -> Identify:
 
     def identify(name: str, kwargs: Mapping[str, Any]) -> Identity | None:
         nonlocal runs, last
-        step, key = sglang_api.forward_step(), str(kwargs.get("cache_key", ""))
+        step, key = _step(), str(kwargs.get("cache_key", ""))
         if step is None:
             return None
         branch = COND if key in ("cfg_batched", "") else key
@@ -87,11 +102,11 @@ def _by_run(batch: Any) -> Identify:
     prompt = _extra(batch, "comfyui_cond_key")
 
     def identify(name: str, kwargs: Mapping[str, Any]) -> Identity | None:
-        under_way, step = sglang_api.forward_request(), sglang_api.forward_step()
-        if step is None or not same_run(under_way, batch):
+        context = sglang_api.forward_context()
+        if context is None or not same_run(context.forward_batch, batch):
             return None
-        given = _extra(under_way, "comfyui_cond_key")
-        return Identity(COND if given == prompt else str(given), step)
+        given = _extra(context.forward_batch, "comfyui_cond_key")
+        return Identity(COND if given == prompt else str(given), int(context.current_timestep))
 
     return identify
 
@@ -109,7 +124,7 @@ def _by(branch: Callable[[Mapping[str, Any]], str]) -> Callable[[Any], Identify]
     """The context names the step, and ``branch`` the branch from the forward's keyword arguments."""
 
     def identify(name: str, kwargs: Mapping[str, Any]) -> Identity | None:
-        step = sglang_api.forward_step()
+        step = _step()
         return None if step is None else Identity(branch(kwargs), step)
 
     return lambda batch: identify
@@ -126,7 +141,7 @@ def _by_remaining(batch: Any) -> Identify:
     last = num_steps(batch) - 1
 
     def identify(name: str, kwargs: Mapping[str, Any]) -> Identity | None:
-        remaining = sglang_api.forward_step()
+        remaining = _step()
         return None if remaining is None else Identity("uncond" if name == "transformer_2" else COND, last - remaining)
 
     return identify

@@ -337,7 +337,7 @@ class Session:
         """
         if self._spec is not None:
             if timesteps is not None:
-                moved = tuple(replace(each, positions=timesteps) for each in self._spec.transformers)
+                moved = tuple(replace(each, timesteps=timesteps) for each in self._spec.transformers)
                 self._spec = replace(self._spec, transformers=moved)
             self._model.prepare(self._spec)
         if self.steps is not None:
@@ -448,7 +448,7 @@ class Session:
                 self.stats.note(f"{name}: none of its {count} steps can be cached with these settings")
             specs.append(
                 TransformerSpec(
-                    name=name, settings=settings, plan=plan, first_step=first, positions=facts.timesteps,
+                    name=name, settings=settings, plan=plan, first_step=first, timesteps=facts.timesteps,
                     uncond_plan=_uncond_plan(plan, row, first), weights=_weights(row),
                 )
             )

@@ -11,12 +11,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from ..cache.runtime import Identity
 from ..config.preflight import Machine
 from ..report.stats import COND
 from .host_contract import version as version
-
-_BRANCH_NAMES = {"conditional": COND, "unconditional": "uncond"}
 
 
 def hook_registry() -> tuple[Any, Any]:
@@ -48,19 +45,14 @@ def machine() -> Machine:
 def transformer_classes(model_path: str) -> set[str]:
     """Classes of the transformers of a model in diffusers format; empty where its index is not on this machine."""
     index = Path(model_path) / "model_index.json"
-    if not index.is_file():
-        from huggingface_hub import try_to_load_from_cache
-
-        try:
-            cached = try_to_load_from_cache(model_path, "model_index.json")
-        except ValueError:
-            return set()
-        if not isinstance(cached, str):
-            return set()
-        index = Path(cached)
     try:
+        if not index.is_file():
+            from huggingface_hub import try_to_load_from_cache
+
+            # What it gives for a file that is not there is no path.
+            index = Path(try_to_load_from_cache(model_path, "model_index.json"))
         components = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, TypeError, ValueError):
         return set()
     found = (components.get(name) for name in ("transformer", "transformer_2")) if isinstance(components, dict) else ()
     return {each[1] for each in found if isinstance(each, list) and len(each) == 2 and isinstance(each[1], str)}
@@ -78,42 +70,16 @@ def explicit_flags(server_args: Any) -> dict[str, Any]:
     }
 
 
-def forward_identity(branch: str | None) -> Identity | None:
-    """Branch and step of the forward under way, None outside the host's denoising loop.
+def forward_context() -> Any:
+    """The host's context of the forward under way, None outside its denoising loops."""
+    from sglang.multimodal_gen.runtime.managers.forward_context import get_forward_context_or_none
 
-    Args:
-        branch: the host's name of the branch that was configured last.
-    """
-    context = _context()
-    if context is None or context.forward_batch is None:
-        return None
-    name = COND if branch is None else branch_name(branch)
-    if name in (COND, "uncond"):
-        name = "uncond" if getattr(context.forward_batch, "is_cfg_negative", False) else COND
-    return Identity(branch=name, step=int(context.current_timestep))
+    return get_forward_context_or_none()
 
 
 def branch_name(own: str) -> str:
     """Our name of a branch that the host calls ``own``."""
-    return _BRANCH_NAMES.get(own, own)
-
-
-def forward_step() -> int | None:
-    """Step of the forward under way, None outside the host's denoising loops."""
-    context = _context()
-    return None if context is None else int(context.current_timestep)
-
-
-def forward_request() -> Any:
-    """The request of the forward under way, None outside the host's denoising loops."""
-    context = _context()
-    return None if context is None else context.forward_batch
-
-
-def _context() -> Any:
-    from sglang.multimodal_gen.runtime.managers.forward_context import get_forward_context_or_none
-
-    return get_forward_context_or_none()
+    return {"conditional": COND, "unconditional": "uncond"}.get(own, own)
 
 
 def runs_branches_apart() -> bool:

@@ -68,8 +68,7 @@ def _leave_out_graphs(server_args: Any) -> None:
     # Imported here: graphs bring torch, and this module is loaded while plugins register.
     from . import cuda_graphs
 
-    resolved = effective.current().decide(None, None).resolved
-    if not (cuda_graphs.fits(resolved.primary) and cuda_graphs.fits(resolved.secondary)):
+    if not cuda_graphs.fits(effective.current().decide(None, None)):
         server_args.enable_breakable_cuda_graph = False
         sglang_api.logger().info(
             "cache-dit: breakable CUDA graphs are left out, all requests are cached; --enable-breakable-cuda-graph "

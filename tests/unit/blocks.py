@@ -135,7 +135,7 @@ class Rig:
         settings = CacheSettings(**{"max_warmup_steps": 1, **knobs})
         plan, _ = build_plan(settings, num_steps, preset_mask, first_step=first_step)
         spec = TransformerSpec(
-            name=self.mounted.name, settings=settings, plan=plan, first_step=first_step, positions=positions
+            name=self.mounted.name, settings=settings, plan=plan, first_step=first_step, timesteps=positions
         )
         self.stats = TransformerStats(steps=num_steps)
         self.mounted.refresh(wanted(spec, self.stats, self._identify, groups=groups or Groups(), warmup=warmup))

@@ -79,7 +79,7 @@ def serve(pipe: Pipe, style: str, **run: int) -> tuple[torch.Tensor, dict]:
     with cache.request(session, STEPS):
         latents = pipe.run(style, **run)
         spec = cache.mounted["transformer"].cache.spec
-    assert spec.positions == tuple(pipe.scheduler.timesteps[run.get("first", 0):].tolist())
+    assert spec.timesteps == tuple(pipe.scheduler.timesteps[run.get("first", 0):].tolist())
     return latents, session.close().as_dict()
 
 

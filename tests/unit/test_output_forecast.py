@@ -49,7 +49,7 @@ def run(transformer, settings: CacheSettings, forwards=None, **spec):
     now = {}
     stats = TransformerStats(steps=len(MASK))
     plan, _ = build_plan(settings, len(MASK), preset_mask)
-    spec = TransformerSpec(name="transformer", settings=settings, plan=plan, positions=POSITIONS, **spec)
+    spec = TransformerSpec(name="transformer", settings=settings, plan=plan, timesteps=POSITIONS, **spec)
     mounted.refresh(wanted(spec, stats, lambda name, kwargs: now["identity"]))
     calls = []
     handles = [

@@ -159,7 +159,7 @@ def live(history: list, backend: Recorder, runtime: CachedModel) -> None:
 
 def test_a_position_is_the_hosts_or_the_step_itself():
     each = TransformerSpec(
-        name="t", settings=CacheSettings(), plan=StepPlan(num_steps=2), positions=(900.0, 500.0)
+        name="t", settings=CacheSettings(), plan=StepPlan(num_steps=2), timesteps=(900.0, 500.0)
     )
     assert [each.position(step) for step in (0, 1, 2, -1)] == [900.0, 500.0, 2.0, -1.0]
     assert FIRST.transformers[0].position(3) == 3.0

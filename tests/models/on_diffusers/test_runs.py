@@ -43,7 +43,7 @@ def watched(name: str, **knobs: Any) -> tuple[TransformerSpec, list[float], dict
 def test_image_to_image_takes_the_part_of_a_mask_at_its_own_timesteps(name):
     spec, timesteps, report = watched(name, steps_computation_mask=list(MASK))
     assert len(timesteps) == N // 2
-    assert spec.positions == pytest.approx(timesteps, abs=0.01)
+    assert spec.timesteps == pytest.approx(timesteps, abs=0.01)
     assert schedule(report)["transformer"]["cond"] == ([0, 1, 4], [2, 3, 5])
     assert report["transformers"]["transformer"]["steps"] == N // 2
     assert report["reason"] is None
