@@ -163,10 +163,7 @@ def _open(
     stage: Any, batch: Any, server_args: Any, session: Session, loop: OwnLoop, steps: dict[str, tuple[int, int]], *,
     joint: bool = False, one_config: bool = False, exact: bool = True,
 ) -> None:
-    """Serve a request: check it, take its model, bind the ranks, and make the one transition."""
-    # The host's own requests may take other steps than the one that they copy, a further stage takes its own.
-    if exact and not sglang_api.serves_nobody(batch) and REPORT not in getattr(batch, "extra", {}):
-        session.check_masks(steps, one_config)
+    """Serve a request: take its model, bind the ranks, and make the one transition."""
     model, stages = _model(stage), WORKER.active.stages
     try:
         groups = ranks.groups(
@@ -182,8 +179,10 @@ def _open(
     # A stage may hold another one that asks for it.
     unseen = (native_stages.uncorrected(type(each)) for each in (*(running.stage for running in stages), stage))
     around = bool(server_args.enable_breakable_cuda_graph)
+    # The host's own requests may take other steps than the one that they copy, a further stage takes its own.
+    exact = exact and not sglang_api.serves_nobody(batch) and REPORT not in getattr(batch, "extra", {})
     session.open(model, Facts(
-        steps=steps, identify=loop.identify(batch), timesteps=_timesteps(batch, steps), groups=groups,
+        steps=steps, exact=exact, identify=loop.identify(batch), timesteps=_timesteps(batch, steps), groups=groups,
         # A stage that grows the picture starts small; schedules are tuned for the size that was asked for.
         size=stages[-1].size if stages else sglang_api.size_of(batch), one_config=one_config,
         solver=None if scheduler is None else Solver(scheduler, scheduler.step),

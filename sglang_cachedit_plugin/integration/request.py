@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -219,6 +219,7 @@ class Facts:
     Args:
         steps: for each transformer the host's number of its first step, and how many it takes.
         identify: names each forward.
+        exact: those are the steps that will run: a mask list of the request that does not fit them is refused.
         timesteps: of each of the host's steps.
         groups: the ranks that take part; the host may lay them out differently from one request to the next.
         size: width and height of the picture, and frames of a video.
@@ -236,6 +237,7 @@ class Facts:
 
     steps: Mapping[str, tuple[int, int]]
     identify: Identify
+    exact: bool = False
     timesteps: Sequence[float] | None = None
     groups: Groups = field(default_factory=Groups)
     size: tuple[int, ...] | None = None
@@ -287,12 +289,15 @@ class Session:
         """Bring the model to what the request wants.
 
         Raises:
-            RefusedError: only with ``strict``; otherwise the reason goes to the report.
+            RefusedError: a mask list of the request does not fit, or whatever else is in the way, with ``strict``;
+                otherwise the reason goes to the report.
         """
         self._model, self._facts, self._started = model, facts, time.perf_counter()
         if not self.decision.enabled:
             model.prepare(None)
             return
+        if facts.exact:
+            self._check_masks()
         resolved = self.decision.resolved
         if facts.solver is None:
             self.stats.corrector = CorrectorStats(enabled=False, reason="the stage has no scheduler")
@@ -325,8 +330,7 @@ class Session:
         if self.stats.enabled:
             self._facts = replace(self._facts, steps=steps, timesteps=stretch.positions, stretch=stretch)
             if self._warmup is None:
-                # A mask list may be written for the whole of which the run takes a part.
-                self.check_masks(steps, also={stretch.asked, len(stretch.timesteps)})
+                self._check_masks()
             self._serve(self._wanted())
 
     def grow(self, timesteps: Sequence[float] | None) -> None:
@@ -392,28 +396,23 @@ class Session:
         self.stats.enabled = False
         self.stats.reason = reason
 
-    def check_masks(
-        self, steps: Mapping[str, tuple[int, int]], one_config: bool = False, *, also: Collection[int] = ()
-    ) -> None:
+    def _check_masks(self) -> None:
         """Refuse a mask list of the request that has one entry a step for none of its transformers, nor for all.
-
-        Args:
-            steps: those that will run, as in ``Facts``.
-            one_config: likewise.
-            also: further lengths that fit.
 
         Raises:
             RefusedError: naming the lengths that fit.
         """
-        if not self.decision.enabled:
-            return
+        facts, stretch = self._facts, self._facts.stretch
+        # A mask list may be written for the whole of which a run takes a part.
+        whole = {_total(facts.steps)} if stretch is None else {
+            _total(facts.steps), stretch.asked, len(stretch.timesteps)
+        }
         masks: dict[str, tuple[int, set[int]]] = {}
-        for name, (_, count) in steps.items():
-            settings, origins = self._settings(name, one_config)
+        for name, (_, count) in facts.steps.items():
+            settings, origins = self._settings(name)
             origin = origins["steps_computation_mask"]
             if isinstance(settings.steps_computation_mask, tuple) and origin.startswith(f"{REQUEST}."):
-                fitting = {_total(steps), *also}
-                masks.setdefault(origin, (len(settings.steps_computation_mask), fitting))[1].add(count)
+                masks.setdefault(origin, (len(settings.steps_computation_mask), set(whole)))[1].add(count)
         for origin, (length, fitting) in masks.items():
             if length not in fitting:
                 where, _, key = origin.rpartition(".")
@@ -423,10 +422,10 @@ class Session:
                 self.stats.refused = True
                 raise RefusedError(error)
 
-    def _settings(self, name: str, one_config: bool) -> tuple[CacheSettings, Mapping[str, str]]:
+    def _settings(self, name: str) -> tuple[CacheSettings, Mapping[str, str]]:
         """Settings of a transformer, and where each comes from."""
         resolved = self.decision.resolved
-        if name == "transformer_2" and not one_config:
+        if name == "transformer_2" and not self._facts.one_config:
             return resolved.secondary, resolved.secondary_origins
         return resolved.primary, resolved.origins
 
@@ -435,7 +434,7 @@ class Session:
         facts, specs, notes = self._facts, [], list(self.stats.notes)
         total = _total(facts.steps)
         for name, (first, count) in facts.steps.items():
-            settings, row = self._tuned(self._settings(name, facts.one_config)[0], total)
+            settings, row = self._tuned(self._settings(name)[0], total)
             if settings.error_tolerance is None:
                 plan, found = build_plan(settings, count, preset_mask, first_step=first, total_steps=total)
             else:
