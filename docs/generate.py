@@ -13,7 +13,7 @@ from sglang_cachedit_plugin.config.section_knobs import PARALLELISM, QUANT_SPELL
 from sglang_cachedit_plugin.config.settings import ALIASES, EITHER_KNOBS, INERT_KNOBS, KNOBS, CacheSettings, Knob
 from sglang_cachedit_plugin.config.sources import PREFIX
 from sglang_cachedit_plugin.hooks import HOOK_POINTS
-from sglang_cachedit_plugin.integration import versions
+from sglang_cachedit_plugin.integration import host_contract
 
 HERE = Path(__file__).parent
 
@@ -194,7 +194,7 @@ def readme() -> str:
     text = (HERE / ".." / "README.md").read_text()
     begin, end = "<!-- versions -->\n", "<!-- /versions -->"
     lines = ["| library | version | |", "|---|---|---|"]
-    for library, found in versions.TRIED.items():
+    for library, found in host_contract.TRIED.items():
         lines += [f"| {library} | {version} | {_HOW[how]} |" for version, how in found.items()]
     head, _, rest = text.partition(begin)
     return head + begin + "\n".join(lines) + "\n" + end + rest.partition(end)[2]

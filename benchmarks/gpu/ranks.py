@@ -171,7 +171,7 @@ def with_plugin(case: Case, layout: stock.HostLayout, settings: CacheSettings, t
     found: dict[str, Any] = {"step_ms": 1e3 * case.run(STEPS, plugin.at), **plugin.counts()}
     begin(PROFILED)
     found |= counted(case, branch_cache.BranchCache, PROFILED, plugin.at)
-    cache = plugin.backend.mounted["transformer"].cache
+    cache = plugin.model.mounted["transformer"].cache
     tensor = case.at(0)[0]
     other = tensor * 1.1
     begin(STEPS)

@@ -168,7 +168,7 @@ def plugin(loop: Loop, layout: stock.HostLayout) -> Iterator[Callable[[], dict[s
         begin(verify_ranks=dist.get_world_size() > 1)
         found = {"seconds": loop.run(list(range(loop.work.steps)), mounted.at), **mounted.counts()}
         decisions = {name: each["branches"] for name, each in mounted.stats.as_dict()["transformers"].items()}
-        cache = mounted.backend.mounted[list(loop.models)[-1]].cache
+        cache = mounted.model.mounted[list(loop.models)[-1]].cache
         found["decision_us"] = time_of(lambda a, b: cache._measure("blocks", a, b, True), loop)
         return found | {"equal_decisions": equal_over(layout.groups.forward, decisions)}
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,14 +18,7 @@ from .compiling import no_compile, with_own_code
 from .inputs import given
 from .mount_check import MountProbe
 from .output_cache import OutputCache
-from .runtime import Groups, Identity, TransformerSpec
-from .warmup import Request, Warmup
-
-Identify = Callable[[str, Mapping[str, Any]], Identity | None]
-"""(transformer name, keyword arguments of the forward) -> identity, None where the host names none."""
-
-OnForward = Callable[[str, Identity, Any, Any], None]
-"""Told of each computed forward: transformer name, identity, latents that went in, output."""
+from .runtime import Identity, RequestSpec, TransformerSpec
 
 
 class CachedTransformer:
@@ -38,6 +30,9 @@ class CachedTransformer:
     Args:
         name: ``transformer`` or ``transformer_2``.
         pipe: the diffusers pipeline, if there is one.
+
+    Attributes:
+        request: what the forwards under way are served under, None without.
     """
 
     def __init__(self, name: str, transformer: nn.Module, pipe: Any = None):
@@ -56,10 +51,8 @@ class CachedTransformer:
         if not self._output_only:
             self._lists = block_lists.build(transformer, self.cache, pipe)
         self.probe = MountProbe(self._lists.watched)
-        self._identify: Identify | None = None
+        self.request: RequestSpec | None = None
         self._identity_outside: tuple[Identity | None] | None = None
-        self.on_forward: OnForward | None = None
-        self.warmup: Warmup | None = None
         setattr(transformer, self._slot, self._wrapper())
 
     def _wrapper(self) -> Callable[..., Any]:
@@ -69,8 +62,8 @@ class CachedTransformer:
             identity = self._identity(args, kwargs)
             if identity is None:
                 return self._original(*args, **kwargs)
-            if self.warmup is not None:
-                self.warmup.run(self, identity, args, kwargs)
+            if self.request.warmup is not None:
+                self.request.warmup(self, identity, args, kwargs)
             return self.run(identity, args, kwargs)
 
         return forward
@@ -96,7 +89,9 @@ class CachedTransformer:
     def _identity(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Identity | None:
         if self._identity_outside is not None:
             return self._identity_outside[0]
-        identity = self._identify(self.name, kwargs) if self._identify is not None else None
+        if self.request is None or self.request.around:
+            return None
+        identity = self.request.identify(self.name, kwargs)
         if identity is not None:
             self.cache.given = given(args, kwargs)
         return identity
@@ -116,15 +111,18 @@ class CachedTransformer:
             self.cache.tell(None)
         else:
             output = self._run(identity, args, kwargs)
-        if self.on_forward is not None and self.cache.computed_last(identity):
-            self.on_forward(self.name, identity, (kwargs.get("hidden_states"), args), output)
+        if self.request.on_forward is not None and self.cache.computed_last(identity):
+            self.request.on_forward(self.name, identity, (kwargs.get("hidden_states"), args), output)
         return output
 
-    def run_around(self, forward: Callable[..., Any], identity: Identity, args: Any, kwargs: dict[str, Any]) -> Any:
+    def run_around(self, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         """One forward of the request under way, where computed steps are ``forward``: what the host made of it.
 
         Only static schedules with ``forecast: output`` cache any step here.
         """
+        identity = None if self.request is None else self.request.identify(self.name, kwargs)
+        if identity is None:
+            return forward(*args, **kwargs)
         self.cache.given = given(args, kwargs)
         self._receive(identity)
         computed = functools.partial(forward, *args, **kwargs)
@@ -206,35 +204,25 @@ class CachedTransformer:
 
     # Requests.
 
-    def refresh(
-        self, spec: TransformerSpec, stats: TransformerStats, identify: Identify, groups: Groups | None = None
-    ) -> None:
-        """Serve the next forwards under ``spec``.
+    def refresh(self, request: RequestSpec) -> None:
+        """Serve the next forwards under ``request``; nothing that was kept before is of use to it.
 
         Raises:
             MountError: F and B do not fit the blocks, only the whole output can be forecast, or an earlier
                 forward has shown that the blocks are not as declared.
         """
-        self._check(spec)
-        self.begin(Request(spec=spec, stats=stats, identify=identify, groups=groups or Groups()))
+        self._check(request.of(self.name))
+        self.begin(request)
 
     @torch.compiler.disable
-    def begin(self, request: Request) -> None:
-        """Start over under ``request``."""
-        self.on_forward, self.warmup = request.on_forward, None
-        self.cache.begin_request(request.spec, request.stats, request.groups)
-        self._outputs.begin_request(request.spec)
-        self._identify = request.identify
-
-    @torch.compiler.disable
-    def request(self) -> Request:
-        """What the forwards under way are served under."""
-        cache = self.cache
-        assert cache.stats is not None
-        return Request(
-            spec=cache.request, stats=cache.stats, identify=self._identify, groups=cache.groups,
-            on_forward=self.on_forward,
-        )
+    def begin(self, request: RequestSpec) -> None:
+        """Start over under ``request``, which is known to fit."""
+        spec = request.of(self.name)
+        stats = request.stats.transformers.setdefault(self.name, TransformerStats(steps=0))
+        stats.steps = spec.plan.num_steps
+        self.cache.begin_request(spec, stats, request.groups)
+        self._outputs.begin_request(spec)
+        self.request = request
 
     def _check(self, spec: TransformerSpec) -> None:
         settings, name = spec.settings, type(self.module).__name__
@@ -268,16 +256,9 @@ class CachedTransformer:
 
     def bypass(self) -> None:
         """Run the original forward; drop all buffers."""
-        self._identify = self.warmup = None
+        self.request = None
         self._outputs.clear()
         self.cache.clear()
-
-    def forget(self, timesteps: Sequence[float] | None = None) -> None:
-        """Drop what is kept of the steps so far; the request goes on, at other ``timesteps`` if given."""
-        self._outputs.clear()
-        self.cache.clear()
-        if timesteps is not None and self.cache.spec is not None:
-            self.cache.spec = replace(self.cache.spec, positions=timesteps)
 
     def buffer_bytes(self) -> int:
         """Bytes of the tensors held for cached steps."""

@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 
-from sglang_cachedit_plugin.cache.mount import ModelBackend, preset_mask
+from sglang_cachedit_plugin.cache.mount import CachedModel, preset_mask
 from sglang_cachedit_plugin.cache.runtime import RequestSpec, TransformerSpec
 from sglang_cachedit_plugin.cache.step_plan import build_plan
 from sglang_cachedit_plugin.config.settings import CacheSettings
@@ -202,19 +202,13 @@ def test_a_residual_that_moves_linearly_over_uneven_positions_is_met_exactly(cal
         assert max(errors) < 1e-4
 
 
-def backend_with(modules: dict) -> ModelBackend:
-    rigs = {}
-    backend = ModelBackend(modules, lambda name, kwargs: rigs["identity"])
-    backend.stats = RequestStats(backend="native", enabled=True)
-    backend.set_identity = lambda identity: rigs.update(identity=identity)
-    return backend
-
-
-def request(modules: dict, **knobs) -> RequestSpec:
+def request(modules: dict, now: dict, **knobs) -> RequestSpec:
+    """``now["identity"]`` is the next forward's."""
     settings = CacheSettings(**{"max_warmup_steps": 1, **knobs})
     plan, _ = build_plan(settings, 4, preset_mask)
     return RequestSpec(
-        transformers=tuple(TransformerSpec(name=name, settings=settings, plan=plan) for name in modules)
+        transformers=tuple(TransformerSpec(name=name, settings=settings, plan=plan) for name in modules),
+        stats=RequestStats(backend="native", enabled=True), identify=lambda name, kwargs: now["identity"],
     )
 
 
@@ -233,27 +227,25 @@ def test_bypass_frees_every_tensor(calibrator):
 
 def test_one_transformer_that_cannot_be_mounted_unmounts_the_other():
     modules = {"transformer": TinyDiT(), "transformer_2": torch.nn.Linear(2, 2)}
-    backend = backend_with(modules)
+    model = CachedModel(modules)
     with pytest.raises(Exception, match="Linear"):
-        backend.mount()
-    assert not backend.mounted
+        model.mount()
+    assert not model.mounted
     assert "forward" not in modules["transformer"].__dict__
 
 
 def test_the_bytes_held_are_those_of_two_hidden_states():
     from sglang_cachedit_plugin.cache.runtime import Identity
 
-    modules = {"transformer": TinyDiT()}
-    backend = backend_with(modules)
-    backend.mount()
-    backend.refresh(request(modules, **ALWAYS))
-    assert backend.buffer_bytes() == 0
-    backend.set_identity(Identity("cond", 0))
+    modules, now = {"transformer": TinyDiT()}, {"identity": Identity("cond", 0)}
+    model = CachedModel(modules)
+    model.prepare(request(modules, now, **ALWAYS))
+    assert model.buffer_bytes() == 0
     with torch.no_grad():
         modules["transformer"](sample("cond", 0))
-    assert backend.buffer_bytes() == 2 * sample("cond", 0).numel() * 4
-    backend.bypass()
-    assert backend.buffer_bytes() == 0
+    assert model.buffer_bytes() == 2 * sample("cond", 0).numel() * 4
+    model.prepare(None)
+    assert model.buffer_bytes() == 0
     assert isinstance(modules["transformer"].transformer_blocks[0], Block)
 
 
@@ -264,16 +256,15 @@ def test_what_a_calibrator_or_an_output_forecast_holds_is_counted_too():
     for name, knobs in {
         "plain": {}, "taylorseer": {"enable_taylorseer": True}, "output": {"forecast": "output"},
     }.items():
-        modules = {"transformer": TinyDiT()}
-        backend = backend_with(modules)
-        backend.mount()
-        backend.refresh(request(modules, max_warmup_steps=3, **knobs))
+        modules, now = {"transformer": TinyDiT()}, {}
+        model = CachedModel(modules)
+        model.prepare(request(modules, now, max_warmup_steps=3, **knobs))
         for step in range(3):
-            backend.set_identity(Identity("cond", step))
+            now["identity"] = Identity("cond", step)
             with torch.no_grad():
                 modules["transformer"](sample("cond", step))
-        held[name] = backend.buffer_bytes() // (sample("cond", 0).numel() * 4)
-        backend.bypass()
-        assert backend.buffer_bytes() == 0
+        held[name] = model.buffer_bytes() // (sample("cond", 0).numel() * 4)
+        model.prepare(None)
+        assert model.buffer_bytes() == 0
     # First and middle residual; TaylorSeer 1 keeps two middle residuals; the output forecast two outputs.
     assert held == {"plain": 2, "taylorseer": 3, "output": 4}

@@ -22,6 +22,7 @@ from sglang_cachedit_plugin.cache.step_plan import build_plan
 from sglang_cachedit_plugin.config.settings import CacheSettings
 from sglang_cachedit_plugin.errors import MountError
 from sglang_cachedit_plugin.report.stats import TransformerStats
+from tests.unit.blocks import wanted
 
 STEPS = 4
 
@@ -120,7 +121,7 @@ class Mounted:
         plan, _ = build_plan(settings, STEPS, preset_mask)
         stats = TransformerStats(steps=STEPS)
         spec = TransformerSpec(name="transformer", settings=settings, plan=plan)
-        self.mounted.refresh(spec, stats, lambda name, kwargs: self.identity)
+        self.mounted.refresh(wanted(spec, stats, lambda name, kwargs: self.identity))
         return stats
 
 

@@ -10,12 +10,12 @@ from torch import nn
 
 from sglang_cachedit_plugin import adapters
 from sglang_cachedit_plugin.adapters import Blocks, ModelAdapter
-from sglang_cachedit_plugin.cache.mount import ModelBackend
+from sglang_cachedit_plugin.cache.mount import CachedModel
 from sglang_cachedit_plugin.cache.mount_check import BlockProbe
-from sglang_cachedit_plugin.cache.runtime import Identity, Runtime
+from sglang_cachedit_plugin.cache.runtime import Identity
 from sglang_cachedit_plugin.config.effective import Defaults
 from sglang_cachedit_plugin.errors import MountError
-from sglang_cachedit_plugin.integration.session import Session
+from sglang_cachedit_plugin.integration.request import Facts, Session
 
 STEPS, SIZE, DIM = 5, 4, 8
 
@@ -80,8 +80,7 @@ class Served:
         monkeypatch.setitem(adapters.NATIVE, type(model).__name__, row)
         self.model, self.step = model, 0
         self.plain = [self.forward(step) for step in range(STEPS)]
-        self.backend = ModelBackend({"transformer": model}, lambda name, kwargs: Identity("cond", self.step))
-        self.runtime = Runtime(self.backend)
+        self.cached = CachedModel({"transformer": model})
 
     @torch.no_grad()
     def forward(self, step: int) -> torch.Tensor:
@@ -92,7 +91,9 @@ class Served:
     def request(self, **knobs) -> tuple[list[torch.Tensor], dict]:
         wanted = {"steps_computation_mask": [1, 0, 1, 0, 0], "scm_policy": "static", "max_warmup_steps": 0, **knobs}
         session = Session("native", Defaults().decide(True, wanted))
-        session.open(self.runtime, self.backend, {"transformer": (0, STEPS)}, None)
+        session.open(self.cached, Facts(
+            steps={"transformer": (0, STEPS)}, identify=lambda name, kwargs: Identity("cond", self.step)
+        ))
         try:
             return [self.forward(step) for step in range(STEPS)], session.stats.as_dict()
         finally:
@@ -113,7 +114,7 @@ def test_blocks_that_keep_the_rules_are_cached_from_the_first_step_on(edges, mon
         assert served.report["reason"] is None
         assert served.report["transformers"]["transformer"]["branches"]["cond"]["cached"] == [1, 3, 4]
         assert [torch.equal(*pair) for pair in zip(outputs, served.plain, strict=True)] == [1, 0, 1, 0, 0]
-    assert not served.backend.mounted["transformer"].probe.due(*edges)
+    assert not served.cached.mounted["transformer"].probe.due(*edges)
 
 
 BROKEN = [
@@ -207,9 +208,9 @@ def fails_once(block):
 def test_a_new_number_of_first_blocks_is_looked_at_again(monkeypatch):
     served = Served(Probed(), ROW, monkeypatch)
     served.request()
-    assert served.backend.mounted["transformer"].probe.due(2, 0)
+    assert served.cached.mounted["transformer"].probe.due(2, 0)
     served.request(Fn_compute_blocks=2)
-    assert not served.backend.mounted["transformer"].probe.due(2, 0)
+    assert not served.cached.mounted["transformer"].probe.due(2, 0)
 
 
 def test_inference_tensors_have_no_count_of_writes_and_are_compared(monkeypatch):
@@ -246,8 +247,8 @@ def test_one_text_may_serve_several_pictures(given, returned, right):
 def test_a_flag_of_the_device_is_read_when_the_request_ends(monkeypatch):
     """A picture already cached: the request is told, the next ones are not cached."""
     served = Served(Probed(), ROW, monkeypatch)
-    served.runtime.mount()
-    probe = served.backend.mounted["transformer"].probe
+    served.cached.mount()
+    probe = served.cached.mounted["transformer"].probe
     probe._flags.append(("blocks: hidden_states is overwritten", torch.tensor(True)))
     served.request()
     assert served.report["cached_steps"] == 3

@@ -18,7 +18,7 @@ from sglang_cachedit_plugin.errors import MountError
 from sglang_cachedit_plugin.integration import diffusers as diffusers_backend
 from sglang_cachedit_plugin.integration import recording, sglang_api
 from sglang_cachedit_plugin.integration.diffusers import PipelineCache
-from sglang_cachedit_plugin.integration.session import Session
+from sglang_cachedit_plugin.integration.request import Session
 from tests.models.on_diffusers.pipelines import PIPELINES, unet_pipeline
 from tests.models.on_diffusers.proof import CACHED, LARGE, MASK, SMALL
 from tests.models.on_diffusers.zoo import STEPS
