@@ -23,6 +23,10 @@ from .solvers import Call, Place, Solver, hooked_scheduler
 from .step_plan import Action
 
 
+CARRY, CONTROLLED_CARRY = 0.5, 0.75
+"""How far computed outputs follow corrected latents; under an error tolerance forecasts start from them too."""
+
+
 class DenoisingSteps:
     """One denoising loop, seen from its scheduler.
 
@@ -47,7 +51,10 @@ class DenoisingSteps:
         self._solver = solver
         self._settings, self._unfit = settings, False
         self._outputs = Extrapolator(1, depth=3)
-        self._corrector = Corrector(self._outputs, settings.corrector_order, settings.corrector_carry)
+        controlled, carry = settings.error_tolerance is not None, settings.corrector_carry
+        if carry is None:
+            carry = CONTROLLED_CARRY if controlled else CARRY
+        self._corrector = Corrector(self._outputs, settings.corrector_order, carry, keep=controlled)
         self._report = stats.corrector
         if problem := self._solver.problem():
             self._give_up(problem)
@@ -79,12 +86,12 @@ class DenoisingSteps:
         self._chosen = True
         settings, specs = self._settings, () if self.spec is None else self.spec.transformers
         guided = self._groups.cfg_group is not None or len({branch for _, branch in ran}) > 1
-        forecast = settings.forecast == "output" or settings.error_tolerance is not None or settings.calibrator
+        forecast = settings.forecast == "output" or settings.calibrator is not None
         if not self._report.enabled:
             return
         if any(each.weights for each in specs):
             self._report.enabled, self._report.reason = False, "fitted weights were searched without it"
-        elif guided and forecast:
+        elif guided and forecast and settings.error_tolerance is None:
             self._report.enabled, self._report.reason = False, "forecasts under guidance are better left as they are"
 
     def _keep_errors(self) -> None:
@@ -196,6 +203,9 @@ class DenoisingSteps:
         if not self._report.enabled:
             result = solver.advance(call)
         else:
+            if cached and self._control is not None:
+                # The transformer forecast from its own outputs; these have followed the corrected latents.
+                call = call.with_tensors(self._outputs.predict(place.position), call.sample)
             result = (self._corrector.cached if cached else self._corrector.computed)(solver, call, place)
         # The next forward is the peak of the memory: it needs two outputs beside its own.
         self._outputs.evict_oldest()
