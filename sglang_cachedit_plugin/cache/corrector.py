@@ -49,7 +49,7 @@ class Corrector:
         if self._start is None:
             # Some stages write the result of a step into the latents that they gave.
             self._start = (solver.snapshot(), call.sample.clone())
-        self._pending.append((call.without_tensors(), place))
+        self._pending.append((call.with_tensors(None, None), place))
         return solver.advance(call)
 
     def computed(self, solver: Solver, call: Call, place: Place) -> Any:
@@ -86,4 +86,4 @@ class Corrector:
 
     def held_bytes(self) -> int:
         """Bytes of the latents kept."""
-        return 0 if self._start is None else self._start[1].numel() * self._start[1].element_size()
+        return 0 if self._start is None else self._start[1].nbytes

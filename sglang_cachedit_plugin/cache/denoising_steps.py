@@ -13,11 +13,12 @@ import torch
 from ..config.settings import CacheSettings
 from ..report.stats import COND, ErrorStats, RequestStats
 from . import rank_agreement
+from .compiling import untraced
 from .corrector import Corrector
 from .error_control import ErrorControl
 from .forecast import Extrapolator
-from .readings import Reading, relative_error
 from .runtime import Groups, RequestSpec
+from .similarity import Reading, relative_error
 from .solvers import Call, Place, Solver, hooked_scheduler
 from .step_plan import Action
 
@@ -125,7 +126,7 @@ class DenoisingSteps:
         """Read the scheduler's timesteps now, before the loop: the host waits for the device."""
         self._solver.place(0)
 
-    @torch.compiler.disable
+    @untraced
     def computes(self) -> bool:
         """Whether the step under way is computed, where an error tolerance decides."""
         return self._control is None or self._control.computes(self._count)
@@ -220,8 +221,9 @@ class DenoisingSteps:
             if self._control.measures:
                 forecast = self._outputs.predict(place.position)
                 # The output of a stage that runs one sample may have no batch dimension; its latents have.
-                pair = (each.reshape(len(call.sample), -1) for each in (forecast, call.output))
-                error = relative_error(*pair, self._groups.cfg_group or self._groups.forward)
+                batch = len(call.sample)
+                group = self._groups.cfg_group or self._groups.forward
+                error = relative_error(forecast.reshape(batch, -1), call.output.reshape(batch, -1), group)
                 self._error = self._count, self._control.spread(self._count), Reading(error)
             self._control.computed(self._count)
         # The host may reuse the memory of an output, as CUDA graphs do.
