@@ -35,6 +35,11 @@ def load(path: Path | str) -> np.ndarray:
         return np.asarray(picture.convert("RGB"))
 
 
+def still(picture: np.ndarray) -> np.ndarray:
+    """A picture (H, W, 3) itself, of a video (T, H, W, 3) the middle frame."""
+    return picture if picture.ndim == 3 else picture[len(picture) // 2]
+
+
 def _frames(picture: np.ndarray) -> np.ndarray:
     return picture[None] if picture.ndim == 3 else picture
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import functools
 import os
 import platform
 import shlex
@@ -15,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CacheDitError, SettingError, nearest
+from ..evaluation.host_process import HostPool, environments
 from ..integration import sglang_api
 from . import job, outcome, report, write
-from .engine import Engine
 from .evaluate import Evaluator, Grid, Progress, Prompt
-from .hosts import Hosts, environments
 from .job import Plan, Result
 from .store import Store, fingerprint
 
@@ -44,9 +42,9 @@ def tune(args: argparse.Namespace) -> int:
     threads = hosts[0].get("OMP_NUM_THREADS")
     facts = fingerprint(args.model_path, backend=backend, server=server, threads=threads, **_versions())
     store = Store(args.work / "evaluations", facts)
-    make = functools.partial(Engine, args.model_path, backend, server=server)
-    engine = Hosts(make, args.work / "record" / str(os.getpid()), hosts)
-    evaluator = Evaluator(engine, store, request, progress)
+    arguments = {"model_path": args.model_path, "backend": backend, **server}
+    pool = HostPool(arguments, args.work / "record" / str(os.getpid()), hosts)
+    evaluator = Evaluator(pool, store, request, progress)
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         results = job.run(plan, evaluator, progress.stage)
@@ -62,7 +60,7 @@ def tune(args: argparse.Namespace) -> int:
     finally:
         for number in before:
             signal.signal(number, signal.SIG_IGN)
-        engine.close()
+        pool.close()
         for number, handler in before.items():
             signal.signal(number, handler)
     progress.end()

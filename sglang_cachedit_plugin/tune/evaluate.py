@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..evaluation import quality
-from .engine import Outcome
-from .hosts import Hosts
+from ..evaluation.host_process import HostPool, Outcome
 from .store import Store
 from .trajectory import Trajectories, combine, products
 
@@ -92,7 +91,7 @@ class Evaluator:
         request: sampling parameters that all requests share.
     """
 
-    def __init__(self, hosts: Hosts, store: Store, request: Mapping[str, Any], progress: Progress):
+    def __init__(self, hosts: HostPool, store: Store, request: Mapping[str, Any], progress: Progress):
         self._hosts, self._store, self._request, self._progress = hosts, store, dict(request), progress
 
     def _sampling(self, prompt: Prompt, grid: Grid, more: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from ..evaluation.host_process import HostError
 from . import candidates, verdict
 from .candidates import Candidate
-from .engine import EngineError
 from .evaluate import SHEET, Evaluator, Grid, Prompt
 from .polish import RESIDUAL_LEAD, Say, Tuner
 from .verdict import Point
@@ -154,7 +154,7 @@ class _Grid:
         self.say(f"{self.grid.label}: {candidate.label} on {len(self.plan.heldout)} held-out prompts")
         try:
             point = verdict.verify(self.evaluator, self.grid, self.plan.heldout, candidate)
-        except EngineError:
+        except HostError:
             if candidate.kind != "peer":
                 raise
             point = None

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from . import sheet, verdict
+from ..evaluation import quality
+from . import verdict
 from .candidates import Candidate
 from .evaluate import SHEET, Evaluator, Prompt
 from .job import Plan, Result
@@ -74,5 +75,5 @@ def _save(folder: Path, name: str, picture: np.ndarray) -> str:
     from PIL import Image
 
     path = f"pictures/{name}.png"
-    Image.fromarray(sheet.still(picture)).save(folder / path)
+    Image.fromarray(quality.still(picture)).save(folder / path)
     return path

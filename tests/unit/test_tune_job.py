@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from sglang_cachedit_plugin.evaluation import quality
+from sglang_cachedit_plugin.evaluation.host_process import HostError
 from sglang_cachedit_plugin.tune import job, outcome, polish, report, verdict, write
-from sglang_cachedit_plugin.tune.engine import EngineError
 from sglang_cachedit_plugin.tune.evaluate import Grid, Prompt
 from sglang_cachedit_plugin.tune.job import Plan
 from sglang_cachedit_plugin.tune.trajectory import Trajectories, products
@@ -83,7 +83,7 @@ class Host:
     def measure(self, prompt, grid, more, *, pictures, keep=False, steps=None):
         self.served += 1
         if more.get("enable_teacache"):
-            raise EngineError("this model has no such thing")
+            raise HostError("this model has no such thing")
         params = more.get("cache_dit_params") or {}
         if more.get("enable_cache_dit"):
             row = self.row(params, grid.steps)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from sglang_cachedit_plugin.evaluation.host_process import Outcome
 from sglang_cachedit_plugin.tune import job, polish, write
-from sglang_cachedit_plugin.tune.engine import Outcome
 from sglang_cachedit_plugin.tune.evaluate import Evaluator, Grid, Progress, Prompt
 from sglang_cachedit_plugin.tune.job import Plan
 from sglang_cachedit_plugin.tune.store import Store
