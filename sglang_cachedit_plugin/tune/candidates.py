@@ -29,7 +29,7 @@ class Candidate:
     """One way to serve a request, as a point of the report.
 
     Args:
-        kind: tuned, fewer_steps, growing_window, baseline or peer.
+        kind: tuned, fewer_steps, growing_window, baseline or host.
         request: sampling parameters.
         settings: the same as ``cache_config``, where it is one.
         steps: steps of the request, where they are fewer than the grid's.
@@ -160,13 +160,13 @@ def _nth(interval: int) -> str:
     return {2: "second", 3: "third"}[interval]
 
 
-def host_peers(steps: int) -> list[Candidate]:
+def host_caches(steps: int) -> list[Candidate]:
     """The host's own caches; models without them answer with the uncached picture."""
-    found = [Candidate(name="teacache", kind="peer", label="TeaCache", request={**OFF, "enable_teacache": True})]
+    found = [Candidate(name="teacache", kind="host", label="TeaCache", request={**OFF, "enable_teacache": True})]
     for window, flex in ((2.0, 0.25), (2.0, 0.75), (2.0, 3.0)):
         params = {"window_size": window, "flex_window": flex, "warmup_steps": 5}
         found.append(Candidate(
-            name=f"spectrum-{flex:g}", kind="peer", label=f"Spectrum, flex {flex:g}", family="Spectrum",
+            name=f"spectrum-{flex:g}", kind="host", label=f"Spectrum, flex {flex:g}", family="Spectrum",
             request={**OFF, "enable_spectrum": True, "spectrum_params": params},
             computed=float(spectrum_computed(steps, window, flex, 5)),
         ))

@@ -34,7 +34,7 @@ LOOKS: Mapping[str, Look] = {
     "fewer_steps": Look("fewer steps, no cache", "ink", "dot", joined=True),
     "growing_window": Look("growing window", "muted", "dot", joined=True, dashed=True),
     "baseline": Look("Cache-DiT settings", "warm", "ring"),
-    "peer": Look("other caches", "violet", "diamond"),
+    "host": Look("other caches", "violet", "diamond"),
 }
 
 Point = Mapping[str, Any]

@@ -97,27 +97,27 @@ def prepare(args: argparse.Namespace) -> Plan:
     return Plan(
         grids=grids, tune=tuning[: args.tune_limit], heldout=heldout[: args.heldout_limit], target=target,
         seed=args.seed, evaluations=args.evaluations, shares=_shares(args.shares),
-        peers=_peers(args.peers, max(grid.steps for grid in grids)),
+        baselines=_baselines(args.baselines, max(grid.steps for grid in grids)),
     )
 
 
-def _peers(text: str, steps: int) -> tuple[str, ...]:
+def _baselines(text: str, steps: int) -> tuple[str, ...]:
     """Beginnings of names of what else is measured; each must begin one that there can be."""
-    if text in job.PEERS:
-        return job.PEERS[text]
+    if text in job.BASELINES:
+        return job.BASELINES[text]
     words = [word.strip() for word in text.split(",")]
     for word in words:
-        if word in job.PEERS:
-            raise SettingError("--peers", text, COMMAND_LINE, f"{word} stands alone, without other names")
+        if word in job.BASELINES:
+            raise SettingError("--baselines", text, COMMAND_LINE, f"{word} stands alone, without other names")
         number = word.rpartition("-")[2][:6]
         budget = min(max(1, int(number)), steps) if number.isdecimal() else 1
         names = [each.name for each in job.others(steps, [budget])]
         if not word or not any(name.startswith(word) for name in names):
             families = dict.fromkeys(name.partition("-")[0] for name in names)
             raise SettingError(
-                "--peers", word, COMMAND_LINE,
-                f"expected {', '.join(job.PEERS)}, or beginnings of names with commas: {', '.join(families)}",
-                nearest(word, [*job.PEERS, *families, *names]),
+                "--baselines", word, COMMAND_LINE,
+                f"expected {', '.join(job.BASELINES)}, or beginnings of names with commas: {', '.join(families)}",
+                nearest(word, [*job.BASELINES, *families, *names]),
             )
     return tuple(words)
 

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from ..evaluation.host_process import HostError
-from . import candidates, verdict
+from . import candidates, selection
 from .candidates import Candidate
 from .evaluate import SHEET, Evaluator, Grid, Prompt
-from .polish import RESIDUAL_LEAD, Say, Tuner
-from .verdict import Point
+from .refine import RESIDUAL_LEAD, Say, Tuner
+from .selection import Point
 
-PEERS = {"none": (), "plain": ("fewer", "growing"), "all": ("",)}
+BASELINES = {"none": (), "plain": ("fewer", "growing"), "all": ("",)}
 """Beginnings of names of what else is measured."""
 REFINEMENTS = 4
 
@@ -26,7 +26,7 @@ class Plan:
 
     Args:
         target: ``min_psnr``, ``min_ssim``, ``speedup`` or ``budget`` with its value.
-        peers: beginnings of the names of what else is measured.
+        baselines: beginnings of the names of what else is measured.
         shares: parts of the steps that are computed in the named profiles.
         evaluations: trials in the host for each budget.
     """
@@ -37,7 +37,7 @@ class Plan:
     target: Mapping[str, float]
     seed: int
     evaluations: int
-    peers: Sequence[str]
+    baselines: Sequence[str]
     shares: Sequence[float]
 
 
@@ -68,7 +68,7 @@ def others(steps: int, budgets: Sequence[int]) -> list[Candidate]:
     found = [candidates.fewer_steps(budget) for budget in sorted(beside | set(budgets))]
     for budget in budgets:
         found += candidates.growing(steps, budget)
-    return [*found, *candidates.stock(steps), *candidates.built_in(), *candidates.host_peers(steps)]
+    return [*found, *candidates.stock(steps), *candidates.built_in(), *candidates.host_caches(steps)]
 
 
 def run(plan: Plan, evaluator: Evaluator, say: Say) -> list[Result]:
@@ -153,9 +153,9 @@ class _Grid:
     def _verify(self, candidate: Candidate) -> None:
         self.say(f"{self.grid.label}: {candidate.label} on {len(self.plan.heldout)} held-out prompts")
         try:
-            point = verdict.verify(self.evaluator, self.grid, self.plan.heldout, candidate)
+            point = selection.verify(self.evaluator, self.grid, self.plan.heldout, candidate)
         except HostError:
-            if candidate.kind != "peer":
+            if candidate.kind != "host":
                 raise
             point = None
         if point is None:
@@ -165,19 +165,19 @@ class _Grid:
 
     def _others(self, budgets: Sequence[int]) -> list[Candidate]:
         found = others(self.grid.steps, budgets)
-        return [each for each in found if each.name.startswith(tuple(self.plan.peers))]
+        return [each for each in found if each.name.startswith(tuple(self.plan.baselines))]
 
     def _choose(self) -> None:
-        point, remark = verdict.choose(self.result.points, self.grid.steps, self.plan.target)
+        point, remark = selection.choose(self.result.points, self.grid.steps, self.plan.target)
         metric = self._metric
         for _ in range(REFINEMENTS if metric else 0):
             budget = self._between(metric)
             if budget is None:
                 break
             self._add_tuned(budget)
-            if self.plan.peers:
+            if self.plan.baselines:
                 self._verify(candidates.fewer_steps(budget))
-            point, remark = verdict.choose(self.result.points, self.grid.steps, self.plan.target)
+            point, remark = selection.choose(self.result.points, self.grid.steps, self.plan.target)
         self.result.chosen = point
         if remark:
             self.result.remarks.append(remark)

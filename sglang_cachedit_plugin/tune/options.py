@@ -12,6 +12,10 @@ def _tune(args: argparse.Namespace) -> int:
     return tune(args)
 
 
+def _renamed(_: str) -> None:
+    raise argparse.ArgumentTypeError("it is called --baselines")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``sglang-cachedit tune``."""
     parser.add_argument("--model-path", required=True, help="folder of the model")
@@ -30,9 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     target.add_argument("--budget", type=int, metavar="N", help="best quality with N computed steps")
     parser.add_argument("--seed", type=int, default=1, help="of the search and of the first picture (1)")
     parser.add_argument("--evaluations", type=int, default=6, metavar="N", help="trials in the host a budget (6)")
-    parser.add_argument("--peers", default="plain", metavar="NAMES",
+    parser.add_argument("--baselines", default="plain", metavar="NAMES",
                         help="what else is measured: none, plain (fewer steps, growing window), all, or beginnings of "
                         "names with commas: fewer, growing, dbcache, scm, taylorseer, dmd, profile, teacache, spectrum")
+    parser.add_argument("--peers", type=_renamed, help=argparse.SUPPRESS)
     parser.add_argument("--shares", default="0.25,0.35,0.5,0.6", metavar="PARTS",
                         help="parts of the steps computed in the named profiles (0.25,0.35,0.5,0.6)")
     parser.add_argument("--work", type=Path, default=Path("outputs/tune"), metavar="DIR",

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..evaluation import quality
-from . import verdict
+from . import selection
 from .candidates import Candidate
 from .evaluate import SHEET, Evaluator, Prompt
 from .job import Plan, Result
@@ -34,11 +34,11 @@ def results(
 
 
 def _grid(result: Result) -> dict[str, Any]:
-    words = [verdict.verdict(result.points, result.chosen)] if result.chosen is not None else []
+    words = [selection.describe(result.points, result.chosen)] if result.chosen is not None else []
     return {
         "steps": result.grid.steps, "size": list(result.grid.size), "step_seconds": result.step_seconds,
         "points": result.points, "chosen": result.chosen["name"] if result.chosen is not None else None,
-        "verdict": " ".join([*words, *(f"{remark}." for remark in result.remarks)]), "methods": result.methods,
+        "selection": " ".join([*words, *(f"{remark}." for remark in result.remarks)]), "methods": result.methods,
     }
 
 

@@ -20,8 +20,8 @@ def write_report(results: Mapping[str, Any], folder: Path | str) -> Path:
 
     Args:
         results: ``{"model", "provenance", "grids", "sheet"}``. Of a grid: ``steps``, ``size`` (width, height; frames),
-            ``step_seconds``, ``points``, ``chosen`` (a point's name), ``verdict``. Of a point: ``name``, ``kind``
-            (tuned, baseline, fewer_steps, growing_window, peer), ``label``, ``computed`` steps, ``psnr`` in dB with
+            ``step_seconds``, ``points``, ``chosen`` (a point's name), ``selection``. Of a point: ``name``, ``kind``
+            (tuned, baseline, fewer_steps, growing_window, host), ``label``, ``computed`` steps, ``psnr`` in dB with
             ``mean`` and ``min`` over the held-out prompts; optional ``family`` (points that a line joins),
             ``speedup``, ``ssim``, ``latent_psnr``, ``mask`` (a list, or one for each branch or transformer),
             ``step_errors`` (relative error of the latents after each step). Pictures of ``sheet`` are paths, relative
@@ -137,7 +137,7 @@ def _grid(grid: Mapping[str, Any], figures: Mapping[str, Any]) -> dict[str, Any]
     table = sorted(points, key=lambda point: (-point["computed"], -point["psnr"]["mean"]))
     return {
         "title": f"{grid['steps']} steps, {'×'.join(str(side) for side in grid['size'])}",
-        "verdict": grid.get("verdict"),
+        "selection": grid.get("selection"),
         "headline": headline(grid),
         "legend": [
             ("○" if look.mark == "ring" else "◇", look.colour, look.name)

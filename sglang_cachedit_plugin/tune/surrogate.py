@@ -1,4 +1,4 @@
-"""Error of a schedule, foretold from the recorded trajectories."""
+"""Error of a schedule, predicted from the recorded trajectories."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a schedule is foretold to do.
+    """What a schedule is predicted to do.
 
     Args:
         decibels: PSNR of the final latents for each prompt.

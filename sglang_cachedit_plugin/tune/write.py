@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 
 from ..config.sources import read_file
-from . import verdict
+from . import selection
 from .candidates import OUTPUT
 from .job import Result
-from .verdict import Point
+from .selection import Point
 
 
 class _Dumper(yaml.SafeDumper):
@@ -36,20 +36,20 @@ def config(results: Sequence[Result]) -> dict[str, Any]:
     profiles: dict[str, Any] = {}
     for result in results:
         for name, point in result.profiles.items():
-            served = verdict.better(result.points, point)
+            served = selection.better(result.points, point)
             if name == "chosen":
                 continue
             if served is None:
                 profile = profiles.setdefault(name, {**result.knobs[point["name"]], "schedules": []})
                 profile["schedules"].append(dict(result.rows[point["name"]]))
-            elif served["kind"] in verdict.CACHE_KINDS and len(results) == 1:
+            elif served["kind"] in selection.CACHE_KINDS and len(results) == 1:
                 profiles[name] = dict(served["settings"])
     chosen = [(result, result.chosen["name"]) for result in results if result.chosen is not None]
     knobs = chosen[0][0].knobs[chosen[0][1]] if chosen else OUTPUT
     found = {**knobs, "schedules": [dict(result.rows[name]) for result, name in chosen]}
     if len(results) == 1 and chosen:
-        served = verdict.better(results[0].points, results[0].chosen)
-        if served is not None and served["kind"] in verdict.CACHE_KINDS:
+        served = selection.better(results[0].points, results[0].chosen)
+        if served is not None and served["kind"] in selection.CACHE_KINDS:
             found = dict(served["settings"])
     return {"cache_config": found, "profiles": profiles}
 
@@ -97,13 +97,13 @@ def figures(results: Sequence[Result]) -> list[str]:
         lines += [f"  {_figures(point)}" for point in sorted(result.points, key=lambda p: (p["computed"], p["name"]))
                   if point["kind"] in ("tuned", "fewer_steps")]
         if result.chosen is not None:
-            lines += _wrapped(f"chosen: {verdict.verdict(result.points, result.chosen)}")
+            lines += _wrapped(f"chosen: {selection.describe(result.points, result.chosen)}")
         for name, point in result.profiles.items():
-            served = verdict.better(result.points, point)
+            served = selection.better(result.points, point)
             if served is not None:
                 lines += _wrapped(
                     f"profile {name}: {served['label']} was better ({served['psnr']['mean']:.1f} dB), "
-                    + ("it is in the file instead" if served["kind"] in verdict.CACHE_KINDS and len(results) == 1
+                    + ("it is in the file instead" if served["kind"] in selection.CACHE_KINDS and len(results) == 1
                        else "the profile has no schedule for this")
                 )
         for remark in result.remarks:

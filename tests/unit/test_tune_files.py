@@ -1,4 +1,4 @@
-"""Files of a tuning run: evaluations on disk, options, the config file, the verdict."""
+"""Files of a tuning run: evaluations on disk, options, the config file, the selection."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sglang_cachedit_plugin.cli import main
 from sglang_cachedit_plugin.config.effective import Defaults
 from sglang_cachedit_plugin.config.sources import read_file
 from sglang_cachedit_plugin.errors import SettingError
-from sglang_cachedit_plugin.tune import candidates, command, options, verdict, write
+from sglang_cachedit_plugin.tune import candidates, command, options, selection, write
 from sglang_cachedit_plugin.tune.evaluate import Grid
 from sglang_cachedit_plugin.tune.job import Result
 from sglang_cachedit_plugin.tune.store import Store, fingerprint
@@ -76,19 +76,25 @@ def test_options_become_a_plan(tmp_path):
         (["--speedup", "0.5"], "--speedup = 0.5 .*from 1 to 8"),
         (["--evaluations", "-1"], "--evaluations = -1 .*at least 0"),
         (["--heldout", "/nowhere/at/all"], "No such file"),
-        (["--peers", "tecache"], "--peers = 'tecache' .*did you mean 'teacache'"),
-        (["--peers", "fewer,dbcahe"], "--peers = 'dbcahe' .*did you mean 'dbcache'"),
-        (["--peers", "plian"], "did you mean 'plain'"),
-        (["--peers", "plain,teacache"], "plain stands alone"),
-        (["--peers", "fewer,none"], "none stands alone"),
-        (["--peers", "fewer-9"], "--peers = 'fewer-9' .*beginnings of names"),
-        (["--peers", ""], "--peers = '' .*expected none, plain, all"),
-        (["--peers", "fewer,"], "--peers = '' "),
+        (["--baselines", "tecache"], "--baselines = 'tecache' .*did you mean 'teacache'"),
+        (["--baselines", "fewer,dbcahe"], "--baselines = 'dbcahe' .*did you mean 'dbcache'"),
+        (["--baselines", "plian"], "did you mean 'plain'"),
+        (["--baselines", "plain,teacache"], "plain stands alone"),
+        (["--baselines", "fewer,none"], "none stands alone"),
+        (["--baselines", "fewer-9"], "--baselines = 'fewer-9' .*beginnings of names"),
+        (["--baselines", ""], "--baselines = '' .*expected none, plain, all"),
+        (["--baselines", "fewer,"], "--baselines = '' "),
     ],
 )
 def test_bad_options_are_refused_before_anything_starts(tmp_path, more, words):
     with pytest.raises((SettingError, OSError), match=words):
         command.prepare(arguments(tmp_path, *more))
+
+
+def test_the_old_name_of_an_option_leads_to_the_new_one(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        arguments(tmp_path, "--peers", "all")
+    assert "argument --peers: it is called --baselines" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("text", "names"), [
@@ -97,7 +103,7 @@ def test_bad_options_are_refused_before_anything_starts(tmp_path, more, words):
     ("taylorseer-1-every-2,dbcache-0.4-long,spectrum-3", ("taylorseer-1-every-2", "dbcache-0.4-long", "spectrum-3")),
 ])
 def test_peers_are_known_words_or_beginnings_of_names(tmp_path, text, names):
-    assert command.prepare(arguments(tmp_path, "--peers", text)).peers == names
+    assert command.prepare(arguments(tmp_path, "--baselines", text)).baselines == names
 
 
 @pytest.mark.parametrize(
@@ -129,21 +135,21 @@ FEWER = [point(f"fewer-{n}", "fewer_steps", n, 20.0 + 2 * n, family="fewer") for
 
 
 def test_the_rival_at_equal_quality_is_found_on_the_line_of_its_family():
-    at, by = verdict.needed([*FEWER, point("spectrum", "peer", 7.5, 31.0)], 31.0)
+    at, by = selection.needed([*FEWER, point("spectrum", "host", 7.5, 31.0)], 31.0)
     assert (at, by["name"]) == (pytest.approx(5.5), "fewer-6")
-    assert verdict.needed(FEWER, 40.0) is None
-    assert verdict.needed(FEWER, 10.0)[0] == 4
+    assert selection.needed(FEWER, 40.0) is None
+    assert selection.needed(FEWER, 10.0)[0] == 4
 
 
-def test_the_verdict_says_who_wins():
+def test_the_selection_says_who_wins():
     tuned = point("tuned-5", "tuned", 5, 33.0)
-    words = verdict.verdict([*FEWER, tuned], tuned)
+    words = selection.describe([*FEWER, tuned], tuned)
     assert "best other at no more computed steps: fewer-4 (4.0 computed) 28.0 dB" in words
     assert "fewer-8 at 6.5 computed (23 % saved)" in words
     loser = point("tuned-6", "tuned", 6, 30.0)
-    assert "It does not win: fewer-6" in verdict.verdict([*FEWER, loser], loser)
-    assert verdict.better([*FEWER, loser], loser)["name"] == "fewer-6"
-    assert verdict.better([*FEWER, tuned], tuned) is None
+    assert "It does not win: fewer-6" in selection.describe([*FEWER, loser], loser)
+    assert selection.better([*FEWER, loser], loser)["name"] == "fewer-6"
+    assert selection.better([*FEWER, tuned], tuned) is None
 
 
 @pytest.mark.parametrize(
@@ -160,7 +166,7 @@ def test_the_target_chooses_the_fewest_steps_that_meet_it(target, name, remark):
         *(point(f"tuned-{n}", "tuned", n, mean - 9.0, tuning={"psnr": mean})
           for n, mean in ((3, 25.0), (5, 33.0), (7, 36.0))),
     ]
-    chosen, said = verdict.choose(points, 10, target)
+    chosen, said = selection.choose(points, 10, target)
     assert chosen["name"] == name
     assert (said is None) == (remark is None) and (remark or "") in (said or "")
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from sglang_cachedit_plugin.evaluation import quality
 from sglang_cachedit_plugin.evaluation.host_process import HostError
-from sglang_cachedit_plugin.tune import job, outcome, polish, report, verdict, write
+from sglang_cachedit_plugin.tune import job, outcome, refine, report, selection, write
 from sglang_cachedit_plugin.tune.evaluate import Grid, Prompt
 from sglang_cachedit_plugin.tune.job import Plan
 from sglang_cachedit_plugin.tune.trajectory import Trajectories, products
@@ -111,7 +111,7 @@ class Host:
 PLAN = Plan(
     grids=[Grid(16, SIZE)], tune=[Prompt("a", 1), Prompt("b", 2), Prompt("c", 3)],
     heldout=[Prompt("d", 11), Prompt("e", 12)], target={"budget": 6}, seed=1, evaluations=2,
-    peers=("fewer", "growing", "dbcache-0.24", "teacache"), shares=(0.25, 0.5),
+    baselines=("fewer", "growing", "dbcache-0.24", "teacache"), shares=(0.25, 0.5),
 )
 
 
@@ -119,7 +119,7 @@ PLAN = Plan(
 def _short():
     """A short search is enough for a small field."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(polish, "ROUNDS", 60)
+        patch.setattr(refine, "ROUNDS", 60)
         yield
 
 
@@ -141,8 +141,8 @@ def test_every_budget_is_tuned_and_the_asked_one_is_chosen(result):
 def test_tuned_schedules_win_where_the_field_is_curved(result):
     for budget in (4, 6, 8):
         tuned = next(p for p in result.points if p["name"] == f"tuned-{budget}")
-        assert verdict.better(result.points, tuned) is None
-        best = max(p["psnr"]["mean"] for p in verdict.rivals(result.points, budget))
+        assert selection.better(result.points, tuned) is None
+        best = max(p["psnr"]["mean"] for p in selection.rivals(result.points, budget))
         assert tuned["psnr"]["mean"] > best + 3.0
 
 
@@ -153,9 +153,9 @@ def test_the_same_seed_finds_the_same(result):
 
 
 def test_a_quality_is_reached_with_the_fewest_steps(result):
-    first = job.run(replace(PLAN, target={"min_psnr": 1.0}, peers=()), Host(), lambda text: None)[0]
+    first = job.run(replace(PLAN, target={"min_psnr": 1.0}, baselines=()), Host(), lambda text: None)[0]
     least = next(p for p in first.points if p["name"] == "tuned-8")["tuning"]["psnr"] - 3.0
-    plan = replace(PLAN, target={"min_psnr": least}, peers=())
+    plan = replace(PLAN, target={"min_psnr": least}, baselines=())
     found = job.run(plan, Host(), lambda text: None)[0]
     tried = {p["computed"]: p["tuning"]["psnr"] for p in found.points}
     assert found.chosen["tuning"]["psnr"] >= least
@@ -173,7 +173,7 @@ class Surprising(Host):
 
 @pytest.mark.parametrize(("host", "missed"), [(Host, False), (Surprising, True)])
 def test_a_quality_that_held_out_prompts_miss_is_said(host, missed):
-    plan = replace(PLAN, target={"min_psnr": 65.0}, peers=())
+    plan = replace(PLAN, target={"min_psnr": 65.0}, baselines=())
     found = job.run(plan, host(), lambda text: None)[0]
     assert found.chosen["tuning"]["psnr"] >= 65.0
     assert (found.chosen["psnr"]["mean"] < 65.0) is missed
@@ -185,7 +185,7 @@ def test_the_file_holds_the_better_one_where_nothing_can_be_gained(tmp_path):
     write.write(tmp_path / "t.yaml", [straight], PROVENANCE, MODEL)
     text = (tmp_path / "t.yaml").read_text()
     tuned = straight.chosen
-    if verdict.better(straight.points, tuned) is None:
+    if selection.better(straight.points, tuned) is None:
         assert tuned["psnr"]["mean"] == quality.IDENTICAL_PSNR
     else:
         assert "was better" in text
@@ -195,7 +195,7 @@ def test_the_outcome_is_what_the_report_takes(result, tmp_path):
     figures = outcome.results(PLAN, [result], Pictures(), PROVENANCE, MODEL, tmp_path)
     page = report.write_report(figures, tmp_path)
     assert page.stat().st_size > 5000
-    assert figures["grids"][0]["verdict"].startswith("tuned, 6 computed")
+    assert figures["grids"][0]["selection"].startswith("tuned, 6 computed")
     assert (tmp_path / "pictures" / "0-chosen.png").is_file()
     assert figures["grids"][0]["methods"][0]["method"].startswith("output")
 

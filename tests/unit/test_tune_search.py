@@ -1,4 +1,4 @@
-"""The search: exact against all masks, improved on a known optimum, foretold against a loop that is really run."""
+"""The search: exact against all masks, improved on a known optimum, predicted against a loop that is really run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_cachedit_plugin.cache.forecast import damped_weights
-from sglang_cachedit_plugin.tune import polish, search
+from sglang_cachedit_plugin.tune import refine, search
 from sglang_cachedit_plugin.tune.evaluate import Grid, Prompt
 from sglang_cachedit_plugin.tune.surrogate import Method, predict, score
 from sglang_cachedit_plugin.tune.trajectory import Trajectories, combine, products
@@ -117,7 +117,7 @@ MASK = (1, 1, 0, 1, 0, 0, 1)
 
 
 @pytest.mark.parametrize("method", [Method(1), Method(2, 0.6)])
-def test_the_foretold_error_is_that_of_the_loop_where_drift_stays(method):
+def test_the_predicted_error_is_that_of_the_loop_where_drift_stays(method):
     trajectories, starts = recorded(wavy)
     found = predict(trajectories, MASK, method)
     for prompt, start in enumerate(starts):
@@ -127,7 +127,7 @@ def test_the_foretold_error_is_that_of_the_loop_where_drift_stays(method):
         assert found.decibels[prompt] == pytest.approx(-10 * np.log10(error + 1e-7), abs=1e-6)
 
 
-def test_the_foretold_error_is_that_of_the_loop_where_drift_vanishes():
+def test_the_predicted_error_is_that_of_the_loop_where_drift_vanishes():
     def towards(prompt, step, x):
         return (x - 3.0 * wavy(prompt, step, x)) / SIGMAS[step]
 
@@ -206,7 +206,7 @@ def two_branches(parts=(4.0, -3.0)) -> Trajectories:
     )
 
 
-def test_masks_of_two_branches_are_foretold_as_each_alone():
+def test_masks_of_two_branches_are_predicted_as_each_alone():
     t, other = two_branches(), (1, 1, 1, 0, 0, 1, 0)
     assert predict(t, (*MASK, *MASK), LINEAR).decibels == pytest.approx(predict(t, MASK, LINEAR).decibels, abs=1e-6)
     found = predict(t, (*MASK, *other), LINEAR)
@@ -231,8 +231,8 @@ def test_a_branch_that_hardly_changes_gives_its_steps_to_the_other():
     assert predict(t, mask, LINEAR).score > predict(t, MASK, LINEAR).score + 3.0
 
 
-class Foretold:
-    """In place of the evaluator: trials go exactly as foretold without recall."""
+class Predicted:
+    """In place of the evaluator: trials go exactly as predicted without recall."""
 
     def __init__(self, trajectories):
         self.t = trajectories
@@ -250,10 +250,10 @@ class Foretold:
 
 
 def test_the_tuner_finds_a_mask_for_each_branch_and_forecasts_residuals_with_both(monkeypatch):
-    monkeypatch.setattr(polish, "ROUNDS", 60)
+    monkeypatch.setattr(refine, "ROUNDS", 60)
     prompts = [Prompt(text, seed) for seed, text in enumerate("abc")]
-    trials = Foretold(two_branches((4.0, -0.01)))
-    tuner = polish.Tuner(trials, Grid(STEPS, (64, 64)), prompts, seed=1, evaluations=2, say=lambda text: None)
+    trials = Predicted(two_branches((4.0, -0.01)))
+    tuner = refine.Tuner(trials, Grid(STEPS, (64, 64)), prompts, seed=1, evaluations=2, say=lambda text: None)
     best = tuner.tune(4)
     assert len(best.mask) == 2 * STEPS and sum(best.mask) == 8
     assert best.mask[:STEPS] != best.mask[STEPS:]
@@ -281,14 +281,14 @@ def late_turns():
 @pytest.fixture
 def begun(monkeypatch):
     """A trial with 10 of 24 steps, given the price and the parts of a beginning."""
-    monkeypatch.setattr(polish, "ROUNDS", 60)
+    monkeypatch.setattr(refine, "ROUNDS", 60)
     prompts = [Prompt(text, seed) for seed, text in enumerate("abc")]
 
     def tune(price, *parts):
-        monkeypatch.setattr(polish, "BEGINNING_PRICE", price)
-        monkeypatch.setattr(polish, "BEGINNINGS", parts)
-        trials, grid = Foretold(late_turns()), Grid(24, (64, 64))
-        return polish.Tuner(trials, grid, prompts, seed=1, evaluations=0, say=lambda _: None).tune(10)
+        monkeypatch.setattr(refine, "BEGINNING_PRICE", price)
+        monkeypatch.setattr(refine, "BEGINNINGS", parts)
+        trials, grid = Predicted(late_turns()), Grid(24, (64, 64))
+        return refine.Tuner(trials, grid, prompts, seed=1, evaluations=0, say=lambda _: None).tune(10)
 
     return tune
 

@@ -91,7 +91,7 @@ class Tuner:
     def _with_beginning(self, budget: int, best: Trial) -> tuple[Trial, frozenset[int]]:
         """A schedule whose beginning is computed and costs little, else ``best``; and the steps to leave alone.
 
-        Of several that of the least foretold drift in the first half: too long a beginning leaves too little for what
+        Of several that of the least predicted drift in the first half: too long a beginning leaves too little for what
         comes after it.
         """
         allowed = []

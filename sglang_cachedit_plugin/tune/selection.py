@@ -23,8 +23,8 @@ def verify(evaluator: Evaluator, grid: Grid, prompts: Sequence[Prompt], candidat
             some, grid, candidate.request, pictures=True, keep=SHEET, steps=candidate.steps
         )
 
-    # A peer that the model lacks costs one request.
-    if candidate.kind == "peer" and figures_of(prompts[:1])[0]["latent_psnr"] >= quality.IDENTICAL_PSNR:
+    # A host's cache that the model lacks costs one request.
+    if candidate.kind == "host" and figures_of(prompts[:1])[0]["latent_psnr"] >= quality.IDENTICAL_PSNR:
         return None
     each = figures_of(prompts)
     latents = [figures["latent_psnr"] for figures in each]
@@ -81,7 +81,7 @@ def needed(points: Sequence[Point], decibels: float) -> tuple[float, Point] | No
     return min(found, key=lambda each: each[0], default=None)
 
 
-def verdict(points: Sequence[Point], tuned: Point) -> str:
+def describe(points: Sequence[Point], tuned: Point) -> str:
     """Whether a tuned schedule wins on held-out prompts, with figures."""
     mean, worst = tuned["psnr"]["mean"], tuned["psnr"]["min"]
     words = f"{tuned['label']}: {mean:.1f} dB mean, {worst:.1f} dB worst"
