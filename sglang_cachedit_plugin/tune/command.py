@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import CacheDitError, SettingError, nearest
 from ..evaluation.host_process import HostPool, environments
 from ..integration import sglang_api
-from . import job, outcome, report, write
+from . import job, report, write
 from .evaluate import Evaluator, Grid, Progress, Prompt
 from .job import Plan, Result
 from .store import Store, fingerprint
@@ -204,7 +204,7 @@ def _finish(args: argparse.Namespace, plan: Plan, results: Sequence[Result], eva
     print(f"\n{args.out}:")
     print("\n".join(write.figures(results)))
     if args.report is not None:
-        figures = outcome.results(plan, results, evaluator, provenance, model, args.report)
+        figures = report.results(plan, results, evaluator, provenance, model, args.report)
         print(f"Report: {report.write_report(figures, args.report)}")
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from sglang_cachedit_plugin.evaluation import quality
 from sglang_cachedit_plugin.evaluation.host_process import HostError
-from sglang_cachedit_plugin.tune import job, outcome, refine, report, selection, write
+from sglang_cachedit_plugin.tune import job, refine, report, selection, write
 from sglang_cachedit_plugin.tune.evaluate import Grid, Prompt
 from sglang_cachedit_plugin.tune.job import Plan
 from sglang_cachedit_plugin.tune.trajectory import Trajectories, products
@@ -192,7 +192,7 @@ def test_the_file_holds_the_better_one_where_nothing_can_be_gained(tmp_path):
 
 
 def test_the_outcome_is_what_the_report_takes(result, tmp_path):
-    figures = outcome.results(PLAN, [result], Pictures(), PROVENANCE, MODEL, tmp_path)
+    figures = report.results(PLAN, [result], Pictures(), PROVENANCE, MODEL, tmp_path)
     page = report.write_report(figures, tmp_path)
     assert page.stat().st_size > 5000
     assert figures["grids"][0]["selection"].startswith("tuned, 6 computed")
@@ -221,7 +221,7 @@ class Videos(Host):
 
 def test_of_a_video_the_sheet_has_the_middle_frame(result, tmp_path):
     video = replace(result, grid=Grid(result.grid.steps, (*SIZE, 3)))
-    figures = outcome.results(PLAN, [video], Videos(), PROVENANCE, MODEL, tmp_path)
+    figures = report.results(PLAN, [video], Videos(), PROVENANCE, MODEL, tmp_path)
     page = report.write_report(figures, tmp_path).read_text()
     for column in ("uncached", "chosen"):
         still = np.asarray(Image.open(tmp_path / "pictures" / f"0-{column}.png"))
