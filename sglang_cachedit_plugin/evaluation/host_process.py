@@ -246,8 +246,8 @@ class HostPool:
                 raise HostError(f"the host could not serve {dict(request)}: {reply['error'] or 'nothing was recorded'}")
             tensors = load_file(recorded)
             return Outcome(
-                picture=np.load(picture, allow_pickle=False), latents=tensors.pop("latents"), report=reply["metrics"]["cache_dit"],
-                seconds=reply["seconds"], tensors=tensors,
+                picture=np.load(picture, allow_pickle=False), latents=tensors.pop("latents"),
+                report=reply["metrics"]["cache_dit"], seconds=reply["seconds"], tensors=tensors,
             )
         finally:
             self._idle.put(host)
