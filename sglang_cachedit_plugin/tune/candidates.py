@@ -98,6 +98,12 @@ def fewer_steps(steps: int) -> Candidate:
     )
 
 
+def tolerance(value: float, kind: str = "baseline") -> Candidate:
+    """Error control, which chooses the steps of each prompt."""
+    return cached(f"tolerance-{value:g}", kind, f"error tolerance {value:g}", {"error_tolerance": value},
+                  family="error control")
+
+
 def growing(steps: int, budget: int) -> list[Candidate]:
     """Gaps that grow with the step; the last residual, or a linear forecast of the output."""
     mask = growing_window(steps, budget)

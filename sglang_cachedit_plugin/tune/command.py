@@ -19,10 +19,12 @@ from ..integration import sglang_api
 from . import job, report, write
 from .evaluate import Evaluator, Grid, Progress, Prompt
 from .job import Plan, Result
+from .promise import Promise
 from .store import Store, fingerprint
 
 BACKENDS = {"native": "sglang", "sglang": "sglang", "diffusers": "diffusers"}
 COMMAND_LINE = "command line"
+TUNE_LIMIT = 12
 
 
 def tune(args: argparse.Namespace) -> int:
@@ -94,11 +96,31 @@ def prepare(args: argparse.Namespace) -> Plan:
         if value is not None and value < low:
             raise SettingError(flag, value, COMMAND_LINE, f"expected at least {low}")
     tuning, heldout = _prompts(args)
+    promise = _promise(args)
+    tuning = tuning[: args.tune_limit or (None if promise else TUNE_LIMIT)]
+    if promise is not None and len(grids) > 1:
+        raise SettingError("--share", args.share, COMMAND_LINE, "expected one number of steps and one size with it")
+    if promise is not None and len(tuning) < promise.needed:
+        raise SettingError(
+            "--share", args.share, COMMAND_LINE, f"expected {promise.needed} prompts or more for this with confidence "
+            f"{args.confidence:g}, found {len(tuning)} beside the held-out ones",
+        )
     return Plan(
-        grids=grids, tune=tuning[: args.tune_limit], heldout=heldout[: args.heldout_limit], target=target,
-        seed=args.seed, evaluations=args.evaluations, shares=_shares(args.shares),
+        grids=grids, tune=tuning, heldout=heldout[: args.heldout_limit], target=target,
+        seed=args.seed, evaluations=args.evaluations, shares=_shares(args.shares), promise=promise,
         baselines=_baselines(args.baselines, max(grid.steps for grid in grids)),
     )
+
+
+def _promise(args: argparse.Namespace) -> Promise | None:
+    if args.share is None:
+        return None
+    if args.min_psnr is None and args.min_ssim is None:
+        raise SettingError("--share", args.share, COMMAND_LINE, "expected --min-psnr or --min-ssim with it")
+    for flag, value in (("--share", args.share), ("--confidence", args.confidence)):
+        if not 0.5 <= value < 1.0:
+            raise SettingError(flag, value, COMMAND_LINE, "expected a number from 0.5 to below 1")
+    return Promise(args.share, args.confidence)
 
 
 def _baselines(text: str, steps: int) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..evaluation import plots, quality
 from ..evaluation.quality import IDENTICAL_PSNR
-from . import charts, selection, sheet
+from . import charts, selection, sheet, write
 from .candidates import Candidate
 from .evaluate import SHEET, Evaluator, Prompt
 from .job import Plan, Result
@@ -182,10 +182,12 @@ def results(
 
 def _figures(result: Result) -> dict[str, Any]:
     words = [selection.describe(result.points, result.chosen)] if result.chosen is not None else []
+    words += [f"{write.kept(result.promise)}."] if result.promise else []
     return {
         "steps": result.grid.steps, "size": list(result.grid.size), "step_seconds": result.step_seconds,
         "points": result.points, "chosen": result.chosen["name"] if result.chosen is not None else None,
-        "selection": " ".join([*words, *(f"{remark}." for remark in result.remarks)]), "methods": result.methods,
+        "promise": result.promise, "selection": " ".join([*words, *(f"{remark}." for remark in result.remarks)]),
+        "methods": result.methods,
     }
 
 

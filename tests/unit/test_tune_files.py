@@ -16,6 +16,7 @@ from sglang_cachedit_plugin.errors import SettingError
 from sglang_cachedit_plugin.tune import candidates, command, options, selection, write
 from sglang_cachedit_plugin.tune.evaluate import Grid
 from sglang_cachedit_plugin.tune.job import Result
+from sglang_cachedit_plugin.tune.promise import Promise
 from sglang_cachedit_plugin.tune.store import Store, fingerprint
 from sglang_cachedit_plugin.tune.surrogate import Method
 
@@ -50,7 +51,7 @@ def arguments(tmp_path, *more: str, steps: str = "8", size: str = "64x64"):
     prompts.write_text("a\n\nb\nc\nd\n")
     parser = argparse.ArgumentParser()
     options.add_arguments(parser)
-    if not any(each.startswith("--budget") or each.startswith("--speedup") for each in more):
+    if not {"--budget", "--speedup", "--min-psnr"} & set(more):
         more = (*more, "--budget", "4")
     return parser.parse_args([
         "--model-path", str(tmp_path), "--prompts", str(prompts), "--steps", steps, "--size", size,
@@ -84,6 +85,11 @@ def test_options_become_a_plan(tmp_path):
         (["--baselines", "fewer-9"], "--baselines = 'fewer-9' .*beginnings of names"),
         (["--baselines", ""], "--baselines = '' .*expected none, plain, all"),
         (["--baselines", "fewer,"], "--baselines = '' "),
+        (["--share", "0.9"], "--share = 0.9 .*expected --min-psnr or --min-ssim"),
+        (["--min-psnr", "35", "--share", "1"], r"--share = 1\.0 .*from 0\.5 to below 1"),
+        (["--min-psnr", "35", "--share", "0.9", "--confidence", "90"], r"--confidence = 90\.0 "),
+        (["--min-psnr", "35", "--share", "0.95"],
+         r"--share = 0\.95 .*expected 45 prompts or more for this with confidence 0\.9, found 3 beside the held-out"),
     ],
 )
 def test_bad_options_are_refused_before_anything_starts(tmp_path, more, words):
@@ -98,12 +104,24 @@ def test_the_old_name_of_an_option_leads_to_the_new_one(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("text", "names"), [
-    ("none", ()), ("plain", ("fewer", "growing")), ("all", ("",)),
+    ("none", ()), ("plain", ("growing",)), ("all", ("",)),
     ("fewer-4, growing-output", ("fewer-4", "growing-output")),
     ("taylorseer-1-every-2,dbcache-0.4-long,spectrum-3", ("taylorseer-1-every-2", "dbcache-0.4-long", "spectrum-3")),
 ])
 def test_peers_are_known_words_or_beginnings_of_names(tmp_path, text, names):
     assert command.prepare(arguments(tmp_path, "--baselines", text)).baselines == names
+
+
+def test_all_prompts_calibrate_a_promise_and_twelve_a_search(tmp_path):
+    calibration, held = tmp_path / "many.txt", tmp_path / "held.txt"
+    calibration.write_text("\n".join(map(str, range(30))))
+    held.write_text("x")
+    more = ["--prompts", str(calibration), "--heldout", str(held)]
+    found = command.prepare(arguments(tmp_path, *more, "--min-psnr", "35", "--share", "0.9"))
+    assert len(found.tune) == 30 and found.promise == Promise(0.9, 0.9)
+    assert len(command.prepare(arguments(tmp_path, *more, "--min-psnr", "35")).tune) == 12
+    with pytest.raises(SettingError, match="one number of steps"):
+        command.prepare(arguments(tmp_path, *more, "--min-psnr", "35", "--share", "0.9", steps="8,12"))
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
+from sglang_cachedit_plugin.errors import CacheDitError
 from sglang_cachedit_plugin.evaluation import quality
 from sglang_cachedit_plugin.evaluation.host_process import HostError
-from sglang_cachedit_plugin.tune import job, refine, report, selection, write
+from sglang_cachedit_plugin.tune import candidates, job, refine, report, selection, write
 from sglang_cachedit_plugin.tune.evaluate import Grid, Prompt
 from sglang_cachedit_plugin.tune.job import Plan
+from sglang_cachedit_plugin.tune.promise import TOLERANCES, Promise
 from sglang_cachedit_plugin.tune.trajectory import Trajectories, products
 from tests.unit.test_tune_files import MODEL, PROVENANCE
 
@@ -98,6 +101,9 @@ class Host:
 
     @staticmethod
     def row(params, steps):
+        if tolerance := params.get("error_tolerance"):
+            gap = 1 + int(200 * tolerance)
+            return {"mask": "".join(str(int(step < 3 or step % gap == 0)) for step in range(steps)), "order": 1}
         if "schedules" in params:
             return {"order": 0, **params["schedules"][0]} if params["forecast"] == "output" else {
                 "order": 0, "mask": params["schedules"][0]["mask"],
@@ -157,7 +163,7 @@ def test_a_quality_is_reached_with_the_fewest_steps(result):
     least = next(p for p in first.points if p["name"] == "tuned-8")["tuning"]["psnr"] - 3.0
     plan = replace(PLAN, target={"min_psnr": least}, baselines=())
     found = job.run(plan, Host(), lambda text: None)[0]
-    tried = {p["computed"]: p["tuning"]["psnr"] for p in found.points}
+    tried = {p["computed"]: p["tuning"]["psnr"] for p in found.points if p["kind"] == "tuned"}
     assert found.chosen["tuning"]["psnr"] >= least
     assert found.chosen["computed"] == min(computed for computed, value in tried.items() if value >= least)
     assert found.chosen["computed"] <= 8
@@ -178,6 +184,43 @@ def test_a_quality_that_held_out_prompts_miss_is_said(host, missed):
     assert found.chosen["tuning"]["psnr"] >= 65.0
     assert (found.chosen["psnr"]["mean"] < 65.0) is missed
     assert any("misses it on the 2 held-out ones" in remark for remark in found.remarks) is missed
+
+
+PROMISED = replace(
+    PLAN, tune=[Prompt("a", seed) for seed in range(100, 130)], heldout=[Prompt("b", seed) for seed in range(200, 210)],
+    target={"min_psnr": 45.0}, promise=Promise(share=0.9, confidence=0.9), baselines=(),
+)
+
+
+def test_the_largest_tolerance_that_keeps_the_promise_is_written(tmp_path):
+    found = job.run(PROMISED, Host(), lambda text: None)[0]
+    tolerance = found.chosen["settings"]["error_tolerance"]
+
+    def missing(value, prompts):
+        figures = Host().measure_all(prompts, found.grid, candidates.tolerance(value).request, pictures=True)
+        return sum(each["psnr"] < 45.0 for each in figures)
+
+    after = TOLERANCES[TOLERANCES.index(tolerance) + 1]
+    assert missing(tolerance, PROMISED.tune) == found.promise["missing"] <= PROMISED.promise.allowed(30)
+    assert missing(after, PROMISED.tune) > PROMISED.promise.allowed(30)
+    assert found.promise["heldout_missing"] == missing(tolerance, PROMISED.heldout)
+    assert found.promise["bound"] <= 0.1
+    # Plain fewer steps are measured whatever is asked for.
+    assert [point["kind"] for point in found.points].count("fewer_steps") == 3
+    write.write(tmp_path / "t.yaml", [found], PROVENANCE, MODEL)
+    assert yaml.safe_load((tmp_path / "t.yaml").read_text()) == {
+        "cache_config": {"error_tolerance": tolerance}, "profiles": {},
+    }
+    said = " ".join((tmp_path / "t.yaml").read_text().replace("#", "").split())
+    bound = f"{found.promise['missing']} of 30 calibration prompts miss it, so at most {found.promise['bound']:.1%} do"
+    assert "At least 90.0% of unseen prompts reach PSNR 45, with confidence 0.9" in said and bound in said
+    figures = report.results(PROMISED, [found], Pictures(), PROVENANCE, MODEL, tmp_path)
+    assert bound in figures["grids"][0]["selection"] and figures["grids"][0]["promise"] == found.promise
+
+
+def test_a_promise_that_no_tolerance_keeps_is_an_error():
+    with pytest.raises(CacheDitError, match=r"PSNR 101 cannot be shown for 90\.0% of prompts"):
+        job.run(replace(PROMISED, target={"min_psnr": 101.0}), Host(), lambda text: None)
 
 
 def test_the_file_holds_the_better_one_where_nothing_can_be_gained(tmp_path):
