@@ -12,6 +12,8 @@ from .evaluate import OFF
 from .search import growing_window
 from .surrogate import Mask, Method
 
+CONTROL = "error control"
+"""The family of settings that name an error tolerance."""
 STATIC = {"steps_computation_policy": "static", "max_warmup_steps": 0}
 OUTPUT = {"forecast": "output", **STATIC}
 RESIDUAL: Mapping[str, Mapping[str, Any]] = {
@@ -101,7 +103,7 @@ def fewer_steps(steps: int) -> Candidate:
 def tolerance(value: float, kind: str = "baseline") -> Candidate:
     """Error control, which chooses the steps of each prompt."""
     return cached(f"tolerance-{value:g}", kind, f"error tolerance {value:g}", {"error_tolerance": value},
-                  family="error control")
+                  family=CONTROL)
 
 
 def growing(steps: int, budget: int) -> list[Candidate]:
@@ -157,7 +159,7 @@ def stock(steps: int) -> list[Candidate]:
 def built_in() -> list[Candidate]:
     """The profiles that every server knows."""
     return [
-        cached(f"profile-{name}", "baseline", f"built-in profile {name}", knobs, family="built-in profiles")
+        cached(f"profile-{name}", "baseline", f"built-in profile {name}", knobs, family=CONTROL)
         for name, knobs in KNOBS_OF.items()
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -194,6 +195,21 @@ class _Grid:
             # Held-out prompts have no say in what is chosen.
             each = self.evaluator.measure_all(self.plan.tune, self.grid, candidate.request, pictures=True)
             self.result.points[-1]["tuning"] = {self._metric: float(np.mean([f[self._metric] for f in each]))}
+        self._add_control(budget)
+
+    def _add_control(self, budget: int) -> None:
+        """Error control with as many computed steps on the tuning prompts: what a schedule must beat."""
+        def computed(value: float) -> float:
+            request = candidates.tolerance(value).request
+            each = self.evaluator.measure_all(self.plan.tune, self.grid, request, pictures=False)
+            return float(np.mean([figures["computed"] for figures in each]))
+
+        self.say(f"{self.grid.label}: error control with {budget} computed steps")
+        at = bisect.bisect_left(TOLERANCES, True, key=lambda value: computed(value) <= budget)
+        if at < len(TOLERANCES):
+            candidate = candidates.tolerance(TOLERANCES[at])
+            if candidate.name not in [point["name"] for point in self.result.points]:
+                self._verify(candidate)
 
     @property
     def _metric(self) -> str | None:

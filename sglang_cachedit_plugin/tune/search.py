@@ -110,6 +110,17 @@ def growing_window(steps: int, budget: int) -> Mask:
     return as_mask(places, steps)
 
 
+def shrinking_gaps(steps: int, budget: int, beginning: int = 4, power: float = 1.3) -> Mask:
+    """The first steps computed in a row, then gaps that shrink to the end, where the last step is computed."""
+    beginning = min(beginning, budget)
+    places, rest = list(range(beginning)), budget - beginning
+    for number in range(1, rest + 1):
+        part = 1.0 - (1.0 - number / rest) ** power
+        at = round(beginning - 1 + (steps - beginning) * part)
+        places.append(min(steps - 1 - (rest - number), max(at, places[-1] + 1)))
+    return as_mask(places, steps)
+
+
 def moves(mask: Mask, fixed: frozenset[int] = frozenset({0})) -> Iterator[Mask]:
     """All masks one swap of a computed and a cached step away."""
     ones = [step for step, computed in enumerate(mask) if computed and step not in fixed]

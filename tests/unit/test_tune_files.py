@@ -145,7 +145,7 @@ def test_the_command_leaves_with_status_2_and_one_line(tmp_path, capsys):
 def point(name: str, kind: str, computed: float, mean: float, **more) -> dict:
     return {
         "name": name, "kind": kind, "label": name, "family": more.pop("family", name), "computed": computed,
-        "psnr": {"mean": mean, "min": mean - 5, "each": [mean]}, "settings": {}, **more,
+        "psnr": {"mean": mean, "p10": mean - 2, "min": mean - 5, "each": [mean]}, "settings": {}, **more,
     }
 
 
@@ -162,7 +162,7 @@ def test_the_rival_at_equal_quality_is_found_on_the_line_of_its_family():
 def test_the_selection_says_who_wins():
     tuned = point("tuned-5", "tuned", 5, 33.0)
     words = selection.describe([*FEWER, tuned], tuned)
-    assert "best other at no more computed steps: fewer-4 (4.0 computed) 28.0 dB" in words
+    assert "best other at no more computed steps: fewer-4 (4.0 computed) 28.0 dB mean" in words
     assert "fewer-8 at 6.5 computed (23 % saved)" in words
     loser = point("tuned-6", "tuned", 6, 30.0)
     assert "It does not win: fewer-6" in selection.describe([*FEWER, loser], loser)
@@ -187,6 +187,20 @@ def test_the_target_chooses_the_fewest_steps_that_meet_it(target, name, remark):
     chosen, said = selection.choose(points, 10, target)
     assert chosen["name"] == name
     assert (said is None) == (remark is None) and (remark or "") in (said or "")
+
+
+def test_error_control_beats_a_schedule_by_its_mean_or_its_tenth_percentile():
+    tuned = point("tuned-5", "tuned", 5, 33.0)
+    control = point("tolerance-0.01", "baseline", 5.4, 32.0, family=candidates.CONTROL)
+    assert selection.better([tuned, control], tuned) is None
+    control["psnr"]["p10"] = 31.5
+    assert selection.better([tuned, control], tuned) is control
+    assert "It does not win: tolerance-0.01 (5.4 computed) 32.0 dB mean, 31.5" in selection.describe(
+        [tuned, control], tuned
+    )
+    # Another setting must be better in the mean, and neither may compute more.
+    assert selection.better([tuned, {**control, "family": "DBCache", "computed": 5}], tuned) is None
+    assert selection.better([tuned, {**control, "computed": 5.6}], tuned) is None
 
 
 PROVENANCE = {

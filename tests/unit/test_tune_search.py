@@ -84,13 +84,22 @@ LINEAR = Method(1)
 
 def loop(start: np.ndarray, field, mask=(1,) * STEPS, method=LINEAR):
     """Euler's method with forecasts, really run: inputs, outputs and the final state."""
-    x, known, inputs, outputs = start, [], [], []
+    x, known, inputs, outputs, cached = start, [], [], [], []
     for step in range(STEPS):
         inputs.append(x)
         if mask[step]:
             output = field(step, x)
             known.append((1000 * SIGMAS[step], output))
+            if cached and method.corrector:
+                y, used = inputs[cached[0]], known[-(method.corrector + 1):]
+                for each in cached:
+                    weights = damped_weights([place for place, _ in used], 1000 * SIGMAS[each])
+                    y = y + CHANGE[each] * sum(w * value for w, (_, value) in zip(weights, used, strict=True))
+                output = output + method.carry * (y - x) / SIGMAS[step]
+                x = y
+            cached = []
         else:
+            cached.append(step)
             used = known[-(method.order + 1):]
             weights = damped_weights([place for place, _ in used], 1000 * SIGMAS[step], method.damping)
             output = sum(weight * value for weight, (_, value) in zip(weights, used, strict=True))
@@ -116,7 +125,9 @@ def wavy(prompt, step, x):
 MASK = (1, 1, 0, 1, 0, 0, 1)
 
 
-@pytest.mark.parametrize("method", [Method(1), Method(2, 0.6)])
+@pytest.mark.parametrize("method", [
+    Method(1), Method(2, 0.6), Method(1, corrector=1), Method(1, corrector=2, carry=0.0), Method(2, 0.7, corrector=2),
+])
 def test_the_predicted_error_is_that_of_the_loop_where_drift_stays(method):
     trajectories, starts = recorded(wavy)
     found = predict(trajectories, MASK, method)
@@ -147,6 +158,28 @@ def test_all_computed_is_without_error_and_fitted_weights_beat_the_polynomial():
     fitted = predict(trajectories, MASK, Method(fitted=3))
     assert fitted.score > predict(trajectories, MASK, Method(1)).score + 3.0
     assert [len(row) for row in fitted.weights] == [2, 3, 3]
+
+
+def test_nothing_is_corrected_over_the_start_of_another_transformer():
+    trajectories, _ = recorded(wavy)
+    mask = (1, 1, 0, 1, 1, 0, 1)
+    two = replace(trajectories, starts=frozenset({0, 3}))
+    plain, corrected = (predict(two, mask, Method(1, corrector=order)) for order in (0, 1))
+    # What was cached just before it stays, what was cached after it is corrected.
+    assert corrected.drift[3] == pytest.approx(plain.drift[3])
+    assert corrected.drift[6] != pytest.approx(plain.drift[6])
+    whole = [predict(trajectories, mask, Method(1, corrector=order)).drift[3] for order in (0, 1)]
+    assert whole[0] != pytest.approx(whole[1])
+
+
+def test_shrinking_gaps_begin_in_a_row_and_end_with_the_last_step():
+    for steps, budget in ((28, 14), (28, 10), (50, 12), (6, 4), (7, 7), (5, 1)):
+        mask = search.shrinking_gaps(steps, budget)
+        assert sum(mask) == budget and mask[: min(4, budget)] == (1,) * min(4, budget)
+        assert mask[-1] == 1 or budget <= 4
+    places = [step for step, computed in enumerate(search.shrinking_gaps(50, 12)) if computed]
+    gaps = np.diff(places[3:])
+    assert gaps[0] > gaps[-1] and all(before >= after - 1 for before, after in itertools.pairwise(gaps))
 
 
 def test_nothing_is_extrapolated_over_the_start_of_another_transformer():
@@ -244,7 +277,9 @@ class Predicted:
         (row,) = more["cache_dit_params"]["schedules"]
         masks = [tuple(map(int, row[name])) for name in ("mask", "uncond_mask") if name in row]
         assert all(len(mask) == self.t.steps for mask in masks)
-        method = Method(order=row.get("order", 0), damping=row.get("damping", 1.0))
+        params = more["cache_dit_params"]
+        corrector = params["corrector_order"] if params.get("corrector") else 0
+        method = Method(row.get("order", 0), row.get("damping", 1.0), 0, corrector, params.get("corrector_carry", 0.5))
         found = predict(self.t, tuple(itertools.chain(*masks)), method)
         return [{"latent_psnr": each} for each in found.decibels[: len(prompts)]]
 
