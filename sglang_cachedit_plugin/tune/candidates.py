@@ -119,6 +119,13 @@ def growing(steps: int, budget: int) -> list[Candidate]:
     ]
 
 
+def planned(mask: Mask) -> Candidate:
+    """DPCache: its planner's schedule with linear forecasts, as published: nothing is corrected."""
+    settings = {**OUTPUT, "steps_computation_mask": list(mask), "forecast_order": 1, "corrector": False}
+    return cached(f"dpcache-{sum(mask)}", "baseline", f"DPCache planner, {sum(mask)} computed", settings,
+                  family="DPCache planner", mask=mask)
+
+
 def every(steps: int, interval: int) -> list[int]:
     """Every ``interval``-th step computed after three to begin with: the masks of TaylorSeer's authors."""
     return [int(step < 3 or (step - 2) % interval == 0) for step in range(steps)]

@@ -20,6 +20,7 @@ from . import job, report, write
 from .evaluate import Evaluator, Grid, Progress, Prompt
 from .job import Plan, Result
 from .promise import Promise
+from .search import growing_window
 from .store import Store, fingerprint
 
 BACKENDS = {"native": "sglang", "sglang": "sglang", "diffusers": "diffusers"}
@@ -133,7 +134,7 @@ def _baselines(text: str, steps: int) -> tuple[str, ...]:
             raise SettingError("--baselines", text, COMMAND_LINE, f"{word} stands alone, without other names")
         number = word.rpartition("-")[2][:6]
         budget = min(max(1, int(number)), steps) if number.isdecimal() else 1
-        names = [each.name for each in job.others(steps, [budget])]
+        names = [each.name for each in job.others(steps, [budget], lambda budget: growing_window(steps, budget))]
         if not word or not any(name.startswith(word) for name in names):
             families = dict.fromkeys(name.partition("-")[0] for name in names)
             raise SettingError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,16 +11,19 @@ import numpy as np
 
 from ..errors import CacheDitError
 from ..evaluation.host_process import HostError
-from . import candidates, selection
+from . import candidates, search, selection
 from .candidates import Candidate
 from .evaluate import Evaluator, Grid, Prompt
 from .promise import TOLERANCES, Promise, largest
 from .refine import RESIDUAL_LEAD, Say, Tuner
 from .selection import Point
+from .surrogate import Mask
 
 BASELINES = {"none": (), "plain": ("growing",), "all": ("",)}
 """Beginnings of names of what else is measured beside fewer steps."""
 REFINEMENTS = 4
+RECORDED = 12
+"""Trajectories from which DPCache's planner works."""
 CHUNK = 8
 """Calibration prompts after which a tolerance that has failed is given up."""
 
@@ -71,12 +74,17 @@ class Result:
     methods: list[dict[str, Any]] = field(default_factory=list)
 
 
-def others(steps: int, budgets: Sequence[int]) -> list[Candidate]:
-    """What can be measured beside schedules tuned for ``budgets`` computed steps."""
+def others(steps: int, budgets: Sequence[int], plan: Callable[[int], Mask] | None) -> list[Candidate]:
+    """What can be measured beside schedules tuned for ``budgets`` computed steps.
+
+    Args:
+        plan: the schedule of DPCache's planner for a budget.
+    """
     beside = {round(steps * share) for share in (0.7, 0.85)}
     found = [candidates.fewer_steps(budget) for budget in sorted(beside | set(budgets))]
     for budget in budgets:
         found += candidates.growing(steps, budget)
+        found += [candidates.planned(plan(budget))] if plan is not None else []
     return [*found, *candidates.stock(steps), *candidates.built_in(), *candidates.host_caches(steps)]
 
 
@@ -230,8 +238,13 @@ class _Grid:
             self.result.points.append(point)
 
     def _others(self, budgets: Sequence[int]) -> list[Candidate]:
-        found = others(self.grid.steps, budgets)
+        named = any("dpcache".startswith(word) or word.startswith("dpcache") for word in self.plan.baselines)
+        found = others(self.grid.steps, budgets, self._planned if named else None)
         return [each for each in found if each.name.startswith(("fewer-", *self.plan.baselines))]
+
+    def _planned(self, budget: int) -> Mask:
+        recorded = self.evaluator.trajectories(self.plan.tune[:RECORDED], self.grid)
+        return search.dpcache(recorded, max(budget, len(recorded.starts)))
 
     def _choose(self) -> None:
         point, remark = selection.choose(self.result.points, self.grid.steps, self.plan.target)

@@ -39,8 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=1, help="of the search and of the first picture (1)")
     parser.add_argument("--evaluations", type=int, default=6, metavar="N", help="trials in the host a budget (6)")
     parser.add_argument("--baselines", default="plain", metavar="NAMES",
-                        help="what else is measured: none, plain (fewer steps, growing window), all, or beginnings of "
-                        "names with commas: fewer, growing, dbcache, scm, taylorseer, dmd, profile, teacache, spectrum")
+                        help="what is measured beside fewer steps: none, plain (growing window), all, or beginnings "
+                        "of names with commas: growing, dpcache, dbcache, scm, taylorseer, dmd, profile, teacache, "
+                        "spectrum")
     parser.add_argument("--peers", type=_renamed, help=argparse.SUPPRESS)
     parser.add_argument("--shares", default="0.25,0.35,0.5,0.6", metavar="PARTS",
                         help="parts of the steps computed in the named profiles (0.25,0.35,0.5,0.6)")

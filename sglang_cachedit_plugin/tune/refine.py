@@ -145,7 +145,7 @@ class Tuner:
 
         starts = [search.shortest(cost, self.grid.steps, budget, minimax=minimax) for minimax in (False, True)]
         starts += [spaced(self.grid.steps, budget) for spaced in (search.growing_window, search.shrinking_gaps)]
-        start = max((_with(fixed, mask) for mask in starts), key=predicted)
+        start = max((search.with_computed(fixed, mask) for mask in starts), key=predicted)
         return search.anneal(predicted, start, ROUNDS, rng, fixed), method, recall
 
     def _apart(self, best: Trial, fixed: frozenset[int]) -> Trial:
@@ -250,16 +250,6 @@ class Tuner:
             value, decibels = self._measure(candidate.request, best)
             found.append((candidate, value, len(decibels)))
         return found
-
-
-def _with(fixed: frozenset[int], mask: Mask) -> Mask:
-    """``mask`` with ``fixed`` steps computed, in place of its last others."""
-    missing = [step for step in sorted(fixed) if not mask[step]]
-    ones = [step for step, computed in enumerate(mask) if computed and step not in fixed]
-    changed = list(mask)
-    for off, on in zip(reversed(ones), missing, strict=False):
-        changed[off], changed[on] = 0, 1
-    return tuple(changed)
 
 
 def _named(masks: Sequence[Mask]) -> Mask | dict[str, Mask]:

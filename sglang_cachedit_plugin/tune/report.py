@@ -14,7 +14,7 @@ from ..evaluation import plots, quality
 from ..evaluation.quality import IDENTICAL_PSNR
 from . import charts, selection, sheet, write
 from .candidates import Candidate
-from .evaluate import SHEET, Evaluator, Prompt
+from .evaluate import SHEET, Evaluator
 from .job import Plan, Result
 
 PAGE, CHART, PICTURES, FIGURES = "report.html", "report.png", "contact-sheet.png", "results.json"
@@ -102,30 +102,17 @@ def _chosen(grid: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def headline(grid: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The chosen point in figures: (value, what it is). Rivals are all points that are not tuned."""
+    """The chosen point in figures: (value, what it is)."""
     chosen = _chosen(grid)
     if chosen is None:
         return []
-    mean = chosen["psnr"]["mean"]
     facts = [(f"{chosen['computed']:g} of {grid['steps']}", "steps computed")]
     if chosen.get("speedup"):
         facts.append((f"{chosen['speedup']:.2f}×", "faster denoising"))
-    facts += [(f"{mean:.1f} dB", "PSNR, mean"), (f"{chosen['psnr']['min']:.1f} dB", "PSNR, worst prompt")]
-    rivals = [point for point in grid["points"] if point["kind"] != "tuned" and point["name"] != chosen["name"]]
-    cheap = [point for point in rivals if point["computed"] <= chosen["computed"] + 1e-6]
-    if cheap:
-        best = max(cheap, key=lambda point: point["psnr"]["mean"])
-        margin = mean - best["psnr"]["mean"]
-        facts.append((f"{margin:+.1f} dB".replace("-", "−"), f"against the best other at no more computed steps "
-                      f"({best['label']})"))
-    equal = [point for point in rivals if point["psnr"]["mean"] >= mean and point["computed"] < grid["steps"]]
-    if equal:
-        first = min(equal, key=lambda point: point["computed"])
-        facts.append((f"{first['computed']:g} steps", f"computed by the first other that reaches this mean "
-                      f"({first['label']})"))
-    elif rivals:
-        facts.append(("none", "of the others tried reaches this mean with fewer than all steps"))
-    return facts
+    psnr = chosen["psnr"]
+    return facts + [
+        (f"{psnr[which]:.1f} dB", f"PSNR, {name}") for which, name in charts.STATISTICS.items() if which in psnr
+    ]
 
 
 def _grid(grid: Mapping[str, Any], figures: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,29 +182,29 @@ def _sheet(plan: Plan, result: Result, evaluator: Evaluator, folder: Path) -> li
     if result.chosen is None:
         return []
     steps = round(result.chosen["computed"])
-    columns: dict[str, Candidate | None] = {
+    columns = {
         "chosen": _as_request("chosen", result.chosen["settings"]),
         "default": _as_request(DEFAULT, {}),
         "fewer_steps": Candidate("fewer", "fewer_steps", "", {"enable_cache_dit": False}, steps=steps),
     }
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
-    rows = []
-    for number, prompt in enumerate(plan.heldout[:SHEET]):
-        images = {"uncached": _save(folder, f"{number}-uncached", evaluator.reference(prompt, result.grid)["picture"])}
-        for column, candidate in columns.items():
-            images[column] = _save(folder, f"{number}-{column}", _picture(evaluator, prompt, result, candidate))
-        rows.append({"prompt": prompt.text, "seed": prompt.seed, "images": images})
-    return rows
+    prompts = plan.heldout[:SHEET]
+    found = {"uncached": evaluator.references(prompts, result.grid)} | {
+        column: evaluator.measure_all(
+            prompts, result.grid, candidate.request, pictures=True, keep=SHEET, steps=candidate.steps
+        )
+        for column, candidate in columns.items()
+    }
+    return [
+        {"prompt": prompt.text, "seed": prompt.seed, "images": {
+            column: _save(folder, f"{number}-{column}", each[number]["picture"]) for column, each in found.items()
+        }}
+        for number, prompt in enumerate(prompts)
+    ]
 
 
 def _as_request(name: str, settings: Mapping[str, Any]) -> Candidate:
     return Candidate(name, "baseline", name, {"enable_cache_dit": True, "cache_dit_params": dict(settings)})
-
-
-def _picture(evaluator: Evaluator, prompt: Prompt, result: Result, candidate: Candidate) -> np.ndarray:
-    return evaluator.measure(
-        prompt, result.grid, candidate.request, pictures=True, keep=True, steps=candidate.steps
-    )["picture"]
 
 
 def _save(folder: Path, name: str, picture: np.ndarray) -> str:

@@ -78,6 +78,7 @@ def test_options_become_a_plan(tmp_path):
         (["--evaluations", "-1"], "--evaluations = -1 .*at least 0"),
         (["--heldout", "/nowhere/at/all"], "No such file"),
         (["--baselines", "tecache"], "--baselines = 'tecache' .*did you mean 'teacache'"),
+        (["--baselines", "dpcahce"], "did you mean 'dpcache'"),
         (["--baselines", "fewer,dbcahe"], "--baselines = 'dbcahe' .*did you mean 'dbcache'"),
         (["--baselines", "plian"], "did you mean 'plain'"),
         (["--baselines", "plain,teacache"], "plain stands alone"),

@@ -133,7 +133,7 @@ class Host:
 PLAN = Plan(
     grids=[Grid(16, SIZE)], tune=[Prompt("a", 1), Prompt("b", 2), Prompt("c", 3)],
     heldout=[Prompt("d", 11), Prompt("e", 12)], target={"budget": 6}, seed=1, evaluations=2,
-    baselines=("fewer", "growing", "dbcache-0.24", "teacache"), shares=(0.25, 0.5),
+    baselines=("growing", "dpcache", "dbcache-0.24", "teacache"), shares=(0.25, 0.5),
 )
 
 
@@ -152,7 +152,7 @@ def result():
 
 def test_every_budget_is_tuned_and_the_asked_one_is_chosen(result):
     points = {point["name"]: point for point in result.points}
-    assert {"tuned-4", "tuned-6", "tuned-8", "fewer-4", "fewer-8", "growing-6", "growing-output-6"} <= set(points)
+    assert {"tuned-4", "tuned-6", "tuned-8", "fewer-4", "fewer-8", "growing-6", "dpcache-6"} <= set(points)
     assert result.chosen["name"] == "tuned-6"
     assert {name: point["name"] for name, point in result.profiles.items()} == {
         "tuned-25": "tuned-4", "tuned-50": "tuned-8", "chosen": "tuned-6",

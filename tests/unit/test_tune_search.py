@@ -198,6 +198,31 @@ def test_segment_costs_are_zero_next_to_each_other_and_grow_with_the_gap():
     assert 0.0 < cost(0, 1, 3) < cost(0, 1, 4) < cost(0, 1, 6)
 
 
+def test_dpcache_plans_the_path_of_least_summed_forecast_error():
+    trajectories, _ = recorded(wavy)
+    outputs = np.concatenate([np.stack([wavy(b, step, None) for step in range(STEPS)]) / trajectories.peak[b]
+                              for b in range(3)], axis=1)
+
+    def total(mask):
+        known, found = [], 0.0
+        for step, computed in enumerate(mask):
+            if computed:
+                known.append(step)
+                continue
+            used = known[-2:]
+            weights = damped_weights([SIGMAS[each] for each in used], SIGMAS[step])
+            error = sum(w * outputs[each] for w, each in zip(weights, used, strict=True)) - outputs[step]
+            found += np.linalg.norm(error) / np.linalg.norm(outputs[step])
+        return found
+
+    masks = [(1, *rest) for rest in itertools.product((0, 1), repeat=STEPS - 1)]
+    for budget in range(2, STEPS + 1):
+        least = min(total(mask) for mask in masks if sum(mask) == budget)
+        assert total(search.dpcache(trajectories, budget)) == pytest.approx(least, abs=1e-9)
+    two = replace(trajectories, starts=frozenset({0, 4}))
+    assert search.dpcache(two, 3)[4] == 1 and sum(search.dpcache(two, 3)) == 3
+
+
 def test_guidance_is_found_from_the_latents():
     rng = np.random.default_rng(0)
     cond, uncond = rng.normal(size=(2, STEPS, 50))
