@@ -7,6 +7,7 @@ uncached run. TeaCache and Spectrum are SGLang's own; the searched schedules are
 from __future__ import annotations
 
 import argparse
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.native", description=__doc__)
     parser.add_argument("--prompts", type=int, default=12, help="held-out prompts, from the first")
     parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--only", default="", help="only settings whose name matches this regular expression")
     args = parser.parse_args()
+    wanted = {name: request for name, request in requests(args.steps).items() if re.search(args.only, name)}
     prompts = (FOLDER / "prompts/heldout.txt").read_text(encoding="utf-8").split("\n")[: args.prompts]
     found: dict[str, list[tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -80,9 +83,8 @@ def main() -> None:
                 frame = {
                     "prompt": prompt, "seed": seed, "width": 128, "height": 128, "num_inference_steps": args.steps
                 }
-                asked = requests(args.steps)
-                uncached, *others = pool.run_all([{**frame, **request} for request in (OFF, *asked.values())])
-                for (name, request), drawn in zip(asked.items(), others, strict=True):
+                uncached, *others = pool.run_all([{**frame, **request} for request in (OFF, *wanted.values())])
+                for (name, request), drawn in zip(wanted.items(), others, strict=True):
                     found.setdefault(name, []).append((
                         computed_steps(name, request, drawn.report, args.steps),
                         quality.psnr(uncached.picture, drawn.picture),
