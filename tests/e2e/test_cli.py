@@ -120,7 +120,7 @@ def test_the_main_job_draws_a_picture_and_says_what_was_cached(good_runs, name):
     run = runs[name]
     assert run.returncode == 0, run.stderr[-3000:]
     assert list((folder / name).glob("*.png"))
-    found = re.findall(r"cache-dit: (\d+) steps, (\d+) computed, (\d+) cached \(cond\)", run.stdout + run.stderr)
+    found = re.findall(r"cache-dit: \S+: (\d+) steps, (\d+) computed, (\d+) cached \(cond\)", run.stdout + run.stderr)
     assert len(found) == 1
     steps, computed, cached = map(int, found[0])
     assert steps == 12 and computed + cached == 12 and cached > 0

@@ -7,16 +7,16 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 
 from sglang_cachedit_plugin.config import effective
 from sglang_cachedit_plugin.config.effective import Defaults
-from sglang_cachedit_plugin.config.overrides import MAX_BYTES, read_overrides
+from sglang_cachedit_plugin.config.overrides import MAX_BYTES
 from sglang_cachedit_plugin.config.settings import KNOBS
 from sglang_cachedit_plugin.config.sources import CONTROL_KEY_VARIABLE, read_file
 from sglang_cachedit_plugin.integration import sglang_api
-from sglang_cachedit_plugin.serving import channel, control
+from sglang_cachedit_plugin.serving import channel, control, state
 
 ADDRESS = "/v1/cache_dit"
 SERVER_ARGS = SimpleNamespace(cache_dit_config=None, backend="sglang")
@@ -72,9 +72,8 @@ def start_up(monkeypatch):
     monkeypatch.setattr(effective, "_current", Defaults(file=read_file({"cache_config": {"max_warmup_steps": 3}})))
     monkeypatch.setattr(sglang_api, "answer", lambda output, error=None: SimpleNamespace(output=output, error=error))
     monkeypatch.setattr(sglang_api, "gather_replica", lambda value: [value])
-    monkeypatch.setattr(control, "workers", control.Workers())
-    monkeypatch.setattr(control, "totals", control.Totals())
-    monkeypatch.setattr(control, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(state, "_current", state.ServerState())
+    monkeypatch.setattr(state, "PATIENCE_S", 0.2)
 
 
 @pytest.fixture
@@ -87,6 +86,7 @@ def replicas(monkeypatch):
 def client(address: str = "127.0.0.1", disagg: object = None, **server_args) -> TestClient:
     app = FastAPI()
     app.state.server_args, app.state.disagg_server = SimpleNamespace(**server_args), disagg
+    state.install(app, state.current())
     app.include_router(control.router)
     return TestClient(app, client=(address, 5000))
 
@@ -102,7 +102,7 @@ def test_a_change_reaches_every_replica_and_delete_takes_it_back(replicas):
     assert state["workers"]["consistent"] and len(state["workers"]["replicas"]) == 2
     assert [own.decide(None, None).enabled for own in replicas.own] == [False, False]
     again = client().delete(ADDRESS).json()
-    assert {k: v for k, v in again.items() if k != "workers"} == {k: v for k, v in start.items() if k != "workers"}
+    assert {**again, "workers": None, "changed": None} == {**start, "workers": None}
     assert {own.fingerprint() for own in replicas.own} == {effective.current().fingerprint()}
 
 
@@ -174,12 +174,16 @@ def test_what_workers_said_before_a_change_is_not_shown_after_it(monkeypatch, la
     made = Unordered(2, late)
     monkeypatch.setattr(sglang_api, "tell_replicas", made.tell)
 
+    app = FastAPI()
+    state.install(app, state.current())
+    asked = Request({"type": "http", "method": "PUT", "path": ADDRESS, "headers": [], "client": None, "app": app})
+
     async def both():
-        await asyncio.gather(control._install(read_overrides({"max_warmup_steps": 6})), control.workers.ask())
+        await asyncio.gather(control._install(asked, {"max_warmup_steps": 6}), state.current().workers.ask())
 
     asyncio.run(both())
     assert [message["do"] for message in made.messages] == ["show", "set"]
-    assert control.workers.describe()["consistent"]
+    assert state.current().workers.describe()["consistent"]
 
 
 def test_a_change_that_arrives_after_a_later_one_is_not_made(replicas):
@@ -254,7 +258,7 @@ def test_without_a_key_only_this_machine_may_change_anything(replicas, method, b
 def test_openapi_describes_all_of_it():
     document = client().get("/openapi.json").json()
     methods = document["paths"][ADDRESS]
-    assert set(methods) == {"get", "put", "delete"}
+    assert set(methods) == {"get", "put", "patch", "delete"}
     body = methods["put"]["requestBody"]["content"]["application/json"]["schema"]
     assert set(KNOBS) | {"enabled", "profile", "cache_config", "secondary", "profiles"} <= set(body["properties"])
     assert "$defs" not in json.dumps(body)

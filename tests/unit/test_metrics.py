@@ -14,7 +14,7 @@ from sglang_cachedit_plugin.integration import sglang_api
 from sglang_cachedit_plugin.integration.session import Session, decide, publish
 from sglang_cachedit_plugin.report import metrics
 from sglang_cachedit_plugin.report.stats import RequestStats, TransformerStats
-from sglang_cachedit_plugin.serving import requests
+from sglang_cachedit_plugin.serving import state, validation
 
 
 def value(name: str, **labels: str) -> float:
@@ -81,7 +81,7 @@ def test_a_request_without_caching_has_no_computed_steps(worker):
     ("made", "failed", "outcome"),
     [
         (stats(), False, "cached"),
-        (stats(cached=()), False, "computed"),
+        (stats(cached=()), False, "unavailable"),
         (stats(enabled=False), False, "off"),
         (stats(), True, "failed"),
     ],
@@ -135,8 +135,8 @@ def test_only_the_rank_that_speaks_for_its_replica_counts(monkeypatch, worker):
 
 @pytest.mark.parametrize(("counting", "grown"), [(True, 1), (False, 0)])
 def test_refusals_are_counted_where_metrics_are_on(monkeypatch, counting, grown):
-    monkeypatch.setattr(requests, "counting", counting)
+    monkeypatch.setattr(state, "_current", state.ServerState(counting=counting))
     before = value(metrics.REQUESTS, outcome="refused")
     with pytest.raises(HTTPException):
-        requests.check("id", cache_dit_params={"max_warmup_stepz": 1})
+        validation.check("id", cache_dit_params={"max_warmup_stepz": 1})
     assert value(metrics.REQUESTS, outcome="refused") - before == grown
