@@ -164,7 +164,7 @@ def test_a_line_of_the_log_stays_one_line(replicas, monkeypatch, capsys):
     answer = client().put(ADDRESS, json={})
     monkeypatch.setattr(startup, "ensure_file", lambda server_args, anew: (FORGED,))
     capsys.readouterr()  # what libraries log of the request is not asked about
-    startup.before_launch(SimpleNamespace(cache_dit_config=None, enable_breakable_cuda_graph=False))
+    startup.check(SimpleNamespace(cache_dit_config=None, enable_breakable_cuda_graph=False))
     printed = capsys.readouterr().err.removesuffix("\n").split("\n")
     [warned] = [line for line in printed if "all is well" in line or line.startswith("cache-dit")]
     assert answer.status_code == 503

@@ -51,7 +51,8 @@ def test_the_report_has_the_fixed_form():
 def test_a_request_that_was_not_cached():
     stats = RequestStats(backend="diffusers", enabled=False, reason=Reason("request", "request"))
     assert stats.as_dict() == {
-        "enabled": False, "reason": "request", "reason_codes": ["request"], "backend": "diffusers", "profile": None, "config": {},
+        "enabled": False, "reason": "request", "reason_codes": ["request"],
+        "backend": "diffusers", "profile": None, "config": {},
         "computed_steps": 0, "cached_steps": 0, "denoising_s": 0.0, "corrector": None, "error_control": None,
         "transformers": {},
     }
