@@ -9,9 +9,9 @@ from fastapi import HTTPException
 from prometheus_client import REGISTRY
 
 from sglang_cachedit_plugin.config.effective import Defaults
-from sglang_cachedit_plugin.errors import RefusedError
+from sglang_cachedit_plugin.errors import Reason, RefusedError
 from sglang_cachedit_plugin.integration import sglang_api
-from sglang_cachedit_plugin.integration.session import Session, decide, publish
+from sglang_cachedit_plugin.integration.session import WARMUP, Session, decide, publish
 from sglang_cachedit_plugin.report import metrics
 from sglang_cachedit_plugin.report.stats import RequestStats, TransformerStats
 from sglang_cachedit_plugin.serving import state, validation
@@ -31,6 +31,12 @@ def stats(enabled=True, cached=(2, 4), diffs=((2, 0.1), (3, 0.5), (4, float("nan
                 branch.record(step, step in cached)
             for step, diff in diffs:
                 branch.measured(step, diff)
+    return made
+
+
+def unwanted(code: str) -> RequestStats:
+    made = stats(enabled=False)
+    made.reason = Reason(code, "why")
     return made
 
 
@@ -82,6 +88,9 @@ def test_a_request_without_caching_has_no_computed_steps(worker):
     [
         (stats(), False, "cached"),
         (stats(cached=()), False, "unavailable"),
+        (unwanted("request"), False, "off"),
+        (unwanted("not_configured"), False, "off"),
+        (unwanted("no_adapter"), False, "unavailable"),
         (stats(enabled=False), False, "off"),
         (stats(), True, "failed"),
     ],
@@ -119,8 +128,10 @@ def test_requests_that_the_host_merged_count_each_and_their_steps_once(worker):
     assert steps("cond", "cached") - before[1] == 2
 
 
-@pytest.mark.parametrize("fields", [{"is_warmup": True}, {"extra": {"server_internal_prewarm": True}}])
-def test_requests_of_the_hosts_own_are_neither_counted_nor_logged(worker, fields):
+@pytest.mark.parametrize(
+    "fields", [{"is_warmup": True}, {"extra": {"server_internal_prewarm": True}}, {"extra": {WARMUP: True}}]
+)
+def test_requests_that_only_warm_up_are_neither_counted_nor_logged(worker, fields):
     before = value(metrics.REQUESTS, outcome="cached")
     publish(batch(**fields), stats(), pytest.fail)
     assert value(metrics.REQUESTS, outcome="cached") == before
