@@ -93,5 +93,5 @@ class ModelAdapter:
         if self.blocks:
             return f"{self.family}: caches {', '.join(each.name for each in self.blocks)}"
         if self.output_only:
-            return f"{self.family}: only forecast: output, blocks are not cached: {self.no_blocks}"
+            return f"{self.family}: only forecast: output, blocks are not cached: {self.output_only}"
         return f"{self.family}: not cached: {self.refused}"

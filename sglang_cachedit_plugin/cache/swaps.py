@@ -171,7 +171,7 @@ def find_blocks(transformer: nn.Module, pipe: Any = None) -> BlockAdapter:
     name = type(transformer).__name__
     row = adapters.find_adapter(type(transformer))
     if row is not None and not row.blocks:
-        raise MountError(f"{name}: {row.no_blocks or row.refused}")
+        raise MountError(f"{name}: {row.output_only or row.refused}")
     try:
         with _quiet():
             if row is not None:

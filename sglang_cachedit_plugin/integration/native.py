@@ -274,7 +274,7 @@ def check_worker(worker: Any) -> None:
         row = find_adapter(type(module)) if isinstance(module, nn.Module) else None
         reason = "" if row is None else row.refused
         if row is not None and row.output_only and settings.forecast != "output" and settings.error_tolerance is None:
-            reason = f"{row.no_blocks}; error_tolerance or forecast: output can be used"
+            reason = f"{row.output_only}; error_tolerance or forecast: output can be used"
         if not reason:
             continue
         if settings.strict:
