@@ -25,7 +25,7 @@ from sglang_cachedit_plugin.cache import error_control
 from sglang_cachedit_plugin.config.effective import Defaults
 from sglang_cachedit_plugin.evaluation import quality
 from sglang_cachedit_plugin.integration.diffusers import PipelineCache
-from sglang_cachedit_plugin.integration.session import Session
+from sglang_cachedit_plugin.integration.request import Session
 
 FOLDER = Path(demo.__file__).parent
 MODELS: Mapping[str, Mapping[str, Any]] = {

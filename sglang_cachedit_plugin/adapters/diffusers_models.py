@@ -26,7 +26,7 @@ def _both(name: str, *, shares_decision: bool = False) -> Blocks:
 def _encoder_first(name: str, *, shares_decision: bool = False) -> Blocks:
     """Blocks that return encoder, then hidden states."""
     return Blocks(
-        name=name, streams=("encoder_hidden_states", "hidden_states"), measured="hidden_states",
+        name=name, streams=("encoder_hidden_states", "hidden_states"),
         shares_decision=shares_decision,
     )
 
@@ -82,7 +82,7 @@ IMAGES: dict[str, ModelAdapter] = {
     "ZImageTransformer2DModel": _row("Z-Image, Omni, ControlNet", _hidden("layers", "x")),
     "UVit2DModel": _row("aMUSEd", _hidden("transformer_layers"), note="tokens, not latents"),
     "Transformer2DModel": ModelAdapter(
-        family="VQ-Diffusion", refused="it samples discrete tokens, and diffusers has deprecated it", cfg="batched"
+        family="VQ-Diffusion", unsupported="it samples discrete tokens, and diffusers has deprecated it", cfg="batched"
     ),
 }
 

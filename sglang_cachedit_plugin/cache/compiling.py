@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 
 def no_compile(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -39,20 +38,6 @@ def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     copy.__kwdefaults__ = function.__kwdefaults__
     copy.__dict__.update(function.__dict__)
     return copy
-
-
-def untraced(blocks: nn.Module) -> nn.Module:
-    """Keep torch.compile out of cached blocks, but not out of the blocks they call.
-
-    Traced, their loops would unroll into graphs for each F, B and calibrator; so each kind of block is a
-    graph, compiled once, whatever the knobs.
-    """
-    names = {name for cls in type(blocks).__mro__[: -len(nn.Module.__mro__)] for name, each in vars(cls).items()
-             if isinstance(each, types.FunctionType) and not name.startswith("__")}
-    for name in names:
-        method = getattr(blocks, name)
-        blocks.__dict__[name] = no_compile(with_own_code(method))
-    return blocks
 
 
 def _content(cell: types.CellType) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -58,6 +58,8 @@ class DenoisingSteps:
             stats.error_control = ErrorStats(settings.error_tolerance)
         self._counted: dict[tuple[str, str], tuple[int, int]] = {}
         self._ran: frozenset[tuple[str, str]] = frozenset()
+        self._combined: frozenset[tuple[str, str]] = frozenset()
+        self._left_out: frozenset[str] = frozenset()
         self._shape: torch.Size | None = None
         self._count, self._last = 0, -1
         self._chosen = asked
@@ -88,8 +90,7 @@ class DenoisingSteps:
         """Hand what error control saw of this loop to the report."""
         if self._control is not None and self._stats.error_control is not None:
             self._settle()
-            self._stats.error_control.errors.update(self._control.errors)
-            self._stats.error_control.passed_on += self._control.passed_on
+            self._stats.error_control.add_loop(self._control.errors, self._control.passed_on)
             if self._control.problem is not None:
                 self._stats.note(f"{self._control.problem}: every step after it was computed")
 
@@ -122,17 +123,23 @@ class DenoisingSteps:
         """Whether the step under way is computed, where an error tolerance decides."""
         return self._control is None or self._control.computes(self._count)
 
-    def predict(self, transformer: str, branches: Sequence[str], compute: Callable[[], Any]) -> Any:
+    def predict(
+        self, transformer: str, branches: Sequence[str], compute: Callable[[], Any],
+        reused: Callable[[], Collection[str]] = tuple,
+    ) -> Any:
         """The guided model output of the step under way: computed, or the forecast from those before.
 
         Args:
             transformer: name of the one that would run.
             branches: those of which the output would be combined.
+            reused: after ``compute``, those of them that the host had from an earlier step.
         """
-        ran = frozenset((transformer, branch) for branch in branches)
+        ran = self._combined = frozenset((transformer, branch) for branch in branches)
         cached = ran == self._ran and not self.computes()
         output = self.forecast() if cached else compute()
-        for branch in branches:
+        if not cached:
+            self._left_out = frozenset(reused())
+        for branch in (each for each in branches if each not in self._left_out):
             self._stats.transformers[transformer].branch(branch).record(self._count, cached)
         return output
 
@@ -221,7 +228,9 @@ class DenoisingSteps:
                     self._counted[name, branch] = counts
                     ran.append((name, branch))
                     cached = cached or counts[1] != before[1]
-        return cached, frozenset(ran)
+        # Of what a stage has combined, all counts, whatever of it ran in this step.
+        combined, self._combined = self._combined, frozenset()
+        return cached, combined or frozenset(ran)
 
     def _cached_on_all_ranks(self, cached: bool) -> bool:
         """Whether the step counts as cached: under CFG parallel each rank knows its own branch only.
@@ -242,7 +251,7 @@ class DenoisingSteps:
             return False
         if spec.plan.static:
             return Action.CACHE in actions
-        return rank_agreement.any_of(cached, cfg_group)
+        return rank_agreement.any_rank(cached, cfg_group)
 
     def finish(self) -> None:
         """The loop has ended: complete the report. Waits for the device."""

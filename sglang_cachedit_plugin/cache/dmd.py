@@ -100,12 +100,15 @@ class DMDForecaster:
         self._known: list[tuple[int, float, torch.Tensor]] = []
         self._fits: list[DMDFit] | None = None
 
-    def update(self, step: int, position: float, value: torch.Tensor) -> None:
-        """Add a computed value; a value of another shape starts anew."""
+    def update(self, position: float, value: torch.Tensor, step: int) -> None:
+        """Add the value computed at ``step``; a value of another shape starts anew."""
         if self._known and self._known[-1][2].shape != value.shape:
             self._known.clear()
         self._known = [*(k for k in self._known if k[0] != step), (step, position, value)][-self._history :]
         self._fits = None
+
+    def __len__(self) -> int:
+        return len(self._known)
 
     @property
     def latest(self) -> torch.Tensor:
@@ -117,7 +120,7 @@ class DMDForecaster:
         del self._known[: max(0, len(self._known) - self._history + 1)]
         self._fits = None
 
-    def predict(self, step: int, position: float) -> torch.Tensor:
+    def predict(self, position: float, *, step: int) -> torch.Tensor:
         """The forecast at ``step``, in the dtype of the values."""
         tail = self._uniform_tail()
         if len(tail) < MIN_VALUES:

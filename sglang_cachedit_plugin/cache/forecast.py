@@ -72,15 +72,19 @@ class Extrapolator:
         """The last value."""
         return self._known[-1][1]
 
-    def update(self, position: float, value: torch.Tensor) -> None:
-        """Add a computed value; a value of another shape starts anew, one at a known position replaces it."""
+    def update(self, position: float, value: torch.Tensor, step: int = 0) -> None:
+        """Add a computed value; a value of another shape starts anew, one at a known position replaces it.
+
+        Args:
+            step: not used, as in ``predict``: the polynomial is one over positions.
+        """
         if self._known and self.shape != value.shape:
             self._known.clear()
         others = [known for known in self._known if known[0] != position]
         self._known = deque([*others, (position, value)], maxlen=self._depth)
 
     def predict(
-        self, position: float, weights: Sequence[float] | None = None, *, order: int | None = None
+        self, position: float, weights: Sequence[float] | None = None, *, order: int | None = None, step: int = 0
     ) -> torch.Tensor:
         """The forecast at ``position``, accumulated in float32, in the dtype of the values.
 

@@ -46,13 +46,6 @@ def _gathered_texts(text: str, group: dist.ProcessGroup) -> dict[int, str]:
     return {rank: bytes(row).rstrip(b"\0").decode(errors="replace") for rank, row in zip(ranks, rows, strict=True)}
 
 
-def any_of(flag: bool, group: dist.ProcessGroup) -> bool:
-    """Whether ``flag`` holds on any rank of ``group``; all of them must call this."""
-    shared = torch.tensor([float(flag)], device=_device(group))
-    dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=group)
-    return bool(shared.item())
-
-
 def verify(step: int, branch: str, cached: bool, group: dist.ProcessGroup, *, diff: float = math.nan) -> None:
     """Compare step and decision over ``group``.
 

@@ -19,7 +19,7 @@ from ..config.preflight import Machine
 from ..config.sources import read_environment, read_file
 from ..errors import CacheDitError, HostContractError
 from ..integration import host_contract, sglang_api
-from ..integration.versions import untried
+from ..integration.host_contract import untried
 
 _GROUP, _NAME = "sglang.multimodal_gen.plugins", "cachedit"
 _PACKAGES = ("sglang", "cache-dit", "torch", "sglang-cachedit-plugin")

@@ -21,8 +21,9 @@ def fail(error: SettingError) -> None:
     raise SystemExit(2)
 
 
-def _warn(text: str) -> None:
-    print(f"cache-dit: warning: {one_line(text)}", file=sys.stderr, flush=True)
+def warn(text: str) -> None:
+    """One line on stderr."""
+    print(f"cache-dit: warning: {text}", file=sys.stderr, flush=True)
 
 
 def read_settings() -> None:
@@ -32,7 +33,7 @@ def read_settings() -> None:
     except SettingError as error:
         fail(error)
     for warning in warnings:
-        _warn(warning)
+        warn(one_line(warning))
     effective.install(replace(effective.current(), environment=environment))
 
 
@@ -74,7 +75,7 @@ def check(server_args: Any) -> None:
     """Leave with status 2 where ``--cache-dit-config`` is not valid, else hand it on read."""
     try:
         for warning in ensure_file(server_args, anew=True):
-            _warn(warning)
+            warn(one_line(warning))
         effective.current().check_profiles()
     except SettingError as error:
         fail(error)
@@ -96,8 +97,7 @@ def _leave_out_graphs(server_args: Any) -> None:
     # Imported here: graphs bring torch, and this module is loaded while plugins register.
     from . import cuda_graphs
 
-    resolved = effective.current().decide(None, None).resolved
-    if not (cuda_graphs.fits(resolved.primary) and cuda_graphs.fits(resolved.secondary)):
+    if not cuda_graphs.fits(effective.current().decide(None, None)):
         server_args.enable_breakable_cuda_graph = False
         sglang_api.logger().info(
             "cache-dit: breakable CUDA graphs are left out, all requests are cached; --enable-breakable-cuda-graph "

@@ -98,13 +98,28 @@ class ErrorStats:
 
     Args:
         tolerance: the error that was allowed.
-        errors: relative error of the forecast at each computed step where there was one.
-        passed_on: estimated error that the cached steps passed on to the latents, summed over the loop.
+        errors: relative error of the forecast at each computed step where there was one; the steps of a further loop or
+            stage are named after it.
+        passed_on: estimated error that the cached steps passed on to the latents, summed over all loops.
+        loops: how many there were.
     """
 
     tolerance: float
-    errors: dict[int, float] = field(default_factory=dict)
+    errors: dict[int | str, float] = field(default_factory=dict)
     passed_on: float = 0.0
+    loops: int = 0
+
+    def add_loop(self, errors: Mapping[int, float], passed_on: float) -> None:
+        """Add what was seen in a denoising loop."""
+        self.loops += 1
+        first = self.loops == 1
+        self.errors |= {step if first else f"loop {self.loops}: {step}": error for step, error in errors.items()}
+        self.passed_on += passed_on
+
+    def add_stage(self, stage: str, other: ErrorStats) -> None:
+        """Add what was seen in a further denoising stage."""
+        self.errors |= {f"{stage}: {step}": error for step, error in other.errors.items()}
+        self.passed_on += other.passed_on
 
     def as_dict(self) -> dict[str, Any]:
         """The form of the report."""
@@ -154,6 +169,8 @@ class RequestStats:
             self.corrector.add(stage, other.corrector)
         elif other.enabled:
             self.corrector = other.corrector
+        if self.error_control is not None and other.error_control is not None:
+            self.error_control.add_stage(stage, other.error_control)
         self.error_control = self.error_control or other.error_control
         if other.enabled and not self.enabled:
             first, self.reason, self.enabled = self.reason, None, True

@@ -16,7 +16,7 @@ from typing import Any
 from fastapi import APIRouter, HTTPException, Request
 
 from ..errors import SettingError, nearest, one_line, refusal_in
-from ..integration.session import WARMUP
+from ..integration.request import WARMUP
 from . import responses
 from .generate_models import TEXTS, GenerateRequest, GenerateResponse
 from .validation import RESPONSES, LoggedError, OneLineRoute, misplaced

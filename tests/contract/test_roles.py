@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from sglang_cachedit_plugin.errors import RefusedError, SettingError
-from sglang_cachedit_plugin.integration import offline, sglang_api
-from sglang_cachedit_plugin.integration.session import add_report, publish
+from sglang_cachedit_plugin.integration import request as offline
+from sglang_cachedit_plugin.integration import sglang_api
+from sglang_cachedit_plugin.integration.request import add_report, attach
 from sglang_cachedit_plugin.report.stats import RequestStats, TransformerStats
 from sglang_cachedit_plugin.serving import responses, state
 
@@ -31,7 +32,7 @@ def request_of_the_host(monkeypatch):
     monkeypatch.setattr(sglang_api, "is_first_rank", lambda: False)
     monkeypatch.setattr(state, "_current", state.ServerState())
     request = Req(sampling_params=SamplingParams(prompt="a", request_id="r1"))
-    publish(request, stats(), print)
+    attach(request, stats())
     return request
 
 

@@ -11,6 +11,7 @@ from prometheus_client import REGISTRY
 from sglang_cachedit_plugin.config.effective import Defaults
 from sglang_cachedit_plugin.config.overrides import read_overrides
 from sglang_cachedit_plugin.integration import native
+from sglang_cachedit_plugin.integration.request import WORKER, ActiveRequest
 from sglang_cachedit_plugin.report import metrics
 from sglang_cachedit_plugin.report.stats import RequestStats, TransformerStats
 from sglang_cachedit_plugin.serving import responses, state
@@ -98,18 +99,18 @@ def test_a_request_that_fails_at_its_end_too_leaves_nothing_open(monkeypatch):
     class Session:
         recording = None
 
-        def __init__(self, name):
-            self.name = name
+        def __init__(self, name, owner):
+            self.name, self.owner = name, owner
 
         def close(self, device):
             closed.append((self.name, device.type))
             raise RuntimeError(self.name)
 
     def original(stage, batch, server_args):
-        native._open.extend((stage, Session(name)) for name in ("outer", "inner"))
+        WORKER.active.sessions.extend(Session(name, stage) for name in ("outer", "inner"))
         raise ValueError("the request's own")
 
     with pytest.raises(RuntimeError):
         native.run_stage(original, Stage(), SimpleNamespace(), None)
     assert closed == [("inner", "cpu"), ("outer", "cpu")]
-    assert native._open == [] == native._running
+    assert WORKER.active == ActiveRequest()

@@ -12,7 +12,7 @@ from sglang_cachedit_plugin.config.effective import Defaults
 from sglang_cachedit_plugin.config.sources import LOG_VARIABLE, read_environment, read_file
 from sglang_cachedit_plugin.errors import RefusedError, SettingError
 from sglang_cachedit_plugin.integration import log, sglang_api, startup
-from sglang_cachedit_plugin.integration.session import WARMUP, Session, publish
+from sglang_cachedit_plugin.integration.request import WARMUP, Session, count
 
 PROFILE = {"SGLANG_CACHE_DIT_PROFILE": "balanced"}
 
@@ -59,37 +59,41 @@ def test_the_start_is_one_line_unless_the_log_is_quiet(monkeypatch, capsys, leve
     assert capsys.readouterr().err.count("cache-dit: on") == lines
 
 
-def served(enable=None, **batch) -> list[str]:
-    lines: list[str] = []
-    session = Session("native", effective.current().decide(enable, None))
-    publish(SimpleNamespace(extra={}, is_warmup=False, request_id="r7", **batch), session.close(), lines.append)
-    return lines
+@pytest.fixture
+def served(monkeypatch):
+    """Lines of one request."""
+
+    def serve(enable=None, **extra) -> list[str]:
+        lines: list[str] = []
+        monkeypatch.setattr(sglang_api, "logger", lambda: SimpleNamespace(info=lines.append))
+        session = Session("native", effective.current().decide(enable, None))
+        count([SimpleNamespace(extra=extra, is_warmup=False, request_id="r7")], session.close())
+        return lines
+
+    return serve
 
 
 @pytest.mark.parametrize("enable", [None, False])
-def test_a_server_without_caching_says_nothing_of_its_requests(enable):
+def test_a_server_without_caching_says_nothing_of_its_requests(served, enable):
     assert served(enable) == []
 
 
-def test_a_request_has_one_line_with_its_id():
+def test_a_request_has_one_line_with_its_id(served):
     settings(PROFILE)
     assert served(False) == ["cache-dit: r7: off [request]: request"]
     assert served()[0].startswith("cache-dit: r7: 0 steps, 0 computed")
 
 
 @pytest.mark.parametrize("level", ["changes", "quiet"])
-def test_lines_of_requests_can_be_left_out(monkeypatch, level):
+def test_lines_of_requests_can_be_left_out(monkeypatch, served, level):
     settings(PROFILE)
     monkeypatch.setenv(LOG_VARIABLE, level)
     assert served(False) == []
 
 
-def test_a_clients_warmup_has_no_line():
+def test_a_clients_warmup_has_no_line(served):
     settings(PROFILE)
-    lines: list[str] = []
-    session = Session("native", effective.current().decide(None, None))
-    publish(SimpleNamespace(extra={WARMUP: True}, is_warmup=False, request_id="r7"), session.close(), lines.append)
-    assert lines == []
+    assert served(**{WARMUP: True}) == []
 
 
 def test_a_word_that_is_no_level_ends_the_start():

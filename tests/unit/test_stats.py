@@ -103,6 +103,11 @@ def test_a_further_stage_adds_its_corrections_and_keeps_its_errors():
         "enabled": True, "reason": None, "corrected_steps": 7, "largest_correction": 0.3,
     }
     assert report["error_control"] == {"tolerance": 0.01, "errors": {"5": 0.02}, "passed_on": 0.001}
+    stats.error_control = ErrorStats(tolerance=0.01, errors={5: 0.01}, passed_on=0.004)
+    stats.add_stage("Refinement", second)
+    assert stats.as_dict()["error_control"] == {
+        "tolerance": 0.01, "errors": {"5": 0.01, "Refinement: 5": 0.02}, "passed_on": 0.005,
+    }
 
 
 def test_a_stage_that_corrects_follows_one_without_caching():
