@@ -35,7 +35,7 @@ class HostLayout:
         self.sp = spread.model if ulysses * ring > 1 else None
         self.tp = spread.tp
         self.groups = Groups(
-            forward=spread.model, pair=dist.group.WORLD if cfg > 1 else None, row=spread.row, rows=cfg
+            forward=spread.model, cfg_group=dist.group.WORLD if cfg > 1 else None, cfg_rank=spread.row, cfg_ranks=cfg
         )
         try:
             self._build(ulysses, ring, tp, cfg)
@@ -43,7 +43,7 @@ class HostLayout:
             self.error = f"{type(error).__name__}: {error}"
             print(f"[rank {dist.get_rank()}] host groups: {self.error}", file=sys.stderr, flush=True)
         # A communicator is made at its first use; none of the variants shall pay for it.
-        for group in (self.sp, self.tp, self.groups.forward, self.groups.pair):
+        for group in (self.sp, self.tp, self.groups.forward, self.groups.cfg_group):
             if group is not None:
                 dist.all_reduce(torch.zeros(1, device=device()), group=group)
 

@@ -7,6 +7,7 @@ A class whose block overwrites its input says so; the mount probe finds those th
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from .table import Blocks, ModelAdapter
 
@@ -17,7 +18,7 @@ _TEXTURE = "a UNet with skip connections over its whole depth, in a texture stag
 _NO_DIT = "no diffusion transformer: it runs once a request, outside the denoising loop"
 
 
-def _blocks(name: str, *streams: str, **more: str | bool) -> Blocks:
+def _blocks(name: str, *streams: str, **more: Any) -> Blocks:
     return Blocks(name=name, streams=streams, **more)
 
 

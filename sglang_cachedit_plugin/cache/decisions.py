@@ -92,7 +92,7 @@ class Decisions:
         The blocks of one branch wait for no rank of another, so every rank comes to the end of its forward and
         can be told. Ranks that share a forward cannot: they wait inside its blocks.
         """
-        return self.spec.settings.verify_ranks and self.groups.pair is not None
+        return self.spec.settings.verify_ranks and self.groups.cfg_group is not None
 
     @torch.compiler.disable
     def tell(self, failure: Exception | None) -> None:
@@ -101,14 +101,14 @@ class Decisions:
         Raises:
             RanksDisagreeError: it did on another rank.
         """
-        if self._forward_in_step > 0 or getattr(failure, "known_to", None) is self.groups.pair:
+        if self._forward_in_step > 0 or getattr(failure, "known_to", None) is self.groups.cfg_group:
             return
-        rank_agreement.all_succeeded(self._identity.step, failure, self.groups.pair)
+        rank_agreement.all_succeeded(self._identity.step, failure, self.groups.cfg_group)
 
     @property
     def joint(self) -> bool:
         """Whether one decision covers the CFG ranks because their forward is one."""
-        return self.groups.pair is not None and self.groups.pair is self.groups.forward
+        return self.groups.cfg_group is not None and self.groups.cfg_group is self.groups.forward
 
     @property
     def coupled(self) -> bool:
@@ -139,7 +139,7 @@ class Decisions:
         """
         if not self.coupled:
             return may_cache
-        return not rank_agreement.any_rank(not may_cache, self.groups.pair)
+        return not rank_agreement.any_rank(not may_cache, self.groups.cfg_group)
 
     @torch.compiler.disable
     def problem_anywhere(self, own: str | None) -> str | None:
@@ -150,7 +150,7 @@ class Decisions:
         Raises:
             RanksDisagreeError: the forward failed on another rank.
         """
-        group = self.groups.pair or self.groups.forward
+        group = self.groups.cfg_group or self.groups.forward
         if group is None:
             return own
         if self.guarded:
@@ -180,7 +180,7 @@ class Decisions:
     @property
     def group(self) -> Any:
         """The ranks that decide this forward together, None for this one alone."""
-        return self.groups.pair if self.coupled else self.groups.forward
+        return self.groups.cfg_group if self.coupled else self.groups.forward
 
     def _real(self, residual: torch.Tensor) -> torch.Tensor:
         """(batch, tokens, dim) without the padding that makes shards equal."""
@@ -206,14 +206,14 @@ class Decisions:
             self.group,
             device=t2.device,
             compute=not may_cache,
-            row=self.groups.row if apart else 0,
-            rows=self.groups.rows if apart else 1,
+            row=self.groups.cfg_rank if apart else 0,
+            rows=self.groups.cfg_ranks if apart else 1,
         )
         if shared:
             self._leading[blocks] = (self._identity.step, diffs[0])
         # max() may pass over NaN.
         decisive = math.nan if any(math.isnan(each) for each in diffs) else max(diffs)
-        return diffs[self.groups.row if apart else 0], decisive, not compute
+        return diffs[self.groups.cfg_rank if apart else 0], decisive, not compute
 
     def lead(self, blocks: str, diff: float) -> None:
         """The difference of a block list at this step, which other branches may follow."""

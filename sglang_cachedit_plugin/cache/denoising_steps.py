@@ -75,7 +75,7 @@ class DenoisingSteps:
         """Leave the corrector out where measurement shows that it does harm, unless it was asked for."""
         self._chosen = True
         settings, specs = self._settings, () if self.spec is None else self.spec.transformers
-        guided = self._groups.pair is not None or len({branch for _, branch in ran}) > 1
+        guided = self._groups.cfg_group is not None or len({branch for _, branch in ran}) > 1
         forecast = settings.forecast == "output" or settings.error_tolerance is not None or settings.calibrator
         if not self._report.enabled:
             return
@@ -204,7 +204,7 @@ class DenoisingSteps:
                 forecast = self._outputs.predict(place.position)
                 # The output of a stage that runs one sample may have no batch dimension; its latents have.
                 pair = (each.reshape(len(call.sample), -1) for each in (forecast, call.output))
-                error = relative_error(*pair, self._groups.pair or self._groups.forward)
+                error = relative_error(*pair, self._groups.cfg_group or self._groups.forward)
                 self._error = self._count, self._control.spread(self._count), Reading(error)
             self._control.computed(self._count)
         # The host may reuse the memory of an output, as CUDA graphs do.
@@ -228,8 +228,8 @@ class DenoisingSteps:
 
         Where the schedule is static, or the decision is made for both branches, all ranks know without talking.
         """
-        pair = self._groups.pair
-        if pair is None or pair is self._groups.forward:
+        cfg_group = self._groups.cfg_group
+        if cfg_group is None or cfg_group is self._groups.forward:
             return cached
         name = next((name for name, _ in self._ran), None)
         specs = () if self.spec is None else self.spec.transformers
@@ -242,7 +242,7 @@ class DenoisingSteps:
             return False
         if spec.plan.static:
             return Action.CACHE in actions
-        return rank_agreement.any_of(cached, pair)
+        return rank_agreement.any_of(cached, cfg_group)
 
     def finish(self) -> None:
         """The loop has ended: complete the report. Waits for the device."""

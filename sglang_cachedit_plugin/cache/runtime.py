@@ -26,36 +26,36 @@ class Groups:
 
     Args:
         forward: ranks that share one forward, or one joint decision; None for a single rank.
-        pair: these and the ranks that run the other CFG branches at the same time; None where branches
+        cfg_group: these and the ranks that run the other CFG branches at the same time; None where branches
             take turns.
-        row: this rank's place among the CFG ranks, of ``rows``.
-        gathered: the ranks of ``pair`` gather each block's weights from one another (FSDP): all of them run a block
-            or none does.
-        shard: this rank's place among those that hold the sequence, of ``shards`` equal shards.
+        cfg_rank: this rank's place among the CFG ranks, of ``cfg_ranks``.
+        gathered: the ranks of ``cfg_group`` gather each block's weights from one another (FSDP): all of them run
+            a block or none does.
+        sp_rank: this rank's place among those that hold the sequence, of ``sp_ranks`` equal shards.
         tokens: tokens of the whole sequence without padding, None where the host does not say.
     """
 
     forward: Any = None
-    pair: Any = None
-    row: int = 0
-    rows: int = 1
+    cfg_group: Any = None
+    cfg_rank: int = 0
+    cfg_ranks: int = 1
     gathered: bool = False
-    shard: int = 0
-    shards: int = 1
+    sp_rank: int = 0
+    sp_ranks: int = 1
     tokens: int | None = None
 
     def couple(self, settings: CacheSettings) -> bool:
         """Whether CFG ranks decide together, each on a forward of its own."""
-        if self.pair is None or self.pair is self.forward:
+        if self.cfg_group is None or self.cfg_group is self.forward:
             return False
         return self.gathered or settings.lockstep or not settings.cfg_diff_compute_separate
 
     def real_tokens(self, local: int) -> int:
         """How many of the ``local`` tokens on this rank are real: the host pads the end of the sequence."""
-        padding = 0 if self.tokens is None else local * self.shards - self.tokens
-        if not 0 < padding < self.shards:
+        padding = 0 if self.tokens is None else local * self.sp_ranks - self.tokens
+        if not 0 < padding < self.sp_ranks:
             return local
-        return max(0, min(local, self.tokens - self.shard * local))
+        return max(0, min(local, self.tokens - self.sp_rank * local))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,20 +39,20 @@ def groups(
 
     from ..cache.parallel import weight_ranks
 
-    if not _layout.pair or not state.model_parallel_is_initialized():
+    if not _layout.cfg or not state.model_parallel_is_initialized():
         if dist.is_initialized() and dist.get_world_size() > 1:
             raise MountError(f"the layout of the {dist.get_world_size()} ranks is not known: each would decide alone")
         return Groups()
     weights = weight_ranks(modules)
-    if not weights <= set(_layout.pair):
+    if not weights <= set(_layout.cfg):
         raise MountError(
-            f"FSDP gathers the weights from {len(weights)} ranks, and {len(_layout.pair)} of them serve the request"
+            f"FSDP gathers the weights from {len(weights)} ranks, and {len(_layout.cfg)} of them serve the request"
         )
     # A stage may run one forward over the CFG ranks: then the host's SP group is theirs for its duration.
     sp = state.get_sp_group()
     spread = not set(sp.ranks) <= set(_layout.model)
-    shards = {"shard": sp.rank_in_group, "shards": sp.world_size, "tokens": _tokens(batch, patch_size)}
-    forward = _layout.group(_layout.pair if spread else _layout.model)
+    shards = {"sp_rank": sp.rank_in_group, "sp_ranks": sp.world_size, "tokens": _tokens(batch, patch_size)}
+    forward = _layout.group(_layout.cfg if spread else _layout.model)
     cfg = state.get_cfg_group()
     side_by_side = cfg.world_size > 1 and all(
         stage.parallelism_type_for(batch).name in _ALL_RANKS for stage in stages
@@ -61,10 +61,10 @@ def groups(
         if not spread and not weights <= set(_layout.model):
             raise MountError(f"FSDP gathers the weights from {len(weights)} ranks, not all of which run this stage")
         return Groups(forward=forward, **shards)
-    pair = _layout.group(_layout.pair)
+    cfg_group = _layout.group(_layout.cfg)
     return Groups(
-        forward=pair if joint else forward, pair=pair, row=cfg.rank_in_group, rows=cfg.world_size,
-        gathered=not weights <= set(_layout.model), **shards,
+        forward=cfg_group if joint else forward, cfg_group=cfg_group, cfg_rank=cfg.rank_in_group,
+        cfg_ranks=cfg.world_size, gathered=not weights <= set(_layout.model), **shards,
     )
 
 
@@ -81,12 +81,12 @@ def _tokens(batch: Any, patch_size: Any) -> int | None:
 class _Layout:
     """Ranks of this process's slices of the world, and the process groups of slices.
 
-    ``model`` is SP x TP, ``pair`` is SP x TP x CFG; both lie within one data-parallel replica.
+    ``model`` is SP x TP, ``cfg`` is SP x TP x CFG; both lie within one data-parallel replica.
     """
 
     def __init__(self) -> None:
         self.model: tuple[int, ...] = ()
-        self.pair: tuple[int, ...] = ()
+        self.cfg: tuple[int, ...] = ()
         self._groups: dict[tuple[int, ...], Any] = {}
 
     def group(self, ranks: tuple[int, ...]) -> Any:
@@ -109,7 +109,7 @@ class _Layout:
         self._groups = {
             tuple(sorted(axis.ranks)): axis.device_group for axis in axes.values() if axis.world_size > 1
         }
-        for kind, names in (("model", ("sp", "tp")), ("pair", ("sp", "tp", "cfg"))):
+        for kind, names in (("model", ("sp", "tp")), ("cfg", ("sp", "tp", "cfg"))):
             for ranks in connected([each[name] for each in everyone for name in names]):
                 members = tuple(ranks)
                 if members not in known and len(members) > 1:
@@ -120,7 +120,7 @@ class _Layout:
                         self._groups[members] = group
                 if dist.get_rank() in members:
                     setattr(self, kind, members)
-        for members in dict.fromkeys((self.model, self.pair)):
+        for members in dict.fromkeys((self.model, self.cfg)):
             if members in self._groups:
                 _connect(self._groups[members])
 

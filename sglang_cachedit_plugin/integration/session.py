@@ -198,11 +198,11 @@ class Session:
     def _problem(self, groups: Groups, own: Exception | None) -> str:
         """Why the request is not cached, empty where it is: no rank is, where one cannot be."""
         text = "" if own is None else str(own) or type(own).__name__
-        group = groups.pair or groups.forward
+        group = groups.cfg_group or groups.forward
         return text if group is None else rank_agreement.problems(text, group)
 
     def _verify_ranks(self, groups: Groups, spec: RequestSpec, problem: Exception | None) -> None:
-        group = groups.pair or groups.forward
+        group = groups.cfg_group or groups.forward
         if group is None or not self.decision.resolved.primary.verify_ranks:
             return
         wanted = repr([

@@ -66,8 +66,8 @@ def _ranks(group: Any) -> list[int]:
 
 def _named(groups: Groups) -> dict[str, Any]:
     return {
-        "forward": _ranks(groups.forward), "pair": _ranks(groups.pair), "row": (groups.row, groups.rows),
-        "shard": (groups.shard, groups.shards),
+        "forward": _ranks(groups.forward), "cfg_group": _ranks(groups.cfg_group),
+        "cfg_rank": (groups.cfg_rank, groups.cfg_ranks), "sp_rank": (groups.sp_rank, groups.sp_ranks),
     }
 
 
@@ -89,7 +89,9 @@ def every_layout(rank: int) -> dict[str, dict[str, Any]]:
     for name in LAYOUTS:
         with _layout(name):
             groups = sglang_api.groups([_stage()], batch)
-            cut = _run(groups, lambda step, g=groups: _whole(step).chunk(g.shards, dim=1)[g.shard], verify_ranks=True)
+            cut = _run(
+                groups, lambda step, g=groups: _whole(step).chunk(g.sp_ranks, dim=1)[g.sp_rank], verify_ranks=True
+            )
             found[name] = _named(groups) | {
                 "joint": _named(sglang_api.groups([_stage()], batch, joint=True)),
                 "main rank": _named(sglang_api.groups([_stage("MAIN_RANK_ONLY"), _stage()], batch)),
@@ -124,7 +126,7 @@ def cfg_with_shards(rank: int) -> dict[str, Any]:
     """Two branches on two ranks each, in lockstep."""
     with _layout("CFG 2 x SP 2"):
         groups = sglang_api.groups([_stage()], SimpleNamespace())
-        branch = ("cond", "uncond")[groups.row]
+        branch = ("cond", "uncond")[groups.cfg_rank]
         found = {}
         for name in ("off", "on"):
             rig = Rig().begin(
@@ -132,8 +134,9 @@ def cfg_with_shards(rank: int) -> dict[str, Any]:
                 lockstep=name == "on",
             )
             for step in range(10):
-                whole = torch.cat([sample(branch, step, scale=s) for s in ((0.02, 0.08), (0.05, 0.2))[groups.row]], 1)
-                rig.run(branch, step, whole.chunk(2, dim=1)[groups.shard])
+                scales = ((0.02, 0.08), (0.05, 0.2))[groups.cfg_rank]
+                whole = torch.cat([sample(branch, step, scale=each) for each in scales], 1)
+                rig.run(branch, step, whole.chunk(2, dim=1)[groups.sp_rank])
             found[name] = rig.stats.branches[branch].as_dict()
     return found
 
@@ -224,9 +227,9 @@ def steps_of_branches_with_shards(rank: int) -> dict[str, Any]:
     """Two branches on two ranks each, latents cut over the two."""
     with _layout("CFG 2 x SP 2"):
         groups, cfg = sglang_api.groups([_stage()], SimpleNamespace()), state.get_cfg_group().device_group
-        own = steps.start().chunk(2, dim=1)[groups.shard].clone()
+        own = steps.start().chunk(2, dim=1)[groups.sp_rank].clone()
         return {
-            "shard": groups.shard,
+            "sp_rank": groups.sp_rank,
             "control": steps.controlled(groups, own, cfg), "alone": steps.cached(groups, own, cfg),
         }
 

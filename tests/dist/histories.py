@@ -51,7 +51,7 @@ class History:
     def groups(self, rank: int, everyone: Any, own: Any) -> Groups:
         """The groups of ``rank``; ``own``: the ranks of its branch."""
         row = rank * self.rows // self.size
-        beside = {"pair": everyone, "row": row, "rows": self.rows}
+        beside = {"cfg_group": everyone, "cfg_rank": row, "cfg_ranks": self.rows}
         if self.kind == "shards":
             return Groups(forward=everyone)
         if self.kind == "joint":
@@ -99,7 +99,7 @@ class Spread(TwoListsDiT):
         super().__init__()
         self._shard, self._shards = shard, shards
         self.nan = False
-        waiting = {id(each): each for each in (groups.forward, groups.pair if groups.gathered else None) if each}
+        waiting = {id(each): each for each in (groups.forward, groups.cfg_group if groups.gathered else None) if each}
 
         def wait(*_: Any) -> None:
             for group in waiting.values():

@@ -77,7 +77,7 @@ def controlled(
     def step(number: int, sigma: float, latents: torch.Tensor) -> torch.Tensor:
         def compute() -> torch.Tensor:
             if cfg is not None:
-                return guided(output(latents, BRANCHES[groups.row], sigma), groups.row, cfg) * (1.0 + noise)
+                return guided(output(latents, BRANCHES[groups.cfg_rank], sigma), groups.cfg_rank, cfg) * (1.0 + noise)
             both = [output(latents, branch, sigma) for branch in BRANCHES]
             return (GUIDANCE * both[0] + (1.0 - GUIDANCE) * both[1]) * (1.0 + noise)
 
@@ -100,9 +100,9 @@ def cached(groups: Groups, latents: torch.Tensor, cfg: Any = None, **knobs: Any)
     loop.steps.spec = RequestSpec(transformers=(rig.mounted.contexts.spec,))
 
     def step(number: int, sigma: float, latents: torch.Tensor) -> torch.Tensor:
-        branch = "cond" if cfg is None else BRANCHES[groups.row]
+        branch = "cond" if cfg is None else BRANCHES[groups.cfg_rank]
         # The second branch changes faster.
         own = rig.run(branch, number, latents * (1.0 if branch == "cond" else 0.3 + sigma)) - latents
-        return own if cfg is None else guided(own, groups.row, cfg)
+        return own if cfg is None else guided(own, groups.cfg_rank, cfg)
 
     return loop.run(latents, step)

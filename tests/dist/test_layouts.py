@@ -38,12 +38,12 @@ def test_groups_of_the_hosts_layout(ranks, layout):
     forward, pair, told = EXPECTED[layout]
     found = [each[layout] for each in ranks["every_layout"]]
     assert [each["forward"] for each in found] == forward
-    assert [each["pair"] for each in found] == pair
+    assert [each["cfg_group"] for each in found] == pair
     assert [each["layout"] for each in found] == [told] * 4
     joint = pair if pair != NONE else forward
     assert [each["joint"]["forward"] for each in found] == joint
     # Where the main rank alone runs a stage, its CFG peers are not in it.
-    assert [each["main rank"]["pair"] for each in found] == NONE
+    assert [each["main rank"]["cfg_group"] for each in found] == NONE
     assert [each["main rank"]["forward"] for each in found] == forward
 
 
@@ -59,8 +59,8 @@ def test_the_value_of_the_whole_sequence_on_all_ranks(ranks, layout):
 def test_a_forward_over_the_cfg_ranks_is_decided_by_them(ranks):
     found = [each["replicas 2 x CFG 2"] for each in ranks["one_forward_over_cfg_ranks"]]
     assert [each["forward"] for each in found] == HALVES
-    assert [each["pair"] for each in found] == NONE
-    assert [each["shard"] for each in found] == [(0, 2), (1, 2)] * 2
+    assert [each["cfg_group"] for each in found] == NONE
+    assert [each["sp_rank"] for each in found] == [(0, 2), (1, 2)] * 2
     found = [each["CFG 2 x TP 2"] for each in ranks["one_forward_over_cfg_ranks"]]
     assert [each["forward"] for each in found] == ALL
 
@@ -102,7 +102,7 @@ def test_branches_of_cut_latents_end_with_the_same_shards(ranks, kind):
     found = ranks["steps_of_branches_with_shards"]
     by_shard = {}
     for each in found:
-        by_shard.setdefault(each["shard"], []).append(each[kind])
+        by_shard.setdefault(each["sp_rank"], []).append(each[kind])
     for one, other in by_shard.values():
         assert torch.equal(one["latents"], other["latents"])
     assert len({each[kind]["corrected"] for each in found}) == 1 and found[0][kind]["corrected"] > 0
@@ -137,5 +137,5 @@ def test_connected_ranks_form_slices():
      (None, 2, 5, [5, 5]), (100, 2, 5, [5, 5]), (3, 2, 5, [5, 5])],
 )
 def test_real_tokens_of_each_shard(tokens, shards, local, real):
-    groups = [Groups(shard=shard, shards=shards, tokens=tokens) for shard in range(shards)]
+    groups = [Groups(sp_rank=shard, sp_ranks=shards, tokens=tokens) for shard in range(shards)]
     assert [each.real_tokens(local) for each in groups] == real

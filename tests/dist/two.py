@@ -53,7 +53,7 @@ def padded_shards(rank: int) -> list[tuple[float, float]]:
     """(value over padded shards, value of the whole) through a mounted model, whose blocks fill the padding."""
     rows = []
     for tokens in (5, 7, 9):
-        groups = Groups(forward=_world(), shard=rank, shards=2, tokens=tokens)
+        groups = Groups(forward=_world(), sp_rank=rank, sp_ranks=2, tokens=tokens)
         whole, cut = Rig().begin(2, residual_diff_threshold=0.9), Rig()
         cut.begin(2, groups=groups, residual_diff_threshold=0.9)
         for step in range(2):
@@ -133,7 +133,7 @@ def counted_collectives(rank: int) -> dict[str, tuple[dict[str, int], int]]:
 
 def _pair(rank: int, alone: bool = False) -> Groups:
     """One CFG branch a rank."""
-    return Groups(pair=_world(), row=rank, rows=2) if not alone else Groups()
+    return Groups(cfg_group=_world(), cfg_rank=rank, cfg_ranks=2) if not alone else Groups()
 
 
 def _branches(rank: int, groups: Groups, steps: int = 12, **knobs: object) -> dict:
@@ -276,7 +276,7 @@ def mount_on_one_rank(rank: int) -> tuple[bool, str | None, str]:
 
 def joint_decision(rank: int) -> dict:
     """One forward's halves on two ranks: one decision."""
-    groups = Groups(forward=_world(), pair=_world(), row=rank, rows=2)
+    groups = Groups(forward=_world(), cfg_group=_world(), cfg_rank=rank, cfg_ranks=2)
     return {
         "together": _branches(rank, groups, verify_ranks=True),
         "failed": _joint_failure(rank, groups),
@@ -300,7 +300,7 @@ STATIC_STEPS = {
 
 
 def _shards(rank: int) -> tuple[Groups, torch.Tensor]:
-    return Groups(forward=_world(), shard=rank, shards=2), steps.start().chunk(2, dim=1)[rank].clone()
+    return Groups(forward=_world(), sp_rank=rank, sp_ranks=2), steps.start().chunk(2, dim=1)[rank].clone()
 
 
 def steps_on_shards(rank: int) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import pytest
@@ -213,6 +214,16 @@ def test_a_mount_that_fails_late_leaves_the_original_forward(monkeypatch):
 def test_a_class_nobody_describes_is_named():
     with pytest.raises(MountError, match=r"^Linear: "):
         find_blocks(torch.nn.Linear(2, 2))
+
+
+def test_a_class_whose_output_alone_can_be_forecast_is_refused_with_the_reason():
+    from sglang_cachedit_plugin import adapters
+
+    model = type("SanaVideo2Transformer3DModel", (torch.nn.Module,), {})()
+    row = adapters.NATIVE["SanaVideo2Transformer3DModel"]
+    with pytest.raises(MountError, match=f"^SanaVideo2Transformer3DModel: {re.escape(row.output_only)}$"):
+        find_blocks(model)
+    assert row.describe().endswith(row.output_only)
 
 
 def test_blocks_that_are_not_as_the_table_says_are_refused_untouched():

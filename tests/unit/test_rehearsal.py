@@ -83,7 +83,7 @@ def test_other_cfg_ranks_are_asked_what_they_found_and_nothing_else(monkeypatch)
     monkeypatch.setattr(rank_agreement, "problems", lambda own, group: asked.append((own, group)))
     # Any other exchange over this group raises.
     pair = object()
-    rig = rehearsed(Rig().begin(1, groups=Groups(forward=None, pair=pair), lockstep=True))
+    rig = rehearsed(Rig().begin(1, groups=Groups(forward=None, cfg_group=pair), lockstep=True))
     rig.run("cond", 0)
     assert asked == [("", pair)]
 
