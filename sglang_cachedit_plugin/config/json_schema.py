@@ -1,5 +1,5 @@
-"""JSON Schemas of what settings stand in: config files, for editors (``sglang-cachedit schema`` prints it), and changes
-of a running server, for OpenAPI.
+"""JSON Schemas of what settings stand in: config files, for editors (``sglang-cachedit schema`` prints it), changes of
+a running server and requests, for OpenAPI.
 
 Whatever the strict checker accepts validates here. The other way round a schema cannot do sums: sizes against
 ``--num-gpus``, lengths of masks and bins, attention backends against sizes are left to the checker.
@@ -17,7 +17,7 @@ from .settings import ALIASES, EITHER_KNOBS, INERT_KNOBS, MISSPELT, CacheSetting
 from .sources import ENABLED, MAX_NAME, keys
 
 _OLDER = {"type": ["object", "null"], "description": "Older spelling of parallelism_config."}
-_PROFILE = {"type": ["string", "null"], "minLength": 1, "description": "Profile of requests that name none."}
+_PROFILE = {"type": ["string", "null"], "minLength": 1, "description": "Name of a profile."}
 _SECOND = "Settings of the second transformer where they differ."
 _PROFILES = "Sets of settings that requests name."
 
@@ -49,19 +49,33 @@ def config_schema() -> dict[str, Any]:
     }
 
 
-def change_schema() -> dict[str, Any]:
-    """The schema of a live change."""
-    schema = _cache()
-    schema["description"] = (
-        "New defaults of the server; they replace the change before as a whole. Settings stand here or in cache_config."
-    )
+def change_schema(*, patch: bool = False) -> dict[str, Any]:
+    """The schema of a live change.
+
+    Args:
+        patch: of one that is added to the change in force: null takes a setting back, and what contradicts what is
+            left to the check of the sum.
+    """
+    schema = _cache(patch=patch)
+    schema["description"] = "New defaults of the server. Settings stand here or in cache_config."
     schema["properties"] |= {
         "enabled": _or_null(ENABLED.schema(), "Whether requests that say nothing are cached."),
         "profile": _PROFILE,
-        "cache_config": _or_null(_cache(), "Settings, in place of those beside it."),
-        "secondary": _or_null(_cache(secondary=True), _SECOND),
+        "cache_config": _or_null(_cache(patch=patch), "Settings, in place of those beside it."),
+        "secondary": _or_null(_cache(secondary=True, patch=patch), _SECOND),
         "profiles": _or_null(_profiles(), _PROFILES),
     }
+    return schema
+
+
+def params_schema(profile: Mapping[str, Any] = _PROFILE) -> dict[str, Any]:
+    """The schema of a request's ``cache_dit_params``.
+
+    Args:
+        profile: schema of the key ``profile``.
+    """
+    schema = _cache()
+    schema["properties"] |= {"secondary": _or_null(_cache(secondary=True), _SECOND), "profile": profile}
     return schema
 
 
@@ -70,9 +84,8 @@ def _or_null(schema: Mapping[str, Any], description: str = "") -> dict[str, Any]
 
 
 def _profiles() -> dict[str, Any]:
-    profile = _cache()
-    profile["properties"] |= {"secondary": _or_null(_cache(secondary=True)), "profile": {"type": "null"}}
     names = {"minLength": 1, "maxLength": MAX_NAME}
+    profile = params_schema({"type": "null"})
     return {"type": "object", "propertyNames": names, "additionalProperties": _or_null(profile)}
 
 
@@ -84,8 +97,11 @@ def _object(knobs: Mapping[str, Knob], spellings: Mapping[str, str]) -> dict[str
     return schema | {"allOf": [{"not": {"required": list(pair)}} for pair in others.items()]}
 
 
-def _cache(*, secondary: bool = False) -> dict[str, Any]:
+def _cache(*, secondary: bool = False, patch: bool = False) -> dict[str, Any]:
     schema = _object(keys(secondary=secondary), {**ALIASES, **MISSPELT})
+    if patch:
+        schema["properties"] = {name: _or_null(each) for name, each in schema["properties"].items()}
+        return schema
     schema["allOf"].append({"not": {
         "properties": {"enable_taylorseer": {"const": True}, "enable_dmd": {"const": True}},
         "required": ["enable_taylorseer", "enable_dmd"],

@@ -18,7 +18,7 @@ import yaml
 
 from ..errors import SettingError, nearest, printable, shown
 from .diffusers_sections import read_sections
-from .knobs import Flag, Knob, key_name, read_mapping, refuse
+from .knobs import Choice, Flag, Knob, key_name, read_mapping, refuse
 from .settings import ALIASES, DBCACHE_KNOBS, GROUPS, INERT_KNOBS, KNOBS, MISSPELT, CacheSettings, contradictions
 from .tuned_schedules import TunedSchedule
 
@@ -27,6 +27,10 @@ ENABLED_VARIABLE = PREFIX + "ENABLED"
 PROFILE_VARIABLE = PREFIX + "PROFILE"
 CONTROL_KEY_VARIABLE = PREFIX + "CONTROL_KEY"
 """Key that changes of a running server need; it is no setting of the cache and is shown nowhere."""
+LOG_VARIABLE = PREFIX + "LOG"
+LOG_LEVELS = ("requests", "changes", "quiet")
+"""What the log says besides warnings: a line a request and a change, a change, nothing."""
+_OTHER_VARIABLES = (ENABLED_VARIABLE, PROFILE_VARIABLE, CONTROL_KEY_VARIABLE, LOG_VARIABLE)
 REQUEST = "cache_dit_params"
 """Origin of a request's own settings."""
 CONTROL = "control"
@@ -137,7 +141,7 @@ def read_environment(
         environ: the variables.
         host_variables: called only for names unknown here; variables that the installed host reads.
     """
-    known = [ENABLED_VARIABLE, PROFILE_VARIABLE, CONTROL_KEY_VARIABLE, *VARIABLES, *SECONDARY_VARIABLES]
+    known = [*_OTHER_VARIABLES, *VARIABLES, *SECONDARY_VARIABLES]
     warnings = []
     for variable in sorted(name for name in environ if name.startswith(PREFIX) and name not in known):
         if variable not in host_variables():
@@ -146,6 +150,8 @@ def read_environment(
         warnings.append(f"{variable} is known to the host but not to this plugin and has no effect")
     # Empty is unset: deployments clear a variable that way.
     given = {name: environ[name] for name in known if environ.get(name, "").strip()}
+    if LOG_VARIABLE in given:
+        Choice(choices=LOG_LEVELS).parse(LOG_VARIABLE, given[LOG_VARIABLE], "environment")
     enabled, profile = given.get(ENABLED_VARIABLE), given.get(PROFILE_VARIABLE, "").strip() or None
     source = Source(
         primary=_variables(given, VARIABLES), secondary=_variables(given, SECONDARY_VARIABLES), profile=profile,
@@ -291,6 +297,31 @@ def read_overrides(raw: Any, *, profiles: Mapping[str, Source] = MappingProxyTyp
     source = replace(read_request(request, origin=CONTROL, profiles=known), enabled=enabled)
     check_method(source, known[source.profile] if source.profile else None)
     return Overrides(source=source, profiles=own, given=dict(raw))
+
+
+def merged(before: Mapping[str, Any] | None, change: Any) -> Any:
+    """The change in force with a further one in it, as JSON Merge Patch has it (RFC 7396): null takes a setting back.
+
+    Whether the result can be used is left to ``read_overrides``.
+    """
+    if not isinstance(change, Mapping):
+        return change
+    result, change = _flat(before or {}), _flat(change)
+    for key, value in change.items():
+        name = ALIASES.get(key, key)
+        kept = {each: own for each, own in result.items() if ALIASES.get(each, each) != name}
+        if isinstance(value, Mapping) and isinstance(result.get(key), Mapping) and key in ("secondary", "profiles"):
+            value = merged(result[key], value)
+        result = kept if value is None and (name in KNOBS or key in CHANGE_SECTIONS) else kept | {key: value}
+    return result
+
+
+def _flat(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of ``cache_config`` beside the sections, unless there are some already."""
+    nested = raw.get("cache_config")
+    if not isinstance(nested, Mapping) or not set(raw) <= set(CHANGE_SECTIONS):
+        return dict(raw)
+    return {**{key: value for key, value in raw.items() if key != "cache_config"}, **nested}
 
 
 def check_method(source: Source, profile: Source | None = None) -> None:

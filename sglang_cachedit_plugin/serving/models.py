@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..config.json_schema import params_schema
+
 
 class ValueWithOrigin(BaseModel):
     """A value in force and where it came from."""
@@ -62,6 +64,13 @@ class Workers(BaseModel):
     consistent: bool
 
 
+class Changed(BaseModel):
+    """What a setting was before a change, and what it is now."""
+
+    before: Any
+    now: Any
+
+
 class State(BaseModel):
     """Settings of requests that say nothing, what is mounted, and totals."""
 
@@ -72,6 +81,7 @@ class State(BaseModel):
     control: dict[str, Any] | None = Field(description="The change in force as it was sent; null at start-up settings.")
     workers: Workers | None = Field(description="Null until the workers have answered once.")
     totals: Totals
+    changed: dict[str, Changed] | None = Field(None, description="What this PUT, PATCH or DELETE changed; else null.")
 
 
 class Refusal(BaseModel):
@@ -79,3 +89,8 @@ class Refusal(BaseModel):
 
     detail: str
 
+
+def request_fields() -> dict[str, Any]:
+    """JSON schemas of the fields that requests for pictures and videos may carry."""
+    switch = {"type": "boolean", "description": "Whether to cache; the server decides where left out."}
+    return {"enable_cache_dit": switch, "cache_dit_params": params_schema()}
