@@ -50,43 +50,44 @@ def config_schema() -> dict[str, Any]:
 
 
 def change_schema(*, patch: bool = False) -> dict[str, Any]:
-    """The schema of a live change.
+    """The schema of a live change; what excludes what is left to the checker, as tools for OpenAPI expect it.
 
     Args:
-        patch: of one that is added to the change in force: null takes a setting back, and what contradicts what is
-            left to the check of the sum.
+        patch: of one that is added to the change in force, where null takes a setting back.
     """
-    schema = _cache(patch=patch)
-    schema["description"] = "New defaults of the server. Settings stand here or in cache_config."
-    schema["properties"] |= {
+    settings, second = (_cache(secondary=second, rules=False) for second in (False, True))
+    if patch:
+        for each in (settings, second):
+            each["properties"] = {name: _or_null(schema) for name, schema in each["properties"].items()}
+    own = {
         "enabled": _or_null(ENABLED.schema(), "Whether requests that say nothing are cached."),
         "profile": _PROFILE,
-        "cache_config": _or_null(_cache(patch=patch), "Settings, in place of those beside it."),
-        "secondary": _or_null(_cache(secondary=True, patch=patch), _SECOND),
-        "profiles": _or_null(_profiles(), _PROFILES),
+        "cache_config": _or_null(settings, "Settings, in place of those beside it."),
+        "secondary": _or_null(second, _SECOND),
+        "profiles": _or_null(_profiles(rules=False), _PROFILES),
     }
-    return schema
+    text = "New defaults of the server. Settings stand here or in cache_config."
+    return settings | {"description": text, "properties": settings["properties"] | own}
 
 
-def params_schema(profile: Mapping[str, Any] = _PROFILE) -> dict[str, Any]:
-    """The schema of a request's ``cache_dit_params``.
+def params_schema() -> dict[str, Any]:
+    """The schema of a request's ``cache_dit_params``; what excludes what is left to the checker."""
+    return _with_secondary(_PROFILE, rules=False)
 
-    Args:
-        profile: schema of the key ``profile``.
-    """
-    schema = _cache()
-    schema["properties"] |= {"secondary": _or_null(_cache(secondary=True), _SECOND), "profile": profile}
-    return schema
+
+def _with_secondary(profile: Mapping[str, Any], *, rules: bool) -> dict[str, Any]:
+    schema, second = _cache(rules=rules), _or_null(_cache(secondary=True, rules=rules), _SECOND)
+    return schema | {"properties": schema["properties"] | {"secondary": second, "profile": profile}}
+
+
+def _profiles(*, rules: bool = True) -> dict[str, Any]:
+    names = {"minLength": 1, "maxLength": MAX_NAME}
+    profile = _with_secondary({"type": "null"}, rules=rules)
+    return {"type": "object", "propertyNames": names, "additionalProperties": _or_null(profile)}
 
 
 def _or_null(schema: Mapping[str, Any], description: str = "") -> dict[str, Any]:
     return {"anyOf": [schema, {"type": "null"}]} | ({"description": description} if description else {})
-
-
-def _profiles() -> dict[str, Any]:
-    names = {"minLength": 1, "maxLength": MAX_NAME}
-    profile = params_schema({"type": "null"})
-    return {"type": "object", "propertyNames": names, "additionalProperties": _or_null(profile)}
 
 
 def _object(knobs: Mapping[str, Knob], spellings: Mapping[str, str]) -> dict[str, Any]:
@@ -97,10 +98,10 @@ def _object(knobs: Mapping[str, Knob], spellings: Mapping[str, str]) -> dict[str
     return schema | {"allOf": [{"not": {"required": list(pair)}} for pair in others.items()]}
 
 
-def _cache(*, secondary: bool = False, patch: bool = False) -> dict[str, Any]:
+def _cache(*, secondary: bool = False, rules: bool = True) -> dict[str, Any]:
     schema = _object(keys(secondary=secondary), {**ALIASES, **MISSPELT})
-    if patch:
-        schema["properties"] = {name: _or_null(each) for name, each in schema["properties"].items()}
+    if not rules:
+        del schema["allOf"]
         return schema
     schema["allOf"].append({"not": {
         "properties": {"enable_taylorseer": {"const": True}, "enable_dmd": {"const": True}},
