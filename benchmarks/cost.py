@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from sglang_cachedit_plugin.defaults import Defaults
-from sglang_cachedit_plugin.diffusers_backend import PipelineCache
-from sglang_cachedit_plugin.session import Session
-from tests.gpu import pipelines
+from benchmarks.gpu import pipelines
+from sglang_cachedit_plugin.config.effective import Defaults
+from sglang_cachedit_plugin.integration.diffusers import PipelineCache
+from sglang_cachedit_plugin.integration.session import Session
 
 MASK = [1, 1, 1, 1, 0, 1, 0, 1, 0, 1, 0, 0, 1, 0, 1, 0, 0, 1, 0, 1, 0, 0, 1, 0, 0, 1, 0, 1]
 RESIDUAL = {"steps_computation_mask": MASK, "steps_computation_policy": "static", "max_warmup_steps": 0}

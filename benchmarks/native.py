@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from sglang_cachedit_plugin import demo, quality
+from sglang_cachedit_plugin import demo
+from sglang_cachedit_plugin.evaluation import quality
 from sglang_cachedit_plugin.tune.candidates import spectrum_computed
 from sglang_cachedit_plugin.tune.engine import Engine
 

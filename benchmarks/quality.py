@@ -20,11 +20,12 @@ import numpy as np
 import torch
 import torch.multiprocessing as mp
 
-from sglang_cachedit_plugin import demo, quality
+from sglang_cachedit_plugin import demo
 from sglang_cachedit_plugin.cache import error_control
-from sglang_cachedit_plugin.defaults import Defaults
-from sglang_cachedit_plugin.diffusers_backend import PipelineCache
-from sglang_cachedit_plugin.session import Session
+from sglang_cachedit_plugin.config.effective import Defaults
+from sglang_cachedit_plugin.evaluation import quality
+from sglang_cachedit_plugin.integration.diffusers import PipelineCache
+from sglang_cachedit_plugin.integration.session import Session
 
 FOLDER = Path(demo.__file__).parent
 MODELS: Mapping[str, Mapping[str, Any]] = {

@@ -6,14 +6,14 @@ import json
 from dataclasses import fields
 from pathlib import Path
 
-from sglang_cachedit_plugin import versions
-from sglang_cachedit_plugin.adapters import DIFFUSERS, NATIVE, AdapterRow, Blocks
-from sglang_cachedit_plugin.hooks import SEAMS
-from sglang_cachedit_plugin.profiles import KNOBS_OF
-from sglang_cachedit_plugin.schema import config_schema
-from sglang_cachedit_plugin.section_knobs import PARALLELISM, QUANT_SPELLINGS, QUANTIZE, SPELLINGS
-from sglang_cachedit_plugin.settings import ALIASES, EITHER_KNOBS, INERT_KNOBS, KNOBS, CacheSettings, Knob
-from sglang_cachedit_plugin.sources import PREFIX
+from sglang_cachedit_plugin.adapters import DIFFUSERS, NATIVE, Blocks, ModelAdapter
+from sglang_cachedit_plugin.config.json_schema import config_schema
+from sglang_cachedit_plugin.config.profiles import KNOBS_OF
+from sglang_cachedit_plugin.config.section_knobs import PARALLELISM, QUANT_SPELLINGS, QUANTIZE, SPELLINGS
+from sglang_cachedit_plugin.config.settings import ALIASES, EITHER_KNOBS, INERT_KNOBS, KNOBS, CacheSettings, Knob
+from sglang_cachedit_plugin.config.sources import PREFIX
+from sglang_cachedit_plugin.hooks import HOOK_POINTS
+from sglang_cachedit_plugin.integration import versions
 
 HERE = Path(__file__).parent
 
@@ -98,20 +98,20 @@ _EDITOR = (
 
 
 def patches() -> str:
-    """The table of seams."""
+    """The table of hook points."""
     lines = [
         "# Where the plugin meets the host",
         "",
-        "Generated from `hooks.py` by `python docs/generate.py`. Each seam's signature is compared with the one "
+        "Generated from `hooks.py` by `python docs/generate.py`. Each hook point's signature is compared with the one "
         "below when the plugin registers; if any differs, the host is left unpatched altogether.",
         "",
-        "| seam | parameters | hook | why |",
+        "| hook point | parameters | hook | why |",
         "|---|---|---|---|",
     ]
-    for seam in SEAMS:
-        target = seam.target.removeprefix("sglang.multimodal_gen.runtime.")
-        parameters = ", ".join(seam.parameters) or "any"
-        lines.append(f"| `{target}` | {parameters} | {seam.kind} | {seam.why} |")
+    for point in HOOK_POINTS:
+        target = point.target.removeprefix("sglang.multimodal_gen.runtime.")
+        parameters = ", ".join(point.parameters) or "any"
+        lines.append(f"| `{target}` | {parameters} | {point.kind} | {point.why} |")
     return "\n".join(lines) + "\n"
 
 
@@ -154,15 +154,15 @@ def _list(blocks: Blocks) -> str:
     return f"`{blocks.name}` ({streams})"
 
 
-def _lists(row: AdapterRow) -> str:
+def _lists(row: ModelAdapter) -> str:
     text = ""
     for blocks in row.blocks:
-        text += (" + " if blocks.joins else ", ") * bool(text) + _list(blocks)
+        text += (" + " if blocks.shares_decision else ", ") * bool(text) + _list(blocks)
     return text
 
 
-def _class(name: str, row: AdapterRow) -> str:
-    why = row.no_blocks or row.refused
+def _class(name: str, row: ModelAdapter) -> str:
+    why = row.output_only or row.refused
     second = "a second transformer is cached for itself" if row.transformers > 1 and row.cfg != "paired" else ""
     notes = "; ".join(part for part in (f"not cached: {why}" if why else "", row.note, second) if part)
     cells = (

@@ -41,7 +41,7 @@ def _add_tune(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_doctor(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("doctor", help="versions, seams and settings in force; status 1 if something is wrong")
+    parser = commands.add_parser("doctor", help="versions, hooks and settings in force; status 1 if something is wrong")
     parser.add_argument("--config", metavar="FILE", help="a file as --cache-dit-config takes it")
     parser.add_argument("--num-gpus", type=int, metavar="N", help="check the file's sizes and libraries for N ranks")
     parser.add_argument("--model-path", metavar="P", help="also say what of this model would be cached")
@@ -51,10 +51,10 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from . import doctor
+    from .doctor import report
 
-    found = doctor.examine(args.config, args.num_gpus, args.model_path, args.model_id)
-    print(json.dumps(found, indent=2) if args.json else "\n".join(doctor.lines(found)))
+    found = report.examine(args.config, args.num_gpus, args.model_path, args.model_id)
+    print(json.dumps(found, indent=2) if args.json else "\n".join(report.lines(found)))
     return 0 if found["ok"] else 1
 
 
@@ -72,7 +72,7 @@ def _add_schema(commands: argparse._SubParsersAction) -> None:
 
 
 def _schema(args: argparse.Namespace) -> None:
-    from .schema import config_schema
+    from .config.json_schema import config_schema
 
     print(json.dumps(config_schema(), indent=1))
 

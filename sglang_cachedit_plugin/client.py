@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from . import table
 from .errors import CacheDitError
+from .report import table
 
 KEY_VARIABLE = "SGLANG_CACHE_DIT_CONTROL_KEY"
 

@@ -66,7 +66,7 @@ def refusal_in(text: str) -> str | None:
 
 
 class HostContractError(CacheDitError):
-    """A seam of the host that is not what this plugin was built against."""
+    """A hook point of the host that is not what this plugin was built against."""
 
 
 def shown(value: object) -> str:

@@ -1,4 +1,4 @@
-"""The table of seams: where this plugin meets SGLang, and what it expects to find there.
+"""The table of hook points: where this plugin meets SGLang, and what it expects to find there.
 
 Nothing here imports the host's runtime. Signatures are read from the host's source files, so a host that
 has changed is noticed before anything is patched.
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import host_names
 from .errors import HostContractError
+from .integration import host_contract
 
 _RUNTIME = "sglang.multimodal_gen.runtime"
 _STAGES = f"{_RUNTIME}.pipelines_core.stages"
@@ -27,7 +27,7 @@ _DIFFUSERS = f"{_RUNTIME}.pipelines.diffusers_pipeline"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seam:
+class HookPoint:
     """One place of the host.
 
     Args:
@@ -35,7 +35,8 @@ class Seam:
         parameters: names of its parameters; empty: any.
         older: the same in hosts before, whose calls the handler takes too.
         kind: the host's hook type: around, after or replace.
-        handler: ``module:attribute`` in this package, imported on first call.
+        handler: ``module:attribute`` in this package, imported on first call: torch and cache-dit are, at
+            registration, not. A test holds its rooms: integration, serving, and this module.
         why: what the hook is for.
     """
 
@@ -69,113 +70,113 @@ def _resolve(module: str, attribute: str) -> Callable[..., Any]:
     return found
 
 
-SEAMS: tuple[Seam, ...] = (
-    Seam(
+HOOK_POINTS: tuple[HookPoint, ...] = (
+    HookPoint(
         target=f"{_DENOISING}._maybe_enable_cache_dit",
         parameters=("self", "num_inference_steps", "batch"),
         kind="replace",
-        handler="denoising:CacheDitDenoisingMixin._maybe_enable_cache_dit",
+        handler="integration.native:CacheDitDenoisingMixin._maybe_enable_cache_dit",
         why="native mount, refresh or bypass at the start of each request, before torch.compile; the stock "
         "method remounts when a knob changes, which cache-dit 1.5.1 does not survive",
     ),
-    Seam(
+    HookPoint(
         target=f"{_DENOISING}._maybe_torch_compile",
         parameters=("self", "module"),
         kind="around",
-        handler="denoising:compile_mounted",
+        handler="integration.native:compile_mounted",
         why="mount before the host compiles, whether caching is on for all requests or only for some; compile the "
         "repeated blocks unless the deployer chose, which costs seconds where the whole model costs minutes",
     ),
-    Seam(
+    HookPoint(
         target=f"{_DENOISING}._unmount_cache_dit",
         parameters=("self",),
         kind="replace",
-        handler="denoising:CacheDitDenoisingMixin._unmount_cache_dit",
+        handler="integration.native:CacheDitDenoisingMixin._unmount_cache_dit",
         why="going uncached runs the original forward; nothing is torn down",
     ),
-    Seam(
+    HookPoint(
         target=f"{_DENOISING}._cache_dit_requested",
         parameters=("self",),
         kind="replace",
-        handler="denoising:CacheDitDenoisingMixin._cache_dit_requested",
+        handler="integration.native:CacheDitDenoisingMixin._cache_dit_requested",
         why="the config file can enable caching too, not only the environment",
     ),
-    Seam(
+    HookPoint(
         target=f"{_DENOISING}._cache_dit_scm_masks",
         parameters=("self", "primary_num_steps", "secondary_num_steps"),
         kind="replace",
-        handler="denoising:CacheDitDenoisingMixin._cache_dit_scm_masks",
+        handler="integration.native:CacheDitDenoisingMixin._cache_dit_scm_masks",
         why="schedules are made from the settings; what a subclass returns is the stage's own schedule",
     ),
-    Seam(
+    HookPoint(
         target=f"{_DENOISING}._build_cache_dit_config",
         parameters=("self", "num_inference_steps", "steps_computation_mask", "scm_policy", "secondary"),
         kind="replace",
-        handler="denoising:CacheDitDenoisingMixin._build_cache_dit_config",
+        handler="integration.native:CacheDitDenoisingMixin._build_cache_dit_config",
         why="what a subclass makes of a config that nobody has touched is the stage's own settings",
     ),
-    Seam(
+    HookPoint(
         target=f"{_RUNTIME}.pipelines_core.stages.base.PipelineStage.__call__",
         parameters=("self", "batch", "server_args"),
         kind="around",
-        handler="denoising:run_stage",
+        handler="integration.native:run_stage",
         why="end of a request, failed or not: free the buffers, write the report; some stages hold a "
         "DenoisingStage and call its forward themselves, so the end is that of whichever stage was called",
     ),
-    Seam(
+    HookPoint(
         target=f"{_EXECUTOR}.run_stage_with_context",
         parameters=("self", "stage", "payload", "server_args", "run_stage"),
         kind="around",
-        handler="denoising:run_payload",
+        handler="integration.native:run_payload",
         why="a stage that denoises a group of requests in one go is not called as a stage",
     ),
-    Seam(
+    HookPoint(
         target=f"{_EXECUTOR}._component_residency_request",
         parameters=("self", "stages", "payload", "server_args"),
         kind="around",
-        handler="denoising:run_request",
+        handler="integration.native:run_request",
         why="all stages of a request: one with two denoising stages has one report and is counted once",
     ),
-    Seam(
+    HookPoint(
         target=f"{_STAGES}.model_specific_stages.cosmos3.Cosmos3DenoisingStage._predict_noise_cfg",
         parameters=(),
         kind="around",
-        handler="own_loops:guided",
+        handler="integration.native_stages:guided",
         why="under CFG parallelism the steps without guidance run the conditional forward on every rank: they are told "
         "from those with guidance",
     ),
-    Seam(
+    HookPoint(
         target=f"{_PROGRESSIVE}.denoising.ProgressiveDenoisingStage._refresh_cache_dit_context",
         parameters=("self", "n_remaining", "scm_preset", "ctx"),
         older=(("self", "n_remaining", "scm_preset"),),
         kind="replace",
-        handler="denoising:CacheDitDenoisingMixin._refresh_cache_dit_context",
+        handler="integration.native:CacheDitDenoisingMixin._refresh_cache_dit_context",
         why="the picture grows during denoising; the stock method refreshes what stock caching mounted",
     ),
-    Seam(
+    HookPoint(
         target=f"{_PROGRESSIVE}.ideogram.Ideogram4ProgressiveDenoisingStage._refresh_cache_dit_context",
         parameters=("self", "n_remaining", "scm_preset", "ctx"),
         older=(("self", "n_remaining", "scm_preset"),),
         kind="replace",
-        handler="denoising:CacheDitDenoisingMixin._refresh_cache_dit_context",
+        handler="integration.native:CacheDitDenoisingMixin._refresh_cache_dit_context",
         why="the same for Ideogram 4, which has a method of its own",
     ),
-    Seam(
+    HookPoint(
         target=f"{_RUNTIME}.managers.gpu_worker.GPUWorker.init_device_and_model",
         parameters=("self",),
         kind="around",
-        handler="plugin:start_worker",
+        handler="hooks:start_worker",
         why="the config file holds before the model loads, as the host asks for it while stages are made; a model that "
         "cannot be cached, and a hook that another plugin took the place of, are named when it has loaded",
     ),
-    Seam(
+    HookPoint(
         target=f"{_RUNTIME}.distributed.cfg_policy.CFGBranch.configure_batch",
         parameters=("self", "batch"),
         kind="before",
-        handler="host:branch_comes",
+        handler="integration.sglang_api:branch_comes",
         why="the name of the branch whose forward comes next; the request itself carries only a boolean",
     ),
-    Seam(
+    HookPoint(
         target=f"{_DENOISING}._predict_noise_with_cfg",
         parameters=(
             "self", "current_model", "latent_model_input", "timestep", "batch", "timestep_index", "attn_metadata",
@@ -183,84 +184,84 @@ SEAMS: tuple[Seam, ...] = (
             "latents",
         ),
         kind="around",
-        handler="denoising:predict_noise",
+        handler="integration.native:predict_noise",
         why="under an error tolerance a cached step is the forecast of the guided output: no branch runs, nothing is "
         "combined, and any model is served whose stage makes its steps here",
     ),
-    Seam(
+    HookPoint(
         target=f"{_DENOISING}._maybe_get_bcg_runner",
         parameters=("self", "current_model"),
         kind="around",
-        handler="graphs:runner_of",
+        handler="integration.cuda_graphs:runner_of",
         why="static schedules of the whole output around breakable CUDA graphs: a computed step replays the host's "
         "graph, a cached one replays nothing; stock caches nothing where graphs are on",
     ),
-    Seam(
+    HookPoint(
         target=f"{_DIFFUSERS}.DiffusersPipeline._apply_cache_dit",
         parameters=("self", "pipe", "server_args"),
         kind="around",
-        handler="diffusers_backend:load",
+        handler="integration.diffusers:load",
         why="diffusers mount at load, before torch.compile",
     ),
-    Seam(
+    HookPoint(
         target=f"{_DIFFUSERS}.DiffusersExecutionStage.forward",
         parameters=("self", "batch", "server_args"),
         kind="around",
-        handler="diffusers_backend:execute",
+        handler="integration.diffusers:execute",
         why="start and end of a request on the diffusers backend, which ignores request fields",
     ),
-    Seam(
+    HookPoint(
         target=f"{_RUNTIME}.distributed.parallel_state.initialize_model_parallel",
         parameters=(),
         kind="after",
-        handler="host:groups_ready",
+        handler="integration.sglang_api:groups_ready",
         why="process groups of the ranks that must agree, where the host has none",
     ),
-    Seam(
+    HookPoint(
         target=f"{_RUNTIME}.utils.perf_logger.RequestMetrics.to_dict",
         parameters=("self",),
         kind="after",
-        handler="session:add_report",
+        handler="integration.session:add_report",
         why="the report in the metrics of the offline engine's results",
     ),
-    Seam(
+    HookPoint(
         target=f"{_RUNTIME}.entrypoints.diffusion_generator.DiffGenerator._send_to_scheduler_and_wait_for_response",
         parameters=("self", "batch"),
         kind="after",
-        handler="offline:answered",
+        handler="integration.offline:answered",
         why="`sglang generate` and the offline engine show a table of steps and residual differences; what a worker "
         "refused is remembered",
     ),
-    Seam(
+    HookPoint(
         target=f"{_RUNTIME}.launch_server.launch_server",
         parameters=("server_args", "launch_http_server"),
         kind="before",
-        handler="startup:before_launch",
+        handler="integration.startup:before_launch",
         why="--cache-dit-config is read in the launching process, before workers start and weights load, and handed on "
         "to them; the command line builds its server arguments before plugins load",
     ),
-    Seam(
+    HookPoint(
         target=f"{_RUNTIME}.launch_server.launch_disagg_role",
         parameters=("server_args",),
         kind="before",
-        handler="startup:before_launch",
+        handler="integration.startup:before_launch",
         why="the same for a role that runs apart",
     ),
-    Seam(
+    HookPoint(
         target=f"{_RUNTIME}.launch_server.launch_pool_disagg_server",
         parameters=(),
         kind="before",
-        handler="startup:before_launch",
+        handler="integration.startup:before_launch",
         why="the same for roles that one process launches",
     ),
-    Seam(
+    HookPoint(
         target=f"{_RUNTIME}.entrypoints.http_server.create_app",
         parameters=(),
         kind="around",
         handler="serving.app:create",
         why="the field cache_dit in the host's response models; /v1/cache_dit, /generate and the page /cache_dit",
     ),
-    Seam(
+    HookPoint(
         target=f"{_RUNTIME}.managers.scheduler.Scheduler._dispatch_single_request",
         parameters=("self", "req_or_group"),
         kind="around",
@@ -268,7 +269,7 @@ SEAMS: tuple[Seam, ...] = (
         why="changes of a running server reach every rank and replica in the queue of its requests, as the "
         "host's own LoRA messages do",
     ),
-    Seam(
+    HookPoint(
         target=f"{_RUNTIME}.entrypoints.openai.utils.build_sampling_params",
         parameters=(),
         kind="before",
@@ -276,32 +277,32 @@ SEAMS: tuple[Seam, ...] = (
         why="a bad cache setting answers 400 before a worker hears of the request; the host would accept it "
         "and fail in the worker",
     ),
-    Seam(
+    HookPoint(
         target=f"{_RUNTIME}.entrypoints.openai.utils.add_common_data_to_response",
         parameters=("response", "request_id", "result"),
         kind="after",
         handler="serving.answers:add_report",
         why="the report in image, edit and video answers",
     ),
-    Seam(
+    HookPoint(
         target=f"{_RUNTIME}.disaggregation.orchestrator.DiffusionServer._handle_transfer_done",
         parameters=("self", "msg", "role"),
         kind="before",
         handler="serving.answers:remember",
         why="the report of a denoiser that runs apart: the decoder's result, which is answered, has no metrics",
     ),
-    Seam(
+    HookPoint(
         target=f"{_RUNTIME}.disaggregation.orchestrator._deserialize_request_metrics",
         parameters=("data",),
         kind="after",
         handler="serving.answers:restore",
         why="the report of a GLM-Image denoiser that runs apart",
     ),
-    Seam(
+    HookPoint(
         target=f"{_RUNTIME}.entrypoints.diffusion_generator.DiffGenerator.generate",
         parameters=("self", "sampling_params_kwargs", "external_trace_header"),
         kind="around",
-        handler="offline:generate",
+        handler="integration.offline:generate",
         why="a bad cache setting raises in the offline engine's own process; the host would log the worker's error "
         "and return None",
     ),
@@ -316,28 +317,28 @@ def host_root() -> Path:
     return Path(next(iter(spec.submodule_search_locations))).parent
 
 
-def check(seam: Seam, root: Path) -> str | None:
-    """What is wrong with a seam in the host under ``root``, None where it is as expected."""
-    source, name = _place(seam, root)
+def check(point: HookPoint, root: Path) -> str | None:
+    """What is wrong with a hook point in the host under ``root``, None where it is as expected."""
+    source, name = _place(point, root)
     if source is None:
         return f"{name}: no such module"
-    return difference(seam, _functions(source).get(name))
+    return difference(point, _functions(source).get(name))
 
 
-def parameters_of(seam: Seam, root: Path) -> tuple[str, ...] | None:
-    """Parameters of a seam in the host under ``root``, None where it is not there."""
-    source, name = _place(seam, root)
+def parameters_of(point: HookPoint, root: Path) -> tuple[str, ...] | None:
+    """Parameters of a hook point in the host under ``root``, None where it is not there."""
+    source, name = _place(point, root)
     return None if source is None else _functions(source).get(name)
 
 
-def _place(seam: Seam, root: Path) -> tuple[Path | None, str]:
-    """The host's file of a seam and the qualified name in it; None and the whole path where there is no file."""
-    parts = seam.target.split(".")
+def _place(point: HookPoint, root: Path) -> tuple[Path | None, str]:
+    """The host's file of a hook point and the qualified name in it; None and the whole path where there is no file."""
+    parts = point.target.split(".")
     for split in range(len(parts) - 1, 0, -1):
         source = root.joinpath(*parts[:split]).with_suffix(".py")
         if source.is_file():
             return source, ".".join(parts[split:])
-    return None, seam.target
+    return None, point.target
 
 
 @functools.lru_cache(maxsize=32)
@@ -358,22 +359,61 @@ def _functions(source: Path) -> Mapping[str, tuple[str, ...]]:
     return found
 
 
-def difference(seam: Seam, found: tuple[str, ...] | None) -> str | None:
-    """How the parameters found differ from those of a seam, None where they do not."""
+def difference(point: HookPoint, found: tuple[str, ...] | None) -> str | None:
+    """How the parameters found differ from those of a hook point, None where they do not."""
     if found is None:
-        return f"{seam.target}: not found"
-    if seam.parameters and found not in (seam.parameters, *seam.older):
-        expected, actual = ", ".join(seam.parameters), ", ".join(found)
-        return f"{seam.target}: expected ({expected}), found ({actual})"
+        return f"{point.target}: not found"
+    if point.parameters and found not in (point.parameters, *point.older):
+        expected, actual = ", ".join(point.parameters), ", ".join(found)
+        return f"{point.target}: expected ({expected}), found ({actual})"
     return None
 
 
 def mismatches(root: Path) -> list[str]:
-    """All seams that are not as expected, and everything else that the host lacks."""
-    return [problem for seam in SEAMS if (problem := check(seam, root)) is not None] + host_names.missing(root)
+    """All hook points that are not as expected, and everything else that the host lacks."""
+    found = [check(point, root) for point in HOOK_POINTS]
+    return [problem for problem in found if problem is not None] + host_contract.missing(root)
 
 
 def register(registry: Any, hook_type: Any) -> None:
-    """Put every seam's hook into the host's registry."""
-    for seam in SEAMS:
-        registry.register(seam.target, seam.hook(), hook_type[seam.kind.upper()])
+    """Put every hook point's hook into the host's registry."""
+    for point in HOOK_POINTS:
+        registry.register(point.target, point.hook(), hook_type[point.kind.upper()])
+
+
+def out_of_place(registry: Any) -> list[str]:
+    """A line for each hook point that the host did not hook, or where another plugin's replacement stands in our place.
+
+    The host only logs either, at the start.
+    """
+    given, patched = getattr(registry, "_hooks", None), getattr(registry, "_patched", None)
+    if given is None or patched is None:
+        return []
+    found = []
+    for point in HOOK_POINTS:
+        replacing = [(hook, source) for kind, hook, source in given.get(point.target, ()) if kind.name == "REPLACE"]
+        if point.target not in patched:
+            found.append(f"{point.target}: the host could not hook it, see its log")
+        elif point.kind == "replace" and replacing[-1][0].__module__ != __name__:
+            name = getattr(replacing[-1][1], "plugin_name", None)
+            found.append(f"{point.target}: the plugin {name!r} put its own in place of ours")
+    return found
+
+
+def start_worker(original: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around the load of a worker's model: settings first; afterwards what keeps the plugin from its work is named.
+
+    Raises:
+        MountError: with ``strict``, a model that cannot be cached.
+    """
+    from sglang.multimodal_gen.runtime.platforms.plugins import HookRegistry
+
+    from .integration import native, sglang_api, startup
+
+    startup.ensure_file(worker.server_args)
+    result = original(worker, *args, **kwargs)
+    if sglang_api.is_first_rank():
+        for problem in out_of_place(HookRegistry):
+            sglang_api.logger().warning("cache-dit: %s", problem)
+    native.check_worker(worker)
+    return result

@@ -4,9 +4,9 @@
 outside. Adding a model is one row there and one case in tests/models.
 """
 
-from .diffusers_rows import DIFFUSERS
-from .lookup import find_row
-from .native import NATIVE
-from .row import AdapterRow, Blocks
+from .diffusers_models import DIFFUSERS
+from .lookup import find_adapter
+from .sglang_models import NATIVE
+from .table import Blocks, ModelAdapter
 
-__all__ = ["DIFFUSERS", "NATIVE", "AdapterRow", "Blocks", "find_row"]
+__all__ = ["DIFFUSERS", "NATIVE", "Blocks", "ModelAdapter", "find_adapter"]

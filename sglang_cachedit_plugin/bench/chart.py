@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..drawing import FONT, Axis, Drawing, Shape, png, text_width
+from ..evaluation.plots import FONT, Axis, Drawing, Shape, png, text_width
 from .variants import PLUGIN, STOCK, UNCACHED
 
 COLOURS = {UNCACHED: "muted", STOCK: "warm", PLUGIN: "accent"}

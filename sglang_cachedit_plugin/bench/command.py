@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import host as host_facts
-from ..defaults import Defaults
+from ..config.effective import Defaults
+from ..config.sources import FileConfig, read_file
 from ..errors import CacheDitError, SettingError
-from ..sources import FileConfig, read_file
+from ..integration import sglang_api as host_facts
 from . import chart, summary
 from .hosts import HostError, HostProcess, arguments, environment
 from .run import Host, Seat, Work, run

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import quality
+from ..evaluation import quality
 from .hosts import HostError
 from .worker import save
 

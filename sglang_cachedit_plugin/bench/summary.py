@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import quality
+from ..evaluation import quality
 from .variants import STOCK, UNCACHED, Variant
 
 Records = Sequence[Mapping[str, Any]]

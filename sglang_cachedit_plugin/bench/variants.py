@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
+from ..config.settings import ALIASES
+from ..config.sources import ENABLED_VARIABLE, VARIABLES, read_request
 from ..errors import SettingError, nearest
-from ..settings import ALIASES
-from ..sources import ENABLED_VARIABLE, VARIABLES, read_request
 
 UNCACHED, STOCK, PLUGIN = "uncached", "stock", "plugin"
 STOCK_KNOBS = frozenset({

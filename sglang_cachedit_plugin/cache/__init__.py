@@ -1,1 +1,1 @@
-"""The caching engine: torch, without SGLang."""
+"""The caching engine: plain torch, nothing of SGLang."""

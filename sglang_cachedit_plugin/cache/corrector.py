@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..forecast import Extrapolator
+from .forecast import Extrapolator
 from .solvers import Call, Place, Solver, latents_of
 
 

@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from .. import agreement
-from ..forecast import Extrapolator
-from ..runtime import Groups, RequestSpec
-from ..schedule import Action
-from ..settings import CacheSettings
-from ..stats import COND, ErrorStats, RequestStats
+from ..config.settings import CacheSettings
+from ..report.stats import COND, ErrorStats, RequestStats
+from . import rank_agreement
 from .corrector import Corrector
 from .error_control import ErrorControl
+from .forecast import Extrapolator
 from .readings import Reading, relative_error
+from .runtime import Groups, RequestSpec
 from .solvers import Call, Place, Solver, hooked_scheduler
+from .step_plan import Action
 
 
 class DenoisingSteps:
@@ -190,7 +190,7 @@ class DenoisingSteps:
         else:
             result = (self._corrector.cached if cached else self._corrector.computed)(solver, call, place)
         # The next forward is the peak of the memory: it needs two outputs beside its own.
-        self._outputs.make_room()
+        self._outputs.evict_oldest()
         return result
 
     def _computed(self, call: Call, place: Place, index: int) -> None:
@@ -242,7 +242,7 @@ class DenoisingSteps:
             return False
         if spec.plan.static:
             return Action.CACHE in actions
-        return agreement.any_of(cached, pair)
+        return rank_agreement.any_of(cached, pair)
 
     def finish(self) -> None:
         """The loop has ended: complete the report. Waits for the device."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..quality import psnr, ssim
+from ..evaluation.quality import psnr, ssim
 from . import model_dir
 
 PROMPTS = ("red apple", "dog face", "pizza", "camera", "full moon", "hamburger")

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from ..stats import reports_of
+from ..report.stats import reports_of
 from . import control
 from .history import history
 

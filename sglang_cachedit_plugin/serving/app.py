@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .. import startup
-from . import answers, control, generate, page, refusals, requests
+from ..integration import startup
+from . import answers, control, generate, page, requests, validation
 
 
 def create(original: Callable[..., Any], server_args: Any, **options: Any) -> Any:
@@ -19,7 +19,7 @@ def create(original: Callable[..., Any], server_args: Any, **options: Any) -> An
     requests.counting = bool(server_args.enable_metrics)
     answers.declare_field()
     app = original(server_args, **options)
-    app.add_exception_handler(RuntimeError, refusals.answer)
+    app.add_exception_handler(RuntimeError, validation.answer)
     for router in (control.router, page.router, generate.router):
         app.include_router(router)
     return app

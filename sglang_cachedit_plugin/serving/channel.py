@@ -12,11 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .. import defaults, host, startup
-from ..defaults import Defaults
+from ..cache.mount import describe_models
+from ..config import effective
+from ..config.effective import Defaults
+from ..config.overrides import Overrides, read_overrides
 from ..errors import CacheDitError, one_line
-from ..mount import describe_models
-from ..overrides import Overrides, read_overrides
+from ..integration import sglang_api, startup
 
 
 @dataclass
@@ -45,7 +46,7 @@ async def tell(do: str, settings: Any = None, number: int = 0) -> list[dict[str,
     """
     message = CacheDitControl(json.dumps({"do": do, "settings": settings, "number": number}))
     replicas = []
-    for replica, answer in enumerate(await host.tell_replicas(message)):
+    for replica, answer in enumerate(await sglang_api.tell_replicas(message)):
         error = str(answer) or type(answer).__name__ if isinstance(answer, BaseException) else _error_of(answer)
         if error is not None:
             raise ChannelError(one_line(f"replica {replica}: {error}"))
@@ -69,13 +70,13 @@ def dispatch(original: Callable[..., Any], scheduler: Any, req_or_group: Any) ->
 def handle(server_args: Any, text: str) -> Any:
     """Check on every rank of the replica, then do it on all of them or on none."""
     changed, error = _read(server_args, text)
-    errors = [each for each in host.gather_replica(error) if each is not None]
+    errors = [each for each in sglang_api.gather_replica(error) if each is not None]
     if errors:
-        return host.answer(None, errors[0])
+        return sglang_api.answer(None, errors[0])
     if changed is not None:
-        defaults.install(changed)
-    state = {"rank": host.rank(), "settings": defaults.current().fingerprint(), "mounted": describe_models()}
-    return host.answer(json.dumps(host.gather_replica(state)))
+        effective.install(changed)
+    state = {"rank": sglang_api.rank(), "settings": effective.current().fingerprint(), "mounted": describe_models()}
+    return sglang_api.answer(json.dumps(sglang_api.gather_replica(state)))
 
 
 def _read(server_args: Any, text: str) -> tuple[Defaults | None, str | None]:
@@ -85,7 +86,7 @@ def _read(server_args: Any, text: str) -> tuple[Defaults | None, str | None]:
         message = json.loads(text)
         if message["do"] != "set":
             return None, None
-        current, number = defaults.current(), message["number"]
+        current, number = effective.current(), message["number"]
         if number <= current.change:
             return None, f"change {number} came after change {current.change}"
         given = message["settings"]

@@ -10,11 +10,12 @@ from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request
 
-from .. import defaults, host
+from ..config import effective
+from ..config.overrides import MAX_BYTES, Overrides, parse, read_overrides
 from ..errors import SettingError, one_line
-from ..overrides import MAX_BYTES, Overrides, parse, read_overrides
-from . import channel, guard, models
-from .refusals import limited
+from ..integration import sglang_api
+from . import auth, channel, models
+from .validation import limited
 
 router = APIRouter(prefix="/v1/cache_dit", tags=["cache_dit"])
 
@@ -73,7 +74,7 @@ class Workers:
             if changes == self._changes:
                 self._keep(replicas)
         except (channel.ChannelError, ConnectionError) as error:
-            host.logger().warning("cache-dit: the workers did not answer: %s", one_line(error))
+            sglang_api.logger().warning("cache-dit: the workers did not answer: %s", one_line(error))
 
     def _keep(self, replicas: list[dict[str, Any]]) -> None:
         self._replicas, self._heard = replicas, time.monotonic()
@@ -83,7 +84,7 @@ class Workers:
         if self._replicas is None:
             return None
         names = {rank["settings"] for replica in self._replicas for rank in replica["ranks"]}
-        consistent = names == {defaults.current().fingerprint()}
+        consistent = names == {effective.current().fingerprint()}
         age = round(time.monotonic() - self._heard, 3)
         return {"replicas": self._replicas, "age_s": age, "consistent": consistent}
 
@@ -94,7 +95,7 @@ _turn = asyncio.Lock()
 
 
 def _state() -> dict[str, Any]:
-    current = defaults.current()
+    current = effective.current()
     return current.describe() | {
         "control": current.overrides.given, "workers": workers.describe(), "totals": asdict(totals),
     }
@@ -132,7 +133,7 @@ async def change(request: Request) -> dict[str, Any]:
     _check(request)
     body = Request(request.scope, limited(request.receive, MAX_BYTES))
     try:
-        overrides = read_overrides(parse(await body.body()), profiles=defaults.current().start_up_profiles)
+        overrides = read_overrides(parse(await body.body()), profiles=effective.current().start_up_profiles)
     except SettingError as error:
         raise HTTPException(400, str(error)) from None
     return await _finish(_install(overrides))
@@ -149,7 +150,7 @@ async def reset(request: Request) -> dict[str, Any]:
 
 
 def _check(request: Request) -> None:
-    guard.check(request)
+    auth.check(request)
     if request.app.state.disagg_server is not None:
         raise HTTPException(501, "roles that run apart take their settings from their own environment and file")
 
@@ -163,17 +164,17 @@ async def _finish(change: Awaitable[None]) -> dict[str, Any]:
 async def _install(overrides: Overrides) -> None:
     """All replicas, then this process; where one fails, all go back."""
     async with _turn:
-        before = defaults.current().overrides
+        before = effective.current().overrides
         try:
             await workers.change(overrides.given)
         except (channel.ChannelError, ConnectionError) as error:
             await _put_back(before)
             raise HTTPException(503, one_line(f"the change was not made: {error}")) from None
-        defaults.install(replace(defaults.current(), overrides=overrides))
+        effective.install(replace(effective.current(), overrides=overrides))
 
 
 async def _put_back(before: Overrides) -> None:
     try:
         await workers.change(before.given)
     except (channel.ChannelError, ConnectionError) as error:
-        host.logger().error("cache-dit: the old settings could not be put back: %s", one_line(error))
+        sglang_api.logger().error("cache-dit: the old settings could not be put back: %s", one_line(error))

@@ -18,7 +18,7 @@ from fastapi import APIRouter, HTTPException, Request
 from ..errors import SettingError, nearest, one_line, refusal_in
 from . import answers
 from .generate_models import TEXTS, GenerateRequest, GenerateResponse
-from .refusals import RESPONSES, OneLineRoute
+from .validation import RESPONSES, OneLineRoute
 
 router = APIRouter(tags=["cache_dit"], route_class=OneLineRoute)
 

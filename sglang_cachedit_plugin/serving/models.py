@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from ..settings import ALIASES, INERT_KNOBS, KNOBS, PRESETS, Knob
+from ..config.settings import ALIASES, INERT_KNOBS, KNOBS, PRESETS, Knob
 
 
 class ValueWithOrigin(BaseModel):

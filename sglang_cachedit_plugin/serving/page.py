@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field
 
 from . import control
 from .history import history, speed_up
-from .refusals import RESPONSES, OneLineRoute
+from .validation import RESPONSES, OneLineRoute
 
 router = APIRouter(tags=["cache_dit"], route_class=OneLineRoute)
 

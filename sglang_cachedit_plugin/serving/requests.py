@@ -6,8 +6,9 @@ from typing import Any
 
 from fastapi import HTTPException
 
-from .. import defaults, metrics
+from ..config import effective
 from ..errors import SettingError
+from ..report import metrics
 
 counting = False
 """Whether refusals are counted on ``/metrics``."""
@@ -16,7 +17,7 @@ counting = False
 def check(request_id: str, **kwargs: Any) -> None:
     """Before ``build_sampling_params``: 400 with one line where a request's cache settings cannot be used."""
     try:
-        defaults.current().check(kwargs)
+        effective.current().check(kwargs)
     except SettingError as error:
         if counting:
             metrics.refused()

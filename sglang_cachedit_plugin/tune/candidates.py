@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..profiles import KNOBS_OF
+from ..config.profiles import KNOBS_OF
 from .evaluate import OFF
 from .search import growing_window
 from .surrogate import Mask, Method

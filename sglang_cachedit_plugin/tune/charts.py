@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from ..drawing import FONT, Axis, Box, Drawing, Shape, along, place, span, text_width
-from ..quality import IDENTICAL_PSNR
+from ..evaluation.plots import FONT, Axis, Box, Drawing, Shape, along, place, span, text_width
+from ..evaluation.quality import IDENTICAL_PSNR
 
 WIDTH, HEIGHT = 430.0, 350.0
 SMALL = 11.0

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import host
 from ..errors import CacheDitError, SettingError, nearest
+from ..integration import sglang_api
 from . import job, outcome, report, write
 from .engine import Engine
 from .evaluate import Evaluator, Grid, Progress, Prompt
@@ -190,7 +190,7 @@ def _pairs(texts: Sequence[str], flag: str) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, Any]:
-    return {name: host.version(name) for name in ("sglang", "cache-dit", "sglang-cachedit-plugin", "torch")}
+    return {name: sglang_api.version(name) for name in ("sglang", "cache-dit", "sglang-cachedit-plugin", "torch")}
 
 
 def _finish(args: argparse.Namespace, plan: Plan, results: Sequence[Result], evaluator: Evaluator) -> None:

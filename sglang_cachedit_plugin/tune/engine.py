@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from .. import recording
+from ..config.sources import PREFIX
 from ..errors import CacheDitError
-from ..sources import PREFIX
+from ..integration import recording
 
 
 class EngineError(CacheDitError):

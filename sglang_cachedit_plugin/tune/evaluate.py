@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import quality
+from ..evaluation import quality
 from .engine import Outcome
 from .hosts import Hosts
 from .store import Store

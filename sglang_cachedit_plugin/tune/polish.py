@@ -10,7 +10,7 @@ from typing import Any
 from . import search, surrogate
 from .candidates import OUTPUT, RESIDUAL, STATIC, Candidate, bare_row, cached, row
 from .evaluate import Evaluator, Grid, Prompt
-from .surrogate import Mask, Method, foretell, score
+from .surrogate import Mask, Method, predict, score
 from .trajectory import Trajectories
 
 RECALLS = (0.0, 0.5, 0.9)
@@ -103,8 +103,8 @@ class Tuner:
         return min(allowed, key=lambda each: self._early_drift(each[0]), default=(best, self.starts))
 
     def _early_drift(self, trial: Trial) -> float:
-        foretold = foretell(self.by_recall[RECALLS[0]], trial.mask, trial.method)
-        return float(foretold.drift[: self.grid.steps // 2].max())
+        predicted = predict(self.by_recall[RECALLS[0]], trial.mask, trial.method)
+        return float(predicted.drift[: self.grid.steps // 2].max())
 
     def compare_methods(self, budget: int) -> list[Trial]:
         """Try every way to forecast the output at one budget, and keep the two best for the others."""
@@ -131,13 +131,13 @@ class Tuner:
         cost = search.segment_costs(trajectories, method.damping if method.order == 1 else 0.8)
         rng = random.Random(f"{self._seed} {budget} {recall} {method.name}")
 
-        def foretold(mask: Mask) -> float:
-            return foretell(trajectories, mask, method).score
+        def predicted(mask: Mask) -> float:
+            return predict(trajectories, mask, method).score
 
         starts = [search.shortest(cost, self.grid.steps, budget, minimax=minimax) for minimax in (False, True)]
         starts.append(search.growing_window(self.grid.steps, budget))
-        start = max((_with(fixed, mask) for mask in starts), key=foretold)
-        return search.anneal(foretold, start, ROUNDS, rng, fixed), method, recall
+        start = max((_with(fixed, mask) for mask in starts), key=predicted)
+        return search.anneal(predicted, start, ROUNDS, rng, fixed), method, recall
 
     def _apart(self, best: Trial, fixed: frozenset[int]) -> Trial:
         """The best of what the surrogate finds with other masks for the two branches, as many forwards in all."""
@@ -147,7 +147,7 @@ class Tuner:
             t = self.by_recall[recall]
             rng = random.Random(f"{self._seed} {recall} {method.name} apart")
             mask = search.anneal(
-                lambda mask, t=t: foretell(t, mask, method).score, (*shared, *shared), 3 * ROUNDS, rng,
+                lambda mask, t=t: predict(t, mask, method).score, (*shared, *shared), 3 * ROUNDS, rng,
                 self._places(fixed),
             )
             if mask[: self.grid.steps] != mask[self.grid.steps :]:
@@ -179,8 +179,8 @@ class Tuner:
         fresh = [mask for mask in search.moves(current.mask, fixed) if mask not in tried]
         if not fresh:
             return None
-        near = sorted(fresh, key=lambda mask: -foretell(own, mask, current.method).score)[:12]
-        return max(near, key=lambda mask: sum(foretell(t, mask, current.method).score for t in self.by_recall.values()))
+        near = sorted(fresh, key=lambda mask: -predict(own, mask, current.method).score)[:12]
+        return max(near, key=lambda mask: sum(predict(t, mask, current.method).score for t in self.by_recall.values()))
 
     def _try(self, mask: Mask, method: Method, recall: float, rival: Trial | None) -> Trial:
         key = (mask, method, recall if method.fitted else 0.0)
@@ -206,22 +206,22 @@ class Tuner:
 
     def settings(self, mask: Mask, method: Method, recall: float) -> dict[str, Any]:
         """A schedule as ``cache_config``."""
-        foretold = foretell(self.by_recall[recall], mask, method)
+        predicted = predict(self.by_recall[recall], mask, method)
         timesteps = self.by_recall[recall].timesteps
         masks = surrogate.by_branch(mask, self.grid.steps)
         return {
-            **OUTPUT, "schedules": [row(self.grid.steps, self.grid.size, timesteps, masks, method, foretold.weights)],
+            **OUTPUT, "schedules": [row(self.grid.steps, self.grid.size, timesteps, masks, method, predicted.weights)],
         }
 
     def candidate(self, trial: Trial, name: str) -> Candidate:
         """A trial as a point of the report."""
         settings = self.settings(trial.mask, trial.method, trial.recall)
-        foretold = foretell(self.by_recall[trial.recall], trial.mask, trial.method)
+        predicted = predict(self.by_recall[trial.recall], trial.mask, trial.method)
         masks = surrogate.by_branch(trial.mask, self.grid.steps)
         return cached(
             name, "tuned", f"tuned, {sum(trial.mask) / len(masks):g} computed", settings, method=trial.method,
             mask=_named(masks), computed=_computed(masks), family="tuned",
-            drift=tuple(float(each) for each in foretold.drift),
+            drift=tuple(float(each) for each in predicted.drift),
             row=settings["schedules"][0],
         )
 

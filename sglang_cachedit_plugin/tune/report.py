@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import drawing
-from ..quality import IDENTICAL_PSNR
+from ..evaluation import plots
+from ..evaluation.quality import IDENTICAL_PSNR
 from . import charts, sheet
 
 PAGE, CHART, SHEET, FIGURES = "report.html", "report.png", "contact-sheet.png", "results.json"
@@ -39,7 +39,7 @@ def write_report(results: Mapping[str, Any], folder: Path | str) -> Path:
     rows = sheet.read(figures.get("sheet") or (), folder)
     factor = sheet.amplification(rows)
     (folder / FIGURES).write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    drawing.png([line for grid in figures["grids"] for line in _chart_rows(grid, figures)], folder / CHART)
+    plots.png([line for grid in figures["grids"] for line in _chart_rows(grid, figures)], folder / CHART)
     if rows:
         sheet.write_png(rows, factor, folder / SHEET)
     page = _page(figures, sheet.page_rows(rows, factor), factor)
@@ -84,7 +84,7 @@ def _with_masks(grid: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [*tuned, *rest]
 
 
-def _chart_rows(grid: Mapping[str, Any], figures: Mapping[str, Any]) -> list[list[drawing.Drawing]]:
+def _chart_rows(grid: Mapping[str, Any], figures: Mapping[str, Any]) -> list[list[plots.Drawing]]:
     rows = [
         charts.quality_panels(grid["points"], grid.get("chosen"), _prompts(figures)),
         [charts.error_chart(grid["points"], grid.get("chosen"))],
@@ -144,8 +144,8 @@ def _grid(grid: Mapping[str, Any], figures: Mapping[str, Any]) -> dict[str, Any]
             for kind, look in charts.LOOKS.items()
             if not look.joined and any(point["kind"] == kind for point in points)
         ],
-        "panels": [drawing.svg(panel) for panel in charts.quality_panels(points, name, _prompts(figures))],
-        "charts": [[drawing.svg(part) for part in pair] for pair in both if pair[0] is not None],
+        "panels": [plots.svg(panel) for panel in charts.quality_panels(points, name, _prompts(figures))],
+        "charts": [[plots.svg(part) for part in pair] for pair in both if pair[0] is not None],
         "rows": [{**point, "is_chosen": point["name"] == name, "kind_name": charts.LOOKS[point["kind"]].name,
                   "colour": charts.LOOKS[point["kind"]].colour} for point in table],
         "step_seconds": grid.get("step_seconds") or {},
@@ -170,5 +170,5 @@ def _page(figures: Mapping[str, Any], rows: list[dict[str, Any]], factor: int) -
         grids=[_grid(grid, figures) for grid in figures["grids"]],
         sheet=rows,
         factor=factor,
-        colours=drawing.COLOURS,
+        colours=plots.COLOURS,
     )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from ..forecast import damped_weights
+from ..cache.forecast import damped_weights
 from .surrogate import Mask
 from .trajectory import Trajectories
 

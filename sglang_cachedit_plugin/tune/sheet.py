@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .. import quality
+from ..evaluation import quality
 
 COLUMNS: Mapping[str, str] = {
     "uncached": "uncached", "chosen": "tuned", "default": "Cache-DiT defaults", "fewer_steps": "fewer steps",
@@ -32,7 +32,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class TunedSchedule:
     """One prompt's pictures."""
 
     prompt: str
@@ -40,12 +40,12 @@ class Row:
     cells: tuple[Cell, ...]
 
 
-def read(rows: Sequence[Mapping[str, Any]], base: Path) -> list[Row]:
+def read(rows: Sequence[Mapping[str, Any]], base: Path) -> list[TunedSchedule]:
     """Rows of the results' ``sheet``; relative paths are taken from ``base``. A file that is missing is a gap."""
     found = []
     for row in rows:
         pictures = {column: _load(base / path) for column, path in row["images"].items() if path}
-        found.append(Row(str(row.get("prompt", "")), row.get("seed"), _cells(pictures)))
+        found.append(TunedSchedule(str(row.get("prompt", "")), row.get("seed"), _cells(pictures)))
     return found
 
 
@@ -74,7 +74,7 @@ def _load(path: Path) -> np.ndarray | None:
         return None
 
 
-def amplification(rows: Sequence[Row]) -> int:
+def amplification(rows: Sequence[TunedSchedule]) -> int:
     """One factor for all differences: the largest that leaves 99 % of the middle one unclipped."""
     parts = [np.percentile(cell.difference, 99) for row in rows for cell in row.cells if cell.difference is not None]
     high = np.median(parts) if parts else 0.0
@@ -96,7 +96,7 @@ def data_uri(picture: np.ndarray) -> str:
     return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
-def page_rows(rows: Sequence[Row], factor: int) -> list[dict[str, Any]]:
+def page_rows(rows: Sequence[TunedSchedule], factor: int) -> list[dict[str, Any]]:
     """Rows as the page's template takes them."""
     return [
         {
@@ -116,7 +116,7 @@ def page_rows(rows: Sequence[Row], factor: int) -> list[dict[str, Any]]:
     ]
 
 
-def write_png(rows: Sequence[Row], factor: int, path: Path, side: int = 192) -> None:
+def write_png(rows: Sequence[TunedSchedule], factor: int, path: Path, side: int = 192) -> None:
     """The sheet as one picture: for each prompt the pictures, below them the differences times ``factor``."""
     label, gap = 20, 6
     high = label + 2 * (side + gap)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..forecast import damped_weights
+from ..cache.forecast import damped_weights
 from .trajectory import Trajectories
 
 RIDGE = 1e-3
@@ -74,7 +74,7 @@ def by_branch(mask: Mask, steps: int) -> list[Mask]:
     return [mask[first : first + steps] for first in range(0, len(mask), steps)]
 
 
-def foretell(t: Trajectories, mask: Mask, method: Method) -> Forecast:
+def predict(t: Trajectories, mask: Mask, method: Method) -> Forecast:
     """Run a schedule on the recorded trajectories, in terms of their outputs.
 
     Args:

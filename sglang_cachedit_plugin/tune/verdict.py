@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import quality
+from ..evaluation import quality
 from .candidates import Candidate
 from .evaluate import SHEET, Evaluator, Grid, Prompt
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from ..sources import read_file
+from ..config.sources import read_file
 from . import verdict
 from .candidates import OUTPUT
 from .job import Result

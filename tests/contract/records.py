@@ -1,8 +1,8 @@
 """What this plugin meets in each version of SGLang and cache-dit, read from their wheels without running them.
 
 ``python -m tests.contract.records sglang-0.5.23-*.whl cache_dit-1.5.1-*.whl ...`` writes records.json: for SGLang the
-parameters of every seam, for both every module, name and attribute of theirs that this package's source mentions and
-that the wheel lacks.
+parameters of every hook point, for both every module, name and attribute of theirs that this package's source
+mentions and that the wheel lacks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_cachedit_plugin import hooks
-from sglang_cachedit_plugin.host_names import mentions, module_file
+from sglang_cachedit_plugin.integration.host_contract import mentions, module_file
 
 FILE = Path(__file__).with_name("records.json")
 PACKAGE = Path(hooks.__file__).parent
@@ -73,9 +73,9 @@ class Wheel:
             return bool(parent) and self.has(f"{parent}:{last}")
         return not name or mentions(path, name)
 
-    def seam(self, seam: hooks.Seam) -> list[str] | None:
-        """The parameters of a seam's function, None where it is not there."""
-        found = hooks.parameters_of(seam, self.root)
+    def point(self, point: hooks.HookPoint) -> list[str] | None:
+        """The parameters of a hook point's function, None where it is not there."""
+        found = hooks.parameters_of(point, self.root)
         return None if found is None else list(found)
 
 
@@ -90,7 +90,7 @@ def record(wheel: Path) -> tuple[str, str, dict[str, Any]]:
         found: dict[str, Any] = {"missing": sorted(use for use in uses(package) if not unpacked.has(use))}
         if package == "sglang":
             found["cache-dit"] = re.search(r"^Requires-Dist: cache-dit==([\w.]+)", metadata, re.M)[1]
-            found["seams"] = {seam.target: unpacked.seam(seam) for seam in hooks.SEAMS}
+            found["hook_points"] = {point.target: unpacked.point(point) for point in hooks.HOOK_POINTS}
     return name, version, found
 
 

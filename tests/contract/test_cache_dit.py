@@ -18,8 +18,8 @@ from cache_dit.caching.cache_contexts.calibrators import Calibrator
 from packaging.version import Version
 
 from sglang_cachedit_plugin import adapters
-from sglang_cachedit_plugin.contexts import BranchContext, BranchContexts
-from sglang_cachedit_plugin.settings import PRESETS, CacheSettings
+from sglang_cachedit_plugin.cache.contexts import BranchContext, BranchContexts
+from sglang_cachedit_plugin.config.settings import PRESETS, CacheSettings
 
 
 def parameters(function) -> dict[str, inspect.Parameter]:

@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 import zmq
 
-from sglang_cachedit_plugin import defaults, host
-from sglang_cachedit_plugin.defaults import Defaults
+from sglang_cachedit_plugin.config import effective
+from sglang_cachedit_plugin.config.effective import Defaults
+from sglang_cachedit_plugin.integration import sglang_api
 from sglang_cachedit_plugin.serving import channel
 
 ARGS = {
@@ -68,8 +69,8 @@ def replicas(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def start_up(monkeypatch):
-    monkeypatch.setattr(defaults, "_current", Defaults())
-    monkeypatch.setattr(host, "gather_replica", lambda value: [value])
+    monkeypatch.setattr(effective, "_current", Defaults())
+    monkeypatch.setattr(sglang_api, "gather_replica", lambda value: [value])
 
 
 def dispatched(message):
@@ -82,7 +83,7 @@ def dispatched(message):
     ((identity, request),) = HostScheduler._normalize_received_payload(b"client", message)
     assert identity == b"client"
     with _ONE_REPLICA:
-        defaults.install(Defaults())
+        effective.install(Defaults())
         return HostScheduler._dispatch_items(scheduler, [(identity, request)])
 
 
@@ -90,8 +91,8 @@ def test_every_replica_gets_the_message_and_its_answer_comes_back(replicas):
     made = replicas(dispatched, dispatched)
     told = asyncio.run(channel.tell("set", {"max_warmup_steps": 6}, 1))
     assert [each["replica"] for each in told] == [0, 1]
-    assert {rank["settings"] for each in told for rank in each["ranks"]} == {defaults.current().fingerprint()}
-    assert defaults.current().decide(None, None).resolved.primary.max_warmup_steps == 6
+    assert {rank["settings"] for each in told for rank in each["ranks"]} == {effective.current().fingerprint()}
+    assert effective.current().decide(None, None).resolved.primary.max_warmup_steps == 6
     assert [type(each.received[0].text) for each in made] == [str, str]
 
 

@@ -10,8 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from sglang_cachedit_plugin import defaults, hooks, startup
-from sglang_cachedit_plugin.sources import read_file
+from sglang_cachedit_plugin import hooks
+from sglang_cachedit_plugin.config import effective
+from sglang_cachedit_plugin.config.sources import read_file
+from sglang_cachedit_plugin.integration import startup
 
 VARIABLE = "SGLANG_CACHE_DIT_ENABLED"
 _ARGS, _TUNE = "runtime/server_args/server_args.py", "runtime/server_args/auto_tune.py"
@@ -28,7 +30,7 @@ PLACES = {
     (_TUNE, "ServerArgsAutoTuner._can_apply_fsdp_policy"): "FSDP is served",
     ("runtime/models/dits/minimax_h3.py", "MiniMaxH3DiTModel._can_batch_block_adaln"): "it looks at the type "
     "of the blocks too, which gates stand in for while a forward is cached",
-    (f"{_STAGES}/denoising.py", "DenoisingStage._cache_dit_requested"): "a seam, which _maybe_offload_during_compile "
+    (f"{_STAGES}/denoising.py", "DenoisingStage._cache_dit_requested"): "hooked; _maybe_offload_during_compile "
     "asks as well",
     (f"{_STAGES}/model_specific_stages/hunyuan_image3/ar_stage.py", "HunyuanImage3AR._maybe_enable_cache_dit"):
     "its requests are refused with the reason",
@@ -66,15 +68,15 @@ def test_every_place_that_asks_the_variable_is_known():
 @pytest.fixture
 def file(tmp_path):
     """Reads a config file into this process's defaults for the length of a test."""
-    before = defaults.current()
+    before = effective.current()
 
     def read(text: str) -> None:
         path = tmp_path / "config.yaml"
         path.write_text(text)
-        defaults.install(defaults.Defaults(file=read_file(str(path))))
+        effective.install(effective.Defaults(file=read_file(str(path))))
 
     yield read
-    defaults.install(before)
+    effective.install(before)
 
 
 MEASURED = "cache_config: {residual_diff_threshold: 0.2}"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from sglang.multimodal_gen import envs
 
+from sglang_cachedit_plugin.config.sources import ENABLED_VARIABLE, read_environment
 from sglang_cachedit_plugin.errors import SettingError
-from sglang_cachedit_plugin.sources import ENABLED_VARIABLE, read_environment
 
 WORDS = ["1", "true", "TRUE", "yes", "y", "t", "T", " on ", "0", "false", "no", "n", "f", "off", "F", "", " "]
 

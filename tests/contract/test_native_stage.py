@@ -15,13 +15,14 @@ from sglang.multimodal_gen.runtime.pipelines_core.stages.denoising import (
     DualTransformerExecutionMode,
 )
 
-from sglang_cachedit_plugin import defaults, denoising, diffusers_backend, graphs
-from sglang_cachedit_plugin.defaults import Defaults
-from sglang_cachedit_plugin.denoising import CacheDitDenoisingMixin
+from sglang_cachedit_plugin.config import effective
+from sglang_cachedit_plugin.config.effective import Defaults
+from sglang_cachedit_plugin.config.overrides import Overrides, read_overrides
+from sglang_cachedit_plugin.config.sources import read_file
 from sglang_cachedit_plugin.errors import RefusedError, refusal_in
-from sglang_cachedit_plugin.overrides import Overrides, read_overrides
+from sglang_cachedit_plugin.integration import cuda_graphs, diffusers, native
+from sglang_cachedit_plugin.integration.native import CacheDitDenoisingMixin
 from sglang_cachedit_plugin.serving import requests
-from sglang_cachedit_plugin.sources import read_file
 from tests.unit.blocks import DIM, TOKENS, TinyDiT, known_classes
 
 STEPS = 6
@@ -48,7 +49,7 @@ def stage():
     )
     with known_classes():
         yield stage
-    denoising._open.clear()
+    native._open.clear()
 
 
 def batch(**params) -> SimpleNamespace:
@@ -69,7 +70,7 @@ def test_paired_transformers_have_the_same_steps_and_contexts_of_their_own(stage
                 request.is_cfg_negative = negative
                 with set_forward_context(current_timestep=step, attn_metadata=None, forward_batch=request):
                     module(torch.full((1, TOKENS, DIM), float(step + 10 * negative)))
-    (_, session), *_ = denoising._open
+    (_, session), *_ = native._open
     report = session.close().as_dict()
     cached = [step for step, computed in enumerate(MASK) if not computed]
     assert report["transformers"]["transformer"]["branches"]["cond"]["cached"] == cached
@@ -81,7 +82,7 @@ def test_outside_the_loop_the_original_runs(stage):
     plain = stage.transformer(torch.ones(1, TOKENS, DIM))
     CacheDitDenoisingMixin._maybe_enable_cache_dit(stage, STEPS, batch())
     assert torch.equal(stage.transformer(torch.ones(1, TOKENS, DIM)), plain)
-    (_, session), *_ = denoising._open
+    (_, session), *_ = native._open
     assert session.close().as_dict()["transformers"]["transformer"]["branches"] == {}
 
 
@@ -115,7 +116,7 @@ def graphed(stage, monkeypatch):
     monkeypatch.setattr(torch.cpu, "Stream", lambda device: None)
     monkeypatch.setattr("sglang.multimodal_gen.runtime.pipelines_core.stages.denoising.get_local_torch_device",
                         lambda: torch.device("cpu"))
-    monkeypatch.setattr(DenoisingStage, "_maybe_get_bcg_runner", lambda *given: graphs.runner_of(own, *given))
+    monkeypatch.setattr(DenoisingStage, "_maybe_get_bcg_runner", lambda *given: cuda_graphs.runner_of(own, *given))
     stage.transformer_2, stage._bcg_runners, stage._mounted_quality = None, {}, "lossless"
     monkeypatch.setattr(PairedStage, "_dual_transformer_execution_mode", lambda self: None)
     stage.server_args.enable_breakable_cuda_graph = True
@@ -139,7 +140,7 @@ def denoised(stage, request) -> tuple[list[torch.Tensor], dict]:
 
     request.extra = {}
     with torch.no_grad():
-        denoising.run_stage(loop, stage, request, stage.server_args)
+        native.run_stage(loop, stage, request, stage.server_args)
     return outputs, request.extra["cache_dit"]
 
 
@@ -189,7 +190,7 @@ def asking(params, **fields) -> SimpleNamespace:
 
 
 def test_a_mask_of_another_length_in_the_servers_settings_computes_every_step_around_graphs(graphed, monkeypatch):
-    monkeypatch.setattr(defaults, "_current", Defaults(file=read_file(SHORT)))
+    monkeypatch.setattr(effective, "_current", Defaults(file=read_file(SHORT)))
     _, report = denoised(graphed, asking({"profile": "short"}))
     assert report["computed_steps"] == STEPS and "the mask has 3 entries" in report["reason"]
 
@@ -201,7 +202,7 @@ def refusal_of(stage, request, steps=STEPS) -> str:
 
     request.extra = vars(request).get("extra", {})
     with pytest.raises(RefusedError) as caught:
-        denoising.run_stage(loop, stage, request, stage.server_args)
+        native.run_stage(loop, stage, request, stage.server_args)
     return refusal_in(f"Model generation failed. Error from scheduler: Error executing request r1: {caught.value}")
 
 
@@ -215,7 +216,7 @@ def test_a_mask_of_another_length_in_a_request_is_refused(stage, params, line):
     request = asking(params)
     assert refusal_of(stage, request) == line
     assert request.extra["cache_dit"]["reason"] == line
-    assert not denoising._open
+    assert not native._open
 
 
 @pytest.mark.parametrize(("params", "line"), [
@@ -253,7 +254,7 @@ def experts(monkeypatch) -> None:
 def test_the_hosts_own_requests_and_further_stages_take_a_mask_of_another_length(stage, fields):
     request = asking({"steps_computation_mask": [1, 0, 1]}, **fields)
     CacheDitDenoisingMixin._maybe_enable_cache_dit(stage, STEPS, request)
-    (_, session), *_ = denoising._open
+    (_, session), *_ = native._open
     assert "the mask has 3 entries" in session.stats.as_dict()["reason"]
 
 
@@ -261,17 +262,17 @@ def test_a_request_that_was_checked_under_an_earlier_change_is_refused(stage, mo
     first = Defaults().with_overrides(read_overrides({"profiles": {"mine": {}}}))
     params = {"profile": "mine"}
     line = "profile = 'mine' (cache_dit_params): expected one of: balanced, fast, quality"
-    monkeypatch.setattr(defaults, "_current", first)
+    monkeypatch.setattr(effective, "_current", first)
     requests.check("r1", cache_dit_params=params)
-    monkeypatch.setattr(defaults, "_current", first.with_overrides(Overrides()).with_overrides(Overrides()))
+    monkeypatch.setattr(effective, "_current", first.with_overrides(Overrides()).with_overrides(Overrides()))
     assert refusal_of(stage, asking(params)) == line
     with pytest.raises(RefusedError, match=re.escape(line)):
-        diffusers_backend.execute(pytest.fail, SimpleNamespace(diffusers_pipe=stage), asking(params), None)
+        diffusers.execute(pytest.fail, SimpleNamespace(diffusers_pipe=stage), asking(params), None)
 
 
 def test_a_model_nobody_describes_runs_uncached_with_the_reason_or_fails_with_strict(stage):
     stage.transformer_2 = torch.nn.Linear(2, 2)
     CacheDitDenoisingMixin._maybe_enable_cache_dit(stage, STEPS, batch())
-    assert "Linear" in denoising._open[-1][1].close().as_dict()["reason"]
+    assert "Linear" in native._open[-1][1].close().as_dict()["reason"]
     with pytest.raises(Exception, match="Linear"):
         CacheDitDenoisingMixin._maybe_enable_cache_dit(stage, STEPS, batch(strict=True))

@@ -15,13 +15,13 @@ from types import SimpleNamespace
 import pytest
 from packaging.requirements import Requirement
 
-from sglang_cachedit_plugin import hooks, host_names, plugin, versions
-
-from . import records
+from sglang_cachedit_plugin import hooks, plugin
+from sglang_cachedit_plugin.integration import host_contract, versions
+from tests.contract import records
 
 RECORDS = json.loads(records.FILE.read_text())
 INSTALLED = records.Wheel(hooks.host_root())
-OFFLINE = ("tune", "bench", "demo", "model_facts.py")
+OFFLINE = ("tune", "bench", "demo", "doctor")
 """Parts of the package that no server runs."""
 
 
@@ -38,18 +38,18 @@ def test_the_package_can_be_installed_beside_every_version_of_the_table():
         assert [version for version in tried if version not in bounds[library]] == []
 
 
-@pytest.mark.parametrize("seam", hooks.SEAMS, ids=lambda seam: seam.target.rpartition("stages.")[2])
-def test_every_recorded_host_has_the_seam(seam):
+@pytest.mark.parametrize("point", hooks.HOOK_POINTS, ids=lambda point: point.target.rpartition("stages.")[2])
+def test_every_recorded_host_has_the_seam(point):
     for version, record in RECORDS["sglang"].items():
-        found = record["seams"][seam.target]
+        found = record["hook_points"][point.target]
         assert found is not None, version
-        assert hooks.difference(seam, tuple(found)) is None, version
+        assert hooks.difference(point, tuple(found)) is None, version
 
 
 @pytest.mark.parametrize("version", RECORDS["sglang"])
 def test_recorded_hosts_have_all_that_a_server_calls(version):
     missing = {use.replace(":", ".") for use in RECORDS["sglang"][version]["missing"]}
-    assert not missing & {f"{module}.{name}" for module, names in host_names.NAMES.items() for name in names}
+    assert not missing & {f"{module}.{name}" for module, names in host_contract.NAMES.items() for name in names}
 
 
 @pytest.mark.parametrize("version", RECORDS["cache_dit"])
@@ -59,8 +59,8 @@ def test_recorded_cache_dits_have_all_that_is_imported(version):
 
 def test_the_installed_host_is_its_record():
     version = metadata.version("sglang")
-    own = {seam.target: INSTALLED.seam(seam) for seam in hooks.SEAMS}
-    assert own == RECORDS["sglang"][version]["seams"]
+    own = {point.target: INSTALLED.point(point) for point in hooks.HOOK_POINTS}
+    assert own == RECORDS["sglang"][version]["hook_points"]
     assert RECORDS["sglang"][version]["missing"] == [
         use for use in sorted(records.uses("sglang")) if not INSTALLED.has(use)
     ]
@@ -76,16 +76,16 @@ def test_the_names_are_those_of_the_source():
         (module, name) for module, name in (use.split(":") for use in used)
         if INSTALLED.module(module) and not INSTALLED.module(f"{module}.{name}")
     }
-    assert taken == {(module, name) for module, names in host_names.NAMES.items() for name in names}
+    assert taken == {(module, name) for module, names in host_contract.NAMES.items() for name in names}
 
 
 def copied_host(folder: Path) -> Path:
     """The files of the installed host that the plugin looks into."""
-    modules = [seam.target for seam in hooks.SEAMS] + list(host_names.NAMES)
+    modules = [point.target for point in hooks.HOOK_POINTS] + list(host_contract.NAMES)
     for dotted in modules:
         path = None
         while path is None:
-            path = host_names.module_file(hooks.host_root(), dotted)
+            path = host_contract.module_file(hooks.host_root(), dotted)
             dotted = dotted.rpartition(".")[0]
         target = folder / path.relative_to(hooks.host_root())
         target.parent.mkdir(parents=True, exist_ok=True)

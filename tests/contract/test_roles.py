@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from sglang_cachedit_plugin import host, offline
 from sglang_cachedit_plugin.errors import RefusedError, SettingError
+from sglang_cachedit_plugin.integration import offline, sglang_api
+from sglang_cachedit_plugin.integration.session import add_report, publish
+from sglang_cachedit_plugin.report.stats import RequestStats, TransformerStats
 from sglang_cachedit_plugin.serving import answers, control
-from sglang_cachedit_plugin.session import add_report, publish
-from sglang_cachedit_plugin.stats import RequestStats, TransformerStats
 
 
 def stats() -> RequestStats:
@@ -28,7 +28,7 @@ def request_of_the_host(monkeypatch):
     from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
     from sglang.multimodal_gen.runtime.pipelines_core import Req
 
-    monkeypatch.setattr(host, "is_first_rank", lambda: False)
+    monkeypatch.setattr(sglang_api, "is_first_rank", lambda: False)
     monkeypatch.setattr(control, "totals", control.Totals())
     request = Req(sampling_params=SamplingParams(prompt="a", request_id="r1"))
     publish(request, stats(), print)

@@ -8,16 +8,17 @@ from types import SimpleNamespace
 import pytest
 from sglang.multimodal_gen.runtime.server_args import ServerArgs
 
-from sglang_cachedit_plugin import defaults, engine, startup
-from sglang_cachedit_plugin.defaults import Defaults
+from sglang_cachedit_plugin.config import effective
+from sglang_cachedit_plugin.config.effective import Defaults
+from sglang_cachedit_plugin.integration import cache_dit_sections, startup
 
 
 @pytest.fixture(autouse=True)
 def own_defaults():
-    before = defaults.current()
-    defaults.install(Defaults())
+    before = effective.current()
+    effective.install(Defaults())
     yield
-    defaults.install(before)
+    effective.install(before)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def test_native_pipelines_name_their_own_flags(capsys, config, words):
     line = capsys.readouterr().err
     assert "only the diffusers backend takes this section" in line and words in line
     launch_native({"cache_config": {"max_warmup_steps": 2}, "secondary": {"max_warmup_steps": 1}})
-    assert defaults.current().file.source.secondary["max_warmup_steps"].value == 1
+    assert effective.current().file.source.secondary["max_warmup_steps"].value == 1
 
 
 def refused(capsys, *arguments, **options) -> str:
@@ -114,7 +115,7 @@ GOOD = [
 @pytest.mark.parametrize(("config", "options", "expected"), GOOD)
 def test_what_the_host_worked_out_for_itself_contradicts_nothing(folders, config, options, expected):
     launch(folders["FluxPipeline"], config, **options)
-    assert defaults.current().file.passed_on == {"parallelism_config": expected}
+    assert effective.current().file.passed_on == {"parallelism_config": expected}
 
 
 def test_a_family_that_cannot_be_split_so_is_refused_by_its_index(folders, capsys):
@@ -124,7 +125,7 @@ def test_a_family_that_cannot_be_split_so_is_refused_by_its_index(folders, capsy
 
 
 def test_the_families_are_those_of_cache_dit():
-    assert "FluxTransformer2DModel" in engine.splits("sequence")
-    assert "QwenImageTransformer2DModel" in engine.splits("tensor")
-    assert "FluxTransformer2DModel" in engine.splits("async")
-    assert not any("Wan" in name for name in engine.splits("async"))
+    assert "FluxTransformer2DModel" in cache_dit_sections.splits("sequence")
+    assert "QwenImageTransformer2DModel" in cache_dit_sections.splits("tensor")
+    assert "FluxTransformer2DModel" in cache_dit_sections.splits("async")
+    assert not any("Wan" in name for name in cache_dit_sections.splits("async"))

@@ -8,7 +8,7 @@ import pkgutil
 
 from sglang.multimodal_gen.runtime.pipelines_core.stages.denoising import DenoisingStage
 
-from . import records
+from tests.contract import records
 
 STAGES = "sglang.multimodal_gen.runtime.pipelines_core.stages"
 WITHOUT_EFFECT = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ast
 import re
 
-from sglang_cachedit_plugin import own_loops
 from sglang_cachedit_plugin.hooks import host_root
+from sglang_cachedit_plugin.integration import native_stages
 
 METHODS = {"_run_denoising_step", "_run_denoising_loop", "_denoise", "_predict_noise_with_cfg", "_run_stage_steps"}
 LOOPS = re.compile(r"(Denois|Rollout|TexGen|Refine|ComfyUIStep)")
@@ -37,10 +37,10 @@ def stages() -> dict[str, tuple[str, ...]]:
 
 def test_every_stage_with_steps_of_its_own_is_corrected_or_says_why_not():
     found = stages()
-    known = CORRECTED | WITHOUT_STEPS | INHERITING | set(own_loops.UNCORRECTED)
-    refused = {name for name, loop in own_loops.OWN_LOOPS.items() if loop.refused}
+    known = CORRECTED | WITHOUT_STEPS | INHERITING | set(native_stages.UNCORRECTED)
+    refused = {name for name, loop in native_stages.OWN_LOOPS.items() if loop.refused}
     unknown = {
         name for name, bases in found.items() if name not in known | refused and not {*bases} & refused
     }
     assert unknown == set()
-    assert CORRECTED | INHERITING | set(own_loops.UNCORRECTED) <= set(found)
+    assert CORRECTED | INHERITING | set(native_stages.UNCORRECTED) <= set(found)

@@ -7,10 +7,10 @@ import json
 from sglang.multimodal_gen.runtime.distributed import parallel_state
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch
 
-from sglang_cachedit_plugin import defaults
-from sglang_cachedit_plugin.defaults import Defaults
+from sglang_cachedit_plugin.config import effective
+from sglang_cachedit_plugin.config.effective import Defaults
 from sglang_cachedit_plugin.serving import channel
-from sglang_cachedit_plugin.sources import read_file
+from sglang_cachedit_plugin.config.sources import read_file
 
 CHANGE = {"enabled": True, "max_warmup_steps": 6}
 MESSAGES = {
@@ -31,13 +31,13 @@ def messages(rank: int) -> dict[str, tuple]:
     if parallel_state._WORLD is None:
         parallel_state.init_distributed_environment(world_size=2, rank=rank, local_rank=rank)
     # Only rank 0 knows the profile: its file was changed while the ranks started.
-    defaults.install(Defaults(file=read_file({"profiles": {"draft": {}} if rank == 0 else {}})))
+    effective.install(Defaults(file=read_file({"profiles": {"draft": {}} if rank == 0 else {}})))
     seen = {}
     for number, (name, (do, settings)) in enumerate(MESSAGES.items(), 1):
         answer = channel.handle(_ServerArgs(), json.dumps({"do": do, "settings": settings, "number": number}))
         assert isinstance(answer, OutputBatch)
         ranks = None if answer.output is None else json.loads(answer.output)
-        seen[name] = (answer.error, ranks, defaults.current().overrides.given)
+        seen[name] = (answer.error, ranks, effective.current().overrides.given)
     return seen
 
 

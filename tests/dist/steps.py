@@ -10,12 +10,12 @@ from torch.distributed import distributed_c10d
 
 from sglang_cachedit_plugin.cache.denoising_steps import DenoisingSteps
 from sglang_cachedit_plugin.cache.solvers import Solver
-from sglang_cachedit_plugin.runtime import Groups, RequestSpec
-from sglang_cachedit_plugin.settings import CacheSettings
-from sglang_cachedit_plugin.stats import RequestStats, TransformerStats
+from sglang_cachedit_plugin.cache.runtime import Groups, RequestSpec
+from sglang_cachedit_plugin.config.settings import CacheSettings
+from sglang_cachedit_plugin.report.stats import RequestStats, TransformerStats
 from tests.unit.blocks import DIM, Rig
 
-from .world import collectives
+from tests.dist.world import collectives
 
 STEPS, GUIDANCE = 20, 2.0
 BRANCHES = ("cond", "uncond")

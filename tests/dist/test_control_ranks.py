@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from . import world
+from tests.dist import world
 
 CHANGE = {"enabled": True, "max_warmup_steps": 6}
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sglang_cachedit_plugin.host import connected
-from sglang_cachedit_plugin.runtime import Groups
+from sglang_cachedit_plugin.integration.sglang_api import connected
+from sglang_cachedit_plugin.cache.runtime import Groups
 
-from . import world
-from .histories import faults
+from tests.dist import world
+from tests.dist.histories import faults
 
 ALL, NONE = [[0, 1, 2, 3]] * 4, [[]] * 4
 HALVES = [[0, 1], [0, 1], [2, 3], [2, 3]]

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from . import world
-from .histories import faults
-from .two import COUNTED
+from tests.dist import world
+from tests.dist.histories import faults
+from tests.dist.two import COUNTED
 
 
 @pytest.fixture(scope="module")

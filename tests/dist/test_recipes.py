@@ -18,7 +18,7 @@ STEPS = 16
 def rows(tmp_path_factory) -> dict[tuple[str, str], dict]:
     out = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     done = subprocess.run(
-        [sys.executable, "tests/gpu/recipes.py", "--device", "cpu", "--gpus", "2", "--size", "tiny", "--side", "64",
+        [sys.executable, "benchmarks/gpu/recipes.py", "--device", "cpu", "--gpus", "2", "--size", "tiny", "--side", "64",
          "--steps", str(STEPS), "--only", ",".join([*RECIPES, "parallel_fp8"]), "--out", str(out)],
         cwd=ROOT, env=host_environment(), capture_output=True, text=True, timeout=900, errors="replace",
     )

@@ -7,18 +7,18 @@ import random
 import torch
 import torch.distributed as dist
 
-from sglang_cachedit_plugin import agreement
-from sglang_cachedit_plugin.defaults import Defaults
+from sglang_cachedit_plugin.cache import rank_agreement
+from sglang_cachedit_plugin.config.effective import Defaults
 from sglang_cachedit_plugin.errors import MountError
-from sglang_cachedit_plugin.mount import ModelBackend
-from sglang_cachedit_plugin.runtime import Groups, Runtime
-from sglang_cachedit_plugin.session import Session
-from sglang_cachedit_plugin.similarity import reduced_differences, residual_difference, residual_sums
+from sglang_cachedit_plugin.cache.mount import ModelBackend
+from sglang_cachedit_plugin.cache.runtime import Groups, Runtime
+from sglang_cachedit_plugin.integration.session import Session
+from sglang_cachedit_plugin.cache.similarity import reduced_differences, residual_difference, residual_sums
 from tests.unit.blocks import Rig, TinyDiT, sample
 
-from . import steps
-from .histories import histories
-from .world import collectives
+from tests.dist import steps
+from tests.dist.histories import histories
+from tests.dist.world import collectives
 
 
 def _world() -> dist.ProcessGroup:
@@ -191,7 +191,7 @@ def following_cond(rank: int) -> dict:
 def _message(call) -> str:
     try:
         call()
-    except agreement.RanksDisagreeError as error:
+    except rank_agreement.RanksDisagreeError as error:
         return str(error)
     return "agreed"
 
@@ -200,9 +200,9 @@ def different_decisions(rank: int) -> list[str]:
     """What each rank says when one caches and the other does not."""
     diff = (0.21, 0.27)[rank]
     return [
-        _message(lambda: agreement.verify(3, "cond", True, _world(), diff=0.2)),
-        _message(lambda: agreement.verify(4, "cond", rank == 0, _world(), diff=diff)),
-        _message(lambda: agreement.verify_same("settings", f"settings {rank}", _world())),
+        _message(lambda: rank_agreement.verify(3, "cond", True, _world(), diff=0.2)),
+        _message(lambda: rank_agreement.verify(4, "cond", rank == 0, _world(), diff=diff)),
+        _message(lambda: rank_agreement.verify_same("settings", f"settings {rank}", _world())),
     ]
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from . import probe
+from tests.e2e import probe
 
 OURS = "sglang_cachedit_plugin"
 
@@ -45,15 +45,15 @@ def registered() -> dict[str, Any]:
         target: [source.plugin_name for _, _, source in hooks] for target, hooks in HookRegistry._hooks.items()
     }
     loaded = OURS in sys.modules
-    from sglang_cachedit_plugin import hooks, plugin
+    from sglang_cachedit_plugin import hooks
 
     # The host's registry puts wrappers of its own into the place of what is hooked.
     patched = {}
-    for seam in hooks.SEAMS:
-        place, _, name = seam.target.rpartition(".")
+    for point in hooks.HOOK_POINTS:
+        place, _, name = point.target.rpartition(".")
         function = getattr(pkgutil.resolve_name(place), name)
-        patched[seam.target] = function.__code__.co_filename.endswith("hook_registry.py")
-    return {"order": order, "patched": patched, "out_of_place": plugin.out_of_place(HookRegistry) if loaded else []}
+        patched[point.target] = function.__code__.co_filename.endswith("hook_registry.py")
+    return {"order": order, "patched": patched, "out_of_place": hooks.out_of_place(HookRegistry) if loaded else []}
 
 
 def entrances() -> dict[str, Any]:

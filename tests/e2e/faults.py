@@ -93,7 +93,7 @@ def wrapped(faults: Faults, place: str, own: Any) -> Any:
 
 def prepare(result: Any, worker: Any, *args: Any, **kwargs: Any) -> None:
     """After the worker has loaded its model: make the places."""
-    from sglang_cachedit_plugin import decisions, forecast, kernels, similarity
+    from sglang_cachedit_plugin.cache import decisions, forecast, kernels, similarity
 
     faults = worker.faults = Faults(Path(os.environ[FOLDER]))
     pipe = getattr(worker.pipeline, "diffusers_pipe", None)

@@ -12,7 +12,7 @@ import httpx
 import psutil
 import pytest
 
-from .conftest import ROOT, serving
+from tests.e2e.conftest import ROOT, serving
 
 STEPS = 6
 WANTED = {
@@ -66,7 +66,7 @@ class Server:
         while httpx.get(f"{self.url}/v1/cache_dit", timeout=60).json()["workers"]["age_s"] > 1:
             assert time.monotonic() < deadline
 
-    def settle(self) -> None:
+    def materialize(self) -> None:
         """What is alive now is the resting level."""
         self.rest, self.resident = self.level(), self.megabytes()
 

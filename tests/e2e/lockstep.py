@@ -16,8 +16,7 @@ import torch
 
 from sglang_cachedit_plugin.demo import model_dir
 from sglang_cachedit_plugin.demo.show import PROMPTS, STEPS
-
-from .conftest import ROOT, free_ports, host_environment
+from tests.e2e.conftest import ROOT, free_ports, host_environment
 
 KNOBS = {"residual_diff_threshold": 0.1, "max_warmup_steps": 4, "max_continuous_cached_steps": -1}
 VARIANTS = {

@@ -1,4 +1,4 @@
-"""A plugin of somebody else's: it hooks seams that are ours too, changes what the model gets, and counts its calls.
+"""A plugin of somebody else's: it hooks what we hook, changes what the model gets, and counts its calls.
 
 ``NEIGHBOUR_REPLACES`` makes it take the place of the method with which requests are cached.
 """

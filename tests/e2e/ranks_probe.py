@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .probe import BLOCK_LISTS, count_blocks, record_latents, run_request, transformers
+from tests.e2e.probe import BLOCK_LISTS, count_blocks, record_latents, run_request, transformers
 
 LIMIT = 400
 """Seconds that a job may take."""
@@ -46,10 +46,10 @@ def run_rank(job: dict[str, Any], rank: int) -> list[dict[str, Any]]:
 
 
 def _fail_at(worker: Any, step: int) -> Any:
-    from sglang_cachedit_plugin import host
+    from sglang_cachedit_plugin.integration import sglang_api
 
     def fail(*args: Any) -> None:
-        if host.forward_identity().step == step:
+        if sglang_api.forward_identity().step == step:
             raise RuntimeError("this block fails")
 
     # The first block runs on cached steps too.

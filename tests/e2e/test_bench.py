@@ -12,8 +12,7 @@ import pytest
 from PIL import Image
 
 from sglang_cachedit_plugin.cli import main
-
-from .conftest import ROOT, host_environment
+from tests.e2e.conftest import ROOT, host_environment
 
 STEPS = 10
 MASK = [1, 1, 1, 0, 1, 0, 1, 0, 0, 1]

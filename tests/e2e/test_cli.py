@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import PORTS, ROOT, host_environment, run_together
+from tests.e2e.conftest import PORTS, ROOT, host_environment, run_together
 
 SGLANG = str(Path(sys.executable).with_name("sglang"))
 

@@ -1,4 +1,4 @@
-"""On the real host: beside another plugin with the same seams, left out by ``SGLANG_PLUGINS``, and not installed."""
+"""On the real host: beside another plugin with our hook points, left out by ``SGLANG_PLUGINS``, and not installed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from sglang_cachedit_plugin import hooks
-
-from .conftest import PORTS, run_module
-from .neighbour import CACHING
+from tests.e2e.conftest import PORTS, run_module
+from tests.e2e.neighbour import CACHING
 
 STEPS = 8
 MASK = [1, 1, 0, 1, 0, 0, 1, 1]
@@ -94,7 +93,7 @@ def test_left_out_the_host_is_as_if_the_plugin_were_not_installed(situations):
     for each in (out, absent):
         assert each["imported"] is False
         assert each["order"] == {} and set(each["patched"].values()) == {False}
-        assert len(each["patched"]) == len(hooks.SEAMS)
+        assert len(each["patched"]) == len(hooks.HOOK_POINTS)
     assert out["addresses"] == absent["addresses"] and out["metrics"] == absent["metrics"]
     assert out["refused"] == absent["refused"]
     assert set(situations["neighbour last"]["patched"].values()) == {True}

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from .conftest import serving
-from .test_host_modes import DYNAMIC, STATIC, _adapter
+from tests.e2e.conftest import serving
+from tests.e2e.test_host_modes import DYNAMIC, STATIC, _adapter
 
 CAN_COMPILE = shutil.which(os.environ.get("CXX", "g++")) and Path(sysconfig.get_path("include"), "Python.h").exists()
 pytestmark = pytest.mark.skipif(not CAN_COMPILE, reason="torch.compile needs a C++ compiler and Python's headers")

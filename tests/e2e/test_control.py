@@ -9,9 +9,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.soak.load import Load, ask_plain, differences, scrape
-
-from .conftest import ROOT, image_server
+from benchmarks.soak.load import Load, ask_plain, differences, scrape
+from tests.e2e.conftest import ROOT, image_server
 
 ADDRESS = "/v1/cache_dit"
 PICTURE = {

@@ -11,7 +11,7 @@ import openai
 import pytest
 from PIL import Image
 
-from .conftest import client_of, path_with_cpu_ops, serving
+from tests.e2e.conftest import client_of, path_with_cpu_ops, serving
 
 MASK = [1, 1, 1, 0, 1, 0, 0, 1]
 STEPS = len(MASK)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from . import hurt
+from tests.e2e import hurt
 
 TIMEOUT_S = 25
 """Of the server's wait for its workers."""
@@ -52,7 +52,7 @@ def server(models, lora, tmp_path_factory):
         assert made.ask(hurt.EDGES).status_code in (200, 500) and not made.armed()
         made.fresh = first | {"edges": made.picture(hurt.EDGES)}
         assert made.picture() == made.fresh["plain"]
-        made.settle()
+        made.materialize()
         yield made
 
 

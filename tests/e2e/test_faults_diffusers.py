@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from . import hurt
+from tests.e2e import hurt
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +16,7 @@ def server(models, tmp_path_factory):
         assert made.ask(hurt.EDGES).status_code in (200, 500) and not made.armed()
         made.picture(hurt.EDGES)
         assert made.picture() == made.fresh["plain"]
-        made.settle()
+        made.materialize()
         yield made
 
 

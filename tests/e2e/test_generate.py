@@ -17,10 +17,9 @@ import pytest
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from sglang_cachedit_plugin import metrics
-from tests.soak.load import scrape
-
-from .conftest import ROOT, SCRIPT, client_of, host_environment
+from benchmarks.soak.load import scrape
+from sglang_cachedit_plugin.report import metrics
+from tests.e2e.conftest import ROOT, SCRIPT, client_of, host_environment
 
 STEPS = 12
 BODY = {"prompt": "red apple", "width": 64, "height": 64, "num_inference_steps": STEPS}

@@ -9,7 +9,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from .conftest import ROOT, run_probe
+from tests.e2e.conftest import ROOT, run_probe
 
 BASE = {"width": 64, "height": 64, "num_inference_steps": 8, "prompt": "red apple", "seed": 1}
 STATIC = {"steps_computation_mask": [1, 1, 0, 1, 0, 0, 1, 0], "scm_policy": "static", "max_warmup_steps": 0}

@@ -11,9 +11,8 @@ from fastapi.testclient import TestClient
 from playwright.sync_api import sync_playwright
 
 from sglang_cachedit_plugin.serving import page
-
-from .conftest import SCRIPT
-from .test_report_page import FLAGS
+from tests.e2e.conftest import SCRIPT
+from tests.e2e.test_report_page import FLAGS
 
 ADDRESS = "http://cachedit.test"
 STEPS = {"computed": [0, 2], "cached": [1], "residual_diffs": {"1": 0.5}, "nan_diffs": 0}

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from .conftest import ROOT, free_ports, host_environment
+from tests.e2e.conftest import ROOT, free_ports, host_environment
 
 BINS = {
     "SGLANG_CACHE_DIT_SCM_COMPUTE_BINS": "4,2,2", "SGLANG_CACHE_DIT_SCM_CACHE_BINS": "2,2",

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from .conftest import run_probe, run_together
+from tests.e2e.conftest import run_probe, run_together
 
 STEPS = 12
 MASK = [1, 1, 1, 0, 1, 0, 0, 1, 0, 1, 0, 1]

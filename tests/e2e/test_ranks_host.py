@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .conftest import free_ports, host_environment, run_module
+from tests.e2e.conftest import free_ports, host_environment, run_module
 
 BASE = {"width": 64, "height": 64, "num_inference_steps": 12, "prompt": "red apple", "seed": 1}
 VIDEO = {"negative_prompt": "green cat", "num_frames": 9}

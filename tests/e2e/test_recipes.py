@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from .conftest import PORTS, ROOT, host_environment, run_together
+from tests.e2e.conftest import PORTS, ROOT, host_environment, run_together
 
 SGLANG = str(Path(sys.executable).with_name("sglang"))
 EAGER = {"residual_diff_threshold": 0.9, "max_warmup_steps": 2, "verify_ranks": True}

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from .conftest import run_probe, run_together
+from tests.e2e.conftest import run_probe, run_together
 
 BASE = {"width": 64, "height": 64, "num_inference_steps": 12, "prompt": "red apple", "seed": 1}
 CFG = {"negative_prompt": "green cat", "true_cfg_scale": 3.0}

@@ -11,7 +11,7 @@ import openai
 import pytest
 from PIL import Image
 
-from .conftest import client_of
+from tests.e2e.conftest import client_of
 
 STEPS = 12
 IMAGE = {"prompt": "red apple", "size": "64x64", "response_format": "b64_json"}

@@ -1,8 +1,8 @@
-"""The short form of ``tests.soak.soak``: eight clients for three minutes on a server of their own."""
+"""The short form of ``benchmarks.soak.soak``: eight clients for three minutes on a server of their own."""
 
 from __future__ import annotations
 
-from tests.soak.soak import report_of, soak, verdict
+from benchmarks.soak.soak import report_of, soak, verdict
 from tests.tiny.build import flux
 
 SECONDS = 180

@@ -12,7 +12,7 @@ import time
 import pytest
 import yaml
 
-from .conftest import ROOT, host_environment, run_probe
+from tests.e2e.conftest import ROOT, host_environment, run_probe
 
 STEPS, BUDGET = 6, 4
 GUIDED = {"negative_prompt": "green cat", "true_cfg_scale": 3.0}

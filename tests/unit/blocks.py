@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from sglang_cachedit_plugin import adapters
-from sglang_cachedit_plugin.mount import CachedTransformer, preset_mask
-from sglang_cachedit_plugin.runtime import Groups, Identity, TransformerSpec
-from sglang_cachedit_plugin.schedule import build_plan
-from sglang_cachedit_plugin.settings import CacheSettings
-from sglang_cachedit_plugin.stats import TransformerStats
+from sglang_cachedit_plugin.cache.mount import CachedTransformer, preset_mask
+from sglang_cachedit_plugin.cache.runtime import Groups, Identity, TransformerSpec
+from sglang_cachedit_plugin.cache.step_plan import build_plan
+from sglang_cachedit_plugin.config.settings import CacheSettings
+from sglang_cachedit_plugin.report.stats import TransformerStats
 
 DIM, TOKENS = 8, 5
 
@@ -75,10 +75,10 @@ class TwoListsDiT(nn.Module):
 
 
 ROWS = {
-    "TinyDiT": adapters.AdapterRow(
+    "TinyDiT": adapters.ModelAdapter(
         family="tiny", blocks=(adapters.Blocks(name="transformer_blocks", pattern=3),)
     ),
-    "TwoListsDiT": adapters.AdapterRow(
+    "TwoListsDiT": adapters.ModelAdapter(
         family="tiny",
         blocks=(
             adapters.Blocks(name="transformer_blocks", pattern=3), adapters.Blocks(name="single_blocks", pattern=3)

@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_cachedit_plugin import defaults, startup
-from sglang_cachedit_plugin.config_file import MAX_FILE_BYTES, load_file
-from sglang_cachedit_plugin.defaults import Defaults
+from sglang_cachedit_plugin.config import effective
+from sglang_cachedit_plugin.config.config_file import MAX_FILE_BYTES, load_file
+from sglang_cachedit_plugin.config.effective import Defaults
+from sglang_cachedit_plugin.config.sources import MAX_NAME, read_file
 from sglang_cachedit_plugin.errors import SettingError
-from sglang_cachedit_plugin.sources import MAX_NAME, read_file
+from sglang_cachedit_plugin.integration import startup
 
 GOOD = "cache_config: {max_warmup_steps: 2}\n"
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -84,17 +85,17 @@ CONTENTS: dict[str, tuple[str | bytes, str]] = {
 @pytest.fixture(autouse=True)
 def known(monkeypatch):
     """The settings in force before; they must stay the ones in force."""
-    monkeypatch.setattr(defaults, "_current", Defaults(file=read_file({"cache_config": {"max_warmup_steps": 7}})))
-    return defaults.current()
+    monkeypatch.setattr(effective, "_current", Defaults(file=read_file({"cache_config": {"max_warmup_steps": 7}})))
+    return effective.current()
 
 
 def refused(path: str, capsys) -> str:
     """The one line of a start with this file; it must end with status 2 and change nothing."""
-    before = defaults.current()
+    before = effective.current()
     with pytest.raises(SystemExit) as left:
         startup.before_launch(SimpleNamespace(cache_dit_config=path, backend="sglang"))
     assert left.value.code == 2
-    assert defaults.current() is before
+    assert effective.current() is before
     error = capsys.readouterr().err
     assert error.startswith("cache-dit: error: ") and error.endswith("\n")
     line = error[:-1]
@@ -187,8 +188,8 @@ def test_the_mark_that_editors_put_first_does_no_harm(suffix, tmp_path):
 def test_a_name_that_is_not_utf_8_does_not_spoil_the_answers(tmp_path):
     path = tmp_path / "a\udcff.yaml"
     path.write_text(GOOD)
-    defaults.install(Defaults(file=read_file(str(path))))
-    assert json.dumps(defaults.current().describe(), ensure_ascii=False).encode()
+    effective.install(Defaults(file=read_file(str(path))))
+    assert json.dumps(effective.current().describe(), ensure_ascii=False).encode()
 
 
 def test_names_of_other_languages_are_names():

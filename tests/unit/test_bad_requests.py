@@ -9,13 +9,13 @@ from fastapi import HTTPException
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sglang_cachedit_plugin import defaults, host, startup
-from sglang_cachedit_plugin.overrides import MAX_BYTES
+from sglang_cachedit_plugin.config import effective
+from sglang_cachedit_plugin.config.overrides import MAX_BYTES
+from sglang_cachedit_plugin.config.settings import ALIASES, KNOBS
+from sglang_cachedit_plugin.config.sources import PREFIX, SECONDARY_VARIABLES, VARIABLES
+from sglang_cachedit_plugin.integration import sglang_api, startup
 from sglang_cachedit_plugin.serving import requests
-from sglang_cachedit_plugin.settings import ALIASES, KNOBS
-from sglang_cachedit_plugin.sources import PREFIX, SECONDARY_VARIABLES, VARIABLES
-
-from .test_control import ADDRESS, client, replicas, start_up
+from tests.unit.test_control import ADDRESS, client, replicas, start_up
 
 __all__ = ["replicas", "start_up"]
 
@@ -69,7 +69,7 @@ def _sent(content: bytes, state, replicas) -> int:
         assert answer.status_code in (400, 413)
         assert one_line(answer.json()["detail"])
     assert state() == before
-    assert {own.fingerprint() for own in replicas.own} == {defaults.current().fingerprint()}
+    assert {own.fingerprint() for own in replicas.own} == {effective.current().fingerprint()}
     return answer.status_code
 
 
@@ -96,13 +96,13 @@ def test_what_must_be_refused(content, state, replicas):
 @settings(IN_CI, max_examples=300)
 @given(enable=JSON | st.none(), params=BODIES)
 def test_any_request_is_taken_or_answered_with_400(enable, params):
-    before = defaults.current()
+    before = effective.current()
     refusal = None
     try:
         requests.check("id", enable_cache_dit=enable, cache_dit_params=params)
     except HTTPException as error:
         refusal = error
-    assert defaults.current() is before
+    assert effective.current() is before
     if refusal is not None:
         assert refusal.status_code == 400 and one_line(refusal.detail)
 
@@ -115,9 +115,9 @@ VALUES = st.text(max_size=12) | TEXTS | st.sampled_from(["true", "0", "-4", "1e9
 @settings(IN_CI, max_examples=400)
 @given(environment=st.dictionaries(NAMES, VALUES, min_size=1, max_size=4))
 def test_any_environment_is_taken_or_ends_the_start_in_one_line(environment, monkeypatch, capsys):
-    before = defaults.current()
+    before = effective.current()
     monkeypatch.setattr(startup, "read_environment", lambda **given: _read(environment, **given))
-    monkeypatch.setattr(host, "known_variables", lambda: ())
+    monkeypatch.setattr(sglang_api, "known_variables", lambda: ())
     status = 0
     try:
         startup.read_settings()
@@ -126,13 +126,13 @@ def test_any_environment_is_taken_or_ends_the_start_in_one_line(environment, mon
     if status:
         line = capsys.readouterr().err.removesuffix("\n")
         assert status == 2 and line.startswith("cache-dit: error: ") and one_line(line)
-        assert defaults.current() is before
+        assert effective.current() is before
         return
-    assert json.dumps(defaults.current().describe(), ensure_ascii=False).encode()
-    defaults.install(before)
+    assert json.dumps(effective.current().describe(), ensure_ascii=False).encode()
+    effective.install(before)
 
 
 def _read(environment, host_variables):
-    from sglang_cachedit_plugin.sources import read_environment
+    from sglang_cachedit_plugin.config.sources import read_environment
 
     return read_environment(environment, host_variables)

@@ -14,8 +14,8 @@ from sglang_cachedit_plugin.bench.command import prepare
 from sglang_cachedit_plugin.bench.hosts import HostError
 from sglang_cachedit_plugin.bench.run import Work, requests_of, run
 from sglang_cachedit_plugin.bench.variants import Variant, changed, parse_settings, plan
+from sglang_cachedit_plugin.config.settings import CacheSettings
 from sglang_cachedit_plugin.errors import SettingError
-from sglang_cachedit_plugin.settings import CacheSettings
 
 STEPS = 10
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 from prometheus_client import REGISTRY
 
-from sglang_cachedit_plugin import denoising, metrics
-from sglang_cachedit_plugin.defaults import Defaults
-from sglang_cachedit_plugin.overrides import read_overrides
+from sglang_cachedit_plugin.config.effective import Defaults
+from sglang_cachedit_plugin.config.overrides import read_overrides
+from sglang_cachedit_plugin.integration import native
+from sglang_cachedit_plugin.report import metrics
+from sglang_cachedit_plugin.report.stats import RequestStats, TransformerStats
 from sglang_cachedit_plugin.serving import answers
 from sglang_cachedit_plugin.serving.history import LENGTH, History
-from sglang_cachedit_plugin.stats import RequestStats, TransformerStats
 
 REPORT = {"enabled": True, "computed_steps": 1, "cached_steps": 1, "config": {"a": 1}}
 
@@ -105,10 +106,10 @@ def test_a_request_that_fails_at_its_end_too_leaves_nothing_open(monkeypatch):
             raise RuntimeError(self.name)
 
     def original(stage, batch, server_args):
-        denoising._open.extend((stage, Session(name)) for name in ("outer", "inner"))
+        native._open.extend((stage, Session(name)) for name in ("outer", "inner"))
         raise ValueError("the request's own")
 
     with pytest.raises(RuntimeError):
-        denoising.run_stage(original, Stage(), SimpleNamespace(), None)
+        native.run_stage(original, Stage(), SimpleNamespace(), None)
     assert closed == [("inner", "cpu"), ("outer", "cpu")]
-    assert denoising._open == [] == denoising._running
+    assert native._open == [] == native._running

@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from sglang_cachedit_plugin import cli, client, table
+from sglang_cachedit_plugin import cli, client
+from sglang_cachedit_plugin.report import table
 
 
 def report(**changes):

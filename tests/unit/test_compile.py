@@ -10,13 +10,13 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from torch._dynamo.utils import counters
 
 from sglang_cachedit_plugin.cache.denoising_steps import DenoisingSteps
+from sglang_cachedit_plugin.cache.mount import ModelBackend, preset_mask
+from sglang_cachedit_plugin.cache.runtime import Groups, Identity, RequestSpec, Runtime, TransformerSpec
 from sglang_cachedit_plugin.cache.solvers import Solver
-from sglang_cachedit_plugin.mount import ModelBackend, preset_mask
-from sglang_cachedit_plugin.rehearsal import Rehearsal
-from sglang_cachedit_plugin.runtime import Groups, Identity, RequestSpec, Runtime, TransformerSpec
-from sglang_cachedit_plugin.schedule import StepPlan, build_plan
-from sglang_cachedit_plugin.settings import CacheSettings
-from sglang_cachedit_plugin.stats import RequestStats
+from sglang_cachedit_plugin.cache.step_plan import StepPlan, build_plan
+from sglang_cachedit_plugin.cache.warmup import Rehearsal
+from sglang_cachedit_plugin.config.settings import CacheSettings
+from sglang_cachedit_plugin.report.stats import RequestStats
 
 STEPS = 8
 REQUESTS = [

@@ -7,11 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sglang_cachedit_plugin.cache.runtime import Identity
 from sglang_cachedit_plugin.errors import MountError
-from sglang_cachedit_plugin.runtime import Identity
-from sglang_cachedit_plugin.stats import BranchStats
-
-from .blocks import Rig, TinyDiT, TwoListsDiT, known_classes, sample
+from sglang_cachedit_plugin.report.stats import BranchStats
+from tests.unit.blocks import Rig, TinyDiT, TwoListsDiT, known_classes, sample
 
 BRANCHES = ("cond", "uncond", "perturbed")
 STEPS = 8

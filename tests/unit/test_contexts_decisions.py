@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sglang_cachedit_plugin.mount import ModelBackend, preset_mask
-from sglang_cachedit_plugin.runtime import RequestSpec, TransformerSpec
-from sglang_cachedit_plugin.schedule import build_plan
-from sglang_cachedit_plugin.settings import CacheSettings
-from sglang_cachedit_plugin.stats import BranchStats, RequestStats
-
-from .blocks import Block, Linear, Rig, TinyDiT, TwoListsDiT, known_classes, sample
+from sglang_cachedit_plugin.cache.mount import ModelBackend, preset_mask
+from sglang_cachedit_plugin.cache.runtime import RequestSpec, TransformerSpec
+from sglang_cachedit_plugin.cache.step_plan import build_plan
+from sglang_cachedit_plugin.config.settings import CacheSettings
+from sglang_cachedit_plugin.report.stats import BranchStats, RequestStats
+from tests.unit.blocks import Block, Linear, Rig, TinyDiT, TwoListsDiT, known_classes, sample
 
 ALWAYS = {"residual_diff_threshold": 1.0}
 
@@ -241,7 +240,7 @@ def test_one_transformer_that_cannot_be_mounted_unmounts_the_other():
 
 
 def test_the_bytes_held_are_those_of_two_hidden_states():
-    from sglang_cachedit_plugin.runtime import Identity
+    from sglang_cachedit_plugin.cache.runtime import Identity
 
     modules = {"transformer": TinyDiT()}
     backend = backend_with(modules)
@@ -258,7 +257,7 @@ def test_the_bytes_held_are_those_of_two_hidden_states():
 
 
 def test_what_a_calibrator_or_an_output_forecast_holds_is_counted_too():
-    from sglang_cachedit_plugin.runtime import Identity
+    from sglang_cachedit_plugin.cache.runtime import Identity
 
     held = {}
     for name, knobs in {

@@ -10,12 +10,13 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from sglang_cachedit_plugin import defaults, host
-from sglang_cachedit_plugin.defaults import Defaults
-from sglang_cachedit_plugin.overrides import MAX_BYTES, read_overrides
+from sglang_cachedit_plugin.config import effective
+from sglang_cachedit_plugin.config.effective import Defaults
+from sglang_cachedit_plugin.config.overrides import MAX_BYTES, read_overrides
+from sglang_cachedit_plugin.config.settings import KNOBS
+from sglang_cachedit_plugin.config.sources import CONTROL_KEY_VARIABLE, read_file
+from sglang_cachedit_plugin.integration import sglang_api
 from sglang_cachedit_plugin.serving import channel, control
-from sglang_cachedit_plugin.settings import KNOBS
-from sglang_cachedit_plugin.sources import CONTROL_KEY_VARIABLE, read_file
 
 ADDRESS = "/v1/cache_dit"
 SERVER_ARGS = SimpleNamespace(cache_dit_config=None, backend="sglang")
@@ -25,7 +26,7 @@ class Replicas:
     """Workers of the test: each holds settings of its own; ``broken`` ones do not answer."""
 
     def __init__(self, count: int):
-        self.own = [Defaults(file=defaults.current().file) for _ in range(count)]
+        self.own = [Defaults(file=effective.current().file) for _ in range(count)]
         self.broken: set[int] = set()
         self.messages: list[dict] = []
         self.wait: asyncio.Event | None = None
@@ -39,13 +40,13 @@ class Replicas:
     def _answer(self, number: int, text: str):
         if number in self.broken:
             return TimeoutError("Scheduler did not respond in time.")
-        http = defaults.current()
-        defaults.install(self.own[number])
+        http = effective.current()
+        effective.install(self.own[number])
         try:
             return channel.handle(SERVER_ARGS, text)
         finally:
-            self.own[number] = defaults.current()
-            defaults.install(http)
+            self.own[number] = effective.current()
+            effective.install(http)
 
 
 class Unordered(Replicas):
@@ -68,9 +69,9 @@ class Unordered(Replicas):
 @pytest.fixture(autouse=True)
 def start_up(monkeypatch):
     monkeypatch.delenv(CONTROL_KEY_VARIABLE, raising=False)
-    monkeypatch.setattr(defaults, "_current", Defaults(file=read_file({"cache_config": {"max_warmup_steps": 3}})))
-    monkeypatch.setattr(host, "answer", lambda output, error=None: SimpleNamespace(output=output, error=error))
-    monkeypatch.setattr(host, "gather_replica", lambda value: [value])
+    monkeypatch.setattr(effective, "_current", Defaults(file=read_file({"cache_config": {"max_warmup_steps": 3}})))
+    monkeypatch.setattr(sglang_api, "answer", lambda output, error=None: SimpleNamespace(output=output, error=error))
+    monkeypatch.setattr(sglang_api, "gather_replica", lambda value: [value])
     monkeypatch.setattr(control, "workers", control.Workers())
     monkeypatch.setattr(control, "totals", control.Totals())
     monkeypatch.setattr(control, "PATIENCE_S", 0.2)
@@ -79,7 +80,7 @@ def start_up(monkeypatch):
 @pytest.fixture
 def replicas(monkeypatch):
     made = Replicas(2)
-    monkeypatch.setattr(host, "tell_replicas", made.tell)
+    monkeypatch.setattr(sglang_api, "tell_replicas", made.tell)
     return made
 
 
@@ -102,7 +103,7 @@ def test_a_change_reaches_every_replica_and_delete_takes_it_back(replicas):
     assert [own.decide(None, None).enabled for own in replicas.own] == [False, False]
     again = client().delete(ADDRESS).json()
     assert {k: v for k, v in again.items() if k != "workers"} == {k: v for k, v in start.items() if k != "workers"}
-    assert {own.fingerprint() for own in replicas.own} == {defaults.current().fingerprint()}
+    assert {own.fingerprint() for own in replicas.own} == {effective.current().fingerprint()}
 
 
 def test_a_change_replaces_the_one_before(replicas):
@@ -114,12 +115,12 @@ def test_a_change_replaces_the_one_before(replicas):
 
 def test_where_a_replica_fails_all_keep_the_old_settings(replicas):
     client().put(ADDRESS, json={"max_warmup_steps": 6})
-    before = defaults.current().fingerprint()
+    before = effective.current().fingerprint()
     replicas.broken = {1}
     answer = client().put(ADDRESS, json={"max_warmup_steps": 9})
     assert answer.status_code == 503
     assert "replica 1" in answer.json()["detail"]
-    assert {own.fingerprint() for own in replicas.own} == {before} == {defaults.current().fingerprint()}
+    assert {own.fingerprint() for own in replicas.own} == {before} == {effective.current().fingerprint()}
     assert [message["settings"] for message in replicas.messages[-2:]] == [
         {"max_warmup_steps": 9}, {"max_warmup_steps": 6},
     ]
@@ -128,11 +129,11 @@ def test_where_a_replica_fails_all_keep_the_old_settings(replicas):
 def test_a_worker_that_refuses_is_all_workers_refusing(replicas):
     # The worker's file knows no profile of that name: its file was changed after the start.
     monkey = Defaults(file=read_file({"profiles": {"draft": {}}}))
-    defaults.install(monkey)
+    effective.install(monkey)
     answer = client().put(ADDRESS, json={"profile": "draft"})
     assert answer.status_code == 503
     assert "profile = 'draft'" in answer.json()["detail"]
-    assert defaults.current().overrides.given is None
+    assert effective.current().overrides.given is None
 
 
 @pytest.mark.parametrize(
@@ -146,12 +147,12 @@ def test_a_worker_that_refuses_is_all_workers_refusing(replicas):
     ],
 )
 def test_a_bad_change_is_refused_whole_and_no_worker_hears_of_it(replicas, body, status, part):
-    before = defaults.current()
+    before = effective.current()
     answer = client().put(ADDRESS, content=body)
     assert answer.status_code == status
     assert part in answer.json()["detail"]
     assert len(answer.json()["detail"].splitlines()) == 1
-    assert replicas.messages == [] and defaults.current() is before
+    assert replicas.messages == [] and effective.current() is before
 
 
 def test_the_largest_body_is_taken(replicas):
@@ -171,7 +172,7 @@ def test_get_does_not_wait_for_a_busy_worker(replicas):
 @pytest.mark.parametrize("late", [0.0, 0.15], ids=["arrives before", "arrives after"])
 def test_what_workers_said_before_a_change_is_not_shown_after_it(monkeypatch, late):
     made = Unordered(2, late)
-    monkeypatch.setattr(host, "tell_replicas", made.tell)
+    monkeypatch.setattr(sglang_api, "tell_replicas", made.tell)
 
     async def both():
         await asyncio.gather(control._install(read_overrides({"max_warmup_steps": 6})), control.workers.ask())
@@ -286,15 +287,15 @@ def test_a_message_of_another_kind_goes_its_own_way():
     "text", ["{", "[]", '{"do": "set"}', '{"do": "set", "number": 1}', '{"do": "set", "settings": 3, "number": 1}']
 )
 def test_a_message_that_makes_no_sense_changes_nothing(text):
-    before = defaults.current()
+    before = effective.current()
     answer = channel.handle(SERVER_ARGS, text)
     assert answer.output is None and answer.error
-    assert defaults.current() is before
+    assert effective.current() is before
 
 
 def test_one_rank_that_refuses_stops_all_of_its_replica(monkeypatch):
-    monkeypatch.setattr(host, "gather_replica", lambda value: [value, "rank 1: no"])
-    before = defaults.current()
+    monkeypatch.setattr(sglang_api, "gather_replica", lambda value: [value, "rank 1: no"])
+    before = effective.current()
     answer = channel.handle(SERVER_ARGS, '{"do": "set", "settings": {"max_warmup_steps": 6}, "number": 1}')
     assert answer.error == "rank 1: no"
-    assert defaults.current() is before
+    assert effective.current() is before

@@ -122,14 +122,14 @@ def test_what_the_prompt_names_moves_where_it_says(video_pipeline, direction, ax
 
 
 def test_packing_inverts():
-    from sglang_cachedit_plugin.demo.model import pack, unpack
+    from tools.demo_models.model import pack, unpack
 
     latents = torch.randn(2, 16, 16, 16)
     assert torch.equal(unpack(pack(latents)), latents)
 
 
 def test_corner_placement_moves_by_whole_image_tokens():
-    from sglang_cachedit_plugin.demo.placements import corners, place
+    from tools.demo_models.placements import corners, place
 
     picture = -torch.ones(1, 3, 128, 128)
     inked = place(picture, corners()[:1])[0, 0] < 0

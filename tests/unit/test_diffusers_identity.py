@@ -10,9 +10,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
-from sglang_cachedit_plugin.defaults import Defaults
-from sglang_cachedit_plugin.diffusers_backend import PipelineCache
-from sglang_cachedit_plugin.session import Session
+from sglang_cachedit_plugin.config.effective import Defaults
+from sglang_cachedit_plugin.integration.diffusers import PipelineCache
+from sglang_cachedit_plugin.integration.session import Session
 
 STEPS = 6
 MASK = [1, 1, 0, 1, 0, 1]

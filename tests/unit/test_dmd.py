@@ -6,8 +6,8 @@ from cache_dit.caching.cache_contexts.calibrators.dmd import DMDState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_cachedit_plugin import dmd
-from sglang_cachedit_plugin.dmd import DMDForecaster, gram
+from sglang_cachedit_plugin.cache import dmd
+from sglang_cachedit_plugin.cache.dmd import DMDForecaster, gram
 
 ROOTS = {
     "damped": [0.9, 0.7],
@@ -109,7 +109,7 @@ def test_holds_the_values_and_nothing_else():
     ours, _ = fill(values, spacing=1)
     ours.predict(9, 0.0)
     assert ours.held_bytes() == 6 * values[0].numel() * 4
-    ours.make_room()
+    ours.evict_oldest()
     assert ours.held_bytes() == 5 * values[0].numel() * 4
 
 
@@ -131,7 +131,7 @@ def test_room_made_before_every_value_costs_nothing_but_the_oldest():
         plain, roomy = DMDForecaster(6), DMDForecaster(6)
         for step, value in enumerate(values[:count]):
             plain.update(step, -float(step), value)
-            roomy.make_room()
+            roomy.evict_oldest()
             roomy.update(step, -float(step), value)
         assert roomy.held_bytes() == plain.held_bytes()
         torch.testing.assert_close(roomy.predict(count, -float(count)), plain.predict(count, -float(count)))

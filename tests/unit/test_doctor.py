@@ -9,7 +9,9 @@ import sys
 
 import pytest
 
-from sglang_cachedit_plugin import cli, doctor, hooks, host_names
+from sglang_cachedit_plugin import cli, hooks
+from sglang_cachedit_plugin.doctor import report
+from sglang_cachedit_plugin.integration import host_contract
 
 
 @pytest.fixture(autouse=True)
@@ -26,8 +28,8 @@ def run(capsys, *arguments: str) -> tuple[int, dict]:
 def test_an_installation_in_order(capsys):
     status, found = run(capsys)
     assert (status, found["ok"], found["problems"]) == (0, True, [])
-    assert [seam["target"] for seam in found["seams"]] == [seam.target for seam in hooks.SEAMS]
-    assert all(seam["found"] for seam in found["seams"])
+    assert [point["target"] for point in found["hook_points"]] == [point.target for point in hooks.HOOK_POINTS]
+    assert all(point["found"] for point in found["hook_points"])
     assert found["versions"]["sglang"] and found["versions"]["cache-dit"] and found["versions"]["torch"]
     assert found["settings"]["enabled"] == {"value": False, "origin": "default"}
 
@@ -67,13 +69,13 @@ def test_a_host_that_differs_is_status_1(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(hooks, "host_root", lambda: tmp_path)
     status, found = run(capsys)
     assert status == 1
-    assert not any(seam["found"] for seam in found["seams"])
-    assert len(found["problems"]) == len(hooks.SEAMS) + len(host_names.NAMES)
+    assert not any(point["found"] for point in found["hook_points"])
+    assert len(found["problems"]) == len(hooks.HOOK_POINTS) + len(host_contract.NAMES)
 
 
 def test_what_is_not_installed_is_said(capsys, monkeypatch):
-    monkeypatch.setattr(doctor.host, "version", lambda name: None)
-    monkeypatch.setattr(doctor.metadata, "entry_points", lambda **_: ())
+    monkeypatch.setattr(report.sglang_api, "version", lambda name: None)
+    monkeypatch.setattr(report.metadata, "entry_points", lambda **_: ())
     status, found = run(capsys)
     assert status == 1
     assert "cache-dit is not installed" in found["problems"]
@@ -89,7 +91,7 @@ def test_an_allow_list_without_the_plugin_is_a_problem(capsys, monkeypatch):
 
 
 def test_an_untried_host_is_a_warning(capsys, monkeypatch):
-    monkeypatch.setattr(doctor.host, "version", lambda name: "0.5.99")
+    monkeypatch.setattr(report.sglang_api, "version", lambda name: "0.5.99")
     status, found = run(capsys)
     assert status == 0 and "sglang 0.5.99 was not tried" in found["warnings"][0]
 

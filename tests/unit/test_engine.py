@@ -12,14 +12,14 @@ from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from cache_dit.distributed.core._hooks import HookRegistry, ModelHook
 from torch import nn
 
-from sglang_cachedit_plugin import diffusers_backend, engine
+from sglang_cachedit_plugin.cache.mount import CachedTransformer
+from sglang_cachedit_plugin.cache.runtime import Identity, TransformerSpec
+from sglang_cachedit_plugin.cache.sequence_parallel import first_residual
+from sglang_cachedit_plugin.cache.step_plan import build_plan
+from sglang_cachedit_plugin.config.settings import CacheSettings
 from sglang_cachedit_plugin.errors import CacheDitError
-from sglang_cachedit_plugin.mount import CachedTransformer
-from sglang_cachedit_plugin.runtime import Identity, TransformerSpec
-from sglang_cachedit_plugin.schedule import build_plan
-from sglang_cachedit_plugin.settings import CacheSettings
-from sglang_cachedit_plugin.sharding import first_residual
-from sglang_cachedit_plugin.stats import TransformerStats
+from sglang_cachedit_plugin.integration import cache_dit_sections, diffusers
+from sglang_cachedit_plugin.report.stats import TransformerStats
 from tests.unit.blocks import DIM, Rig, TinyDiT, known_classes, sample
 from tests.unit.test_mount import chroma, inputs
 
@@ -150,9 +150,9 @@ def test_hooks_survive_offload_hooks_that_come_and_go_with_each_request(monkeypa
     add_hook_to_module(model, OffloadHook())
     pipe = SimpleNamespace(components={"transformer": model}, device="cpu", transformer=model)
     counting = CountingHook()
-    monkeypatch.setattr(engine.cache_dit, "load_configs", lambda sections: {})
-    monkeypatch.setattr(engine.cache_dit, "enable_cache", lambda pipe: hook(pipe.transformer, counting))
-    engine.apply(pipe, {"parallelism_config": {}})
+    monkeypatch.setattr(cache_dit_sections.cache_dit, "load_configs", lambda sections: {})
+    monkeypatch.setattr(cache_dit_sections.cache_dit, "enable_cache", lambda pipe: hook(pipe.transformer, counting))
+    cache_dit_sections.apply(pipe, {"parallelism_config": {}})
     for request in range(1, 4):
         model(sample("cond", 0))
         assert counting.calls == request
@@ -164,9 +164,9 @@ def test_what_cache_dit_cannot_do_with_a_model_is_one_error(monkeypatch):
     def fail(sections):
         raise AssertionError("heads 3 do not divide by 2")
 
-    monkeypatch.setattr(engine.cache_dit, "load_configs", fail)
+    monkeypatch.setattr(cache_dit_sections.cache_dit, "load_configs", fail)
     with pytest.raises(CacheDitError, match="cannot take parallelism_config of the config file: heads 3 do not"):
-        engine.apply(SimpleNamespace(device="cpu"), {"parallelism_config": {}})
+        cache_dit_sections.apply(SimpleNamespace(device="cpu"), {"parallelism_config": {}})
     assert torch.accelerator.current_accelerator.__module__.startswith("torch"), "nothing of cache-dit's stays replaced"
 
 
@@ -178,12 +178,12 @@ def test_ranks_that_share_a_picture_draw_its_noise_on_the_cpu(monkeypatch, asked
     params = SimpleNamespace(enable_cache_dit=None, cache_dit_params=None)
     batch = SimpleNamespace(sampling_params=params, generator_device=asked, is_warmup=False)
     cache = SimpleNamespace(spread=spread, modules={})
-    monkeypatch.setattr(diffusers_backend, "_pipes", {None: cache})
-    monkeypatch.setattr(diffusers_backend, "publish", lambda *args, **kwargs: None)
-    monkeypatch.setattr(diffusers_backend, "_request", lambda *args: nullcontext())
-    monkeypatch.setattr(diffusers_backend.host, "logger", lambda: SimpleNamespace(info=print))
+    monkeypatch.setattr(diffusers, "_pipes", {None: cache})
+    monkeypatch.setattr(diffusers, "publish", lambda *args, **kwargs: None)
+    monkeypatch.setattr(diffusers, "_request", lambda *args: nullcontext())
+    monkeypatch.setattr(diffusers.sglang_api, "logger", lambda: SimpleNamespace(info=print))
     seen = []
-    diffusers_backend.execute(
+    diffusers.execute(
         lambda stage, batch, server_args: seen.append(batch.generator_device), SimpleNamespace(diffusers_pipe=None),
         batch, None,
     )

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_cachedit_plugin.forecast import Extrapolator, lagrange_weights
+from sglang_cachedit_plugin.cache.forecast import Extrapolator, lagrange_weights
 
 COEFFICIENTS = st.lists(st.floats(-4, 4), min_size=4, max_size=4)
 

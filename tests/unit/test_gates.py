@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sglang_cachedit_plugin import adapters
-from sglang_cachedit_plugin.adapters import AdapterRow, Blocks
+from sglang_cachedit_plugin.adapters import Blocks, ModelAdapter
 from sglang_cachedit_plugin.errors import MountError
 from tests.unit.blocks import DIM, Rig, sample
 
@@ -103,11 +103,11 @@ class Joined(nn.Module):
 
 
 ROWS = {
-    "Loop": AdapterRow(family="loop", blocks=(Blocks(name="blocks", streams=("x",)),)),
-    "Own": AdapterRow(family="own", blocks=(Blocks(name="blocks", streams=("x", "text")),)),
-    "Joined": AdapterRow(
+    "Loop": ModelAdapter(family="loop", blocks=(Blocks(name="blocks", streams=("x",)),)),
+    "Own": ModelAdapter(family="own", blocks=(Blocks(name="blocks", streams=("x", "text")),)),
+    "Joined": ModelAdapter(
         family="joined",
-        blocks=(Blocks(name="first", streams=("x",)), Blocks(name="second", streams=("x",), joins=True)),
+        blocks=(Blocks(name="first", streams=("x",)), Blocks(name="second", streams=("x",), shares_decision=True)),
     ),
 }
 
@@ -200,8 +200,8 @@ def test_a_loop_that_ends_before_the_middle_does_is_computed_and_says_so():
 
 
 def test_blocks_that_overwrite_their_input_need_copies(monkeypatch):
-    def cached(overwrites: bool) -> str | None:
-        row = AdapterRow(family="x", blocks=(Blocks(name="blocks", streams=("x",), overwrites=overwrites),))
+    def cached(in_place: bool) -> str | None:
+        row = ModelAdapter(family="x", blocks=(Blocks(name="blocks", streams=("x",), in_place=in_place),))
         monkeypatch.setitem(adapters.NATIVE, "Loop", row)
         rig = Gated(Loop(InPlace))
         fixed = rig.plain(at=0)
@@ -209,15 +209,15 @@ def test_blocks_that_overwrite_their_input_need_copies(monkeypatch):
         assert close(rig.outputs(at=0), fixed)
         return rig.mounted.problem()
 
-    assert cached(overwrites=True) is None
-    assert cached(overwrites=False) == "Loop: blocks: block 0 overwrites its input x"
+    assert cached(in_place=True) is None
+    assert cached(in_place=False) == "Loop: blocks: block 0 overwrites its input x"
 
 
 def test_a_stream_that_a_block_hands_on_unfinished_is_settled(monkeypatch):
     rig = Gated(Loop(Later)).begin(4, **STATIC)
     rig.outputs()
     assert "a block's states are tuple" in rig.mounted.problem()
-    row = AdapterRow(family="x", blocks=(Blocks(name="blocks", streams=("x",), settle="added"),))
+    row = ModelAdapter(family="x", blocks=(Blocks(name="blocks", streams=("x",), materialize="added"),))
     monkeypatch.setitem(adapters.NATIVE, "Loop", row)
     rig = Gated(Loop(Later))
     fixed = rig.plain(at=0)

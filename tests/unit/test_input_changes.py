@@ -15,14 +15,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from sglang_cachedit_plugin import adapters
-from sglang_cachedit_plugin.adapters import AdapterRow, Blocks
-from sglang_cachedit_plugin.inputs import differ, given
-from sglang_cachedit_plugin.mount import preset_mask
-from sglang_cachedit_plugin.runtime import Identity, TransformerSpec
-from sglang_cachedit_plugin.schedule import build_plan
-from sglang_cachedit_plugin.settings import CacheSettings
-
-from .blocks import DIM, Rig, TinyDiT, known_classes
+from sglang_cachedit_plugin.adapters import Blocks, ModelAdapter
+from sglang_cachedit_plugin.cache.inputs import differ, given
+from sglang_cachedit_plugin.cache.mount import preset_mask
+from sglang_cachedit_plugin.cache.runtime import Identity, TransformerSpec
+from sglang_cachedit_plugin.cache.step_plan import build_plan
+from sglang_cachedit_plugin.config.settings import CacheSettings
+from tests.unit.blocks import DIM, Rig, TinyDiT, known_classes
 
 STEPS = 8
 STATIC = {"steps_computation_mask": (1, 1, 0, 0, 0, 1, 0, 0), "steps_computation_policy": "static"}
@@ -50,10 +49,10 @@ class Gated(WithText):
 
 @pytest.fixture(scope="module", autouse=True)
 def _known() -> Iterator[None]:
-    adapters.NATIVE["Gated"] = AdapterRow(
+    adapters.NATIVE["Gated"] = ModelAdapter(
         family="gated", blocks=(Blocks(name="transformer_blocks", streams=("hidden_states",)),)
     )
-    adapters.NATIVE["WithText"] = AdapterRow(
+    adapters.NATIVE["WithText"] = ModelAdapter(
         family="listed", blocks=(Blocks(name="transformer_blocks", pattern=3),)
     )
     with known_classes():

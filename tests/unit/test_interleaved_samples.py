@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sglang_cachedit_plugin import adapters
-from sglang_cachedit_plugin.adapters import AdapterRow, Blocks
-from sglang_cachedit_plugin.stats import BranchStats
-
-from .blocks import DIM, TOKENS, Block, Rig
+from sglang_cachedit_plugin.adapters import Blocks, ModelAdapter
+from sglang_cachedit_plugin.report.stats import BranchStats
+from tests.unit.blocks import DIM, TOKENS, Block, Rig
 
 SIZE, STEPS = 5, 4
 
@@ -49,7 +48,7 @@ class Turns(nn.Module):
 
 @pytest.fixture(scope="module", autouse=True)
 def _known() -> Iterator[None]:
-    adapters.NATIVE["Turns"] = AdapterRow(family="turns", blocks=(Blocks(name="blocks", streams=("hidden_states",)),))
+    adapters.NATIVE["Turns"] = ModelAdapter(family="turns", blocks=(Blocks(name="blocks", streams=("hidden_states",)),))
     yield
     del adapters.NATIVE["Turns"]
 

@@ -8,13 +8,13 @@ import sys
 import pytest
 import torch
 
-from sglang_cachedit_plugin import kernels
+from sglang_cachedit_plugin.cache import kernels
 
 pytest.importorskip("triton", reason="wheels of torch for the CPU come without Triton")
 
 SCRIPT = """
 import json, torch
-from sglang_cachedit_plugin import kernels
+from sglang_cachedit_plugin.cache import kernels
 rows = []
 for size in (1, 4095, 4096, 5000, 528 * 4096 + 17):
     generator = torch.Generator().manual_seed(size)

@@ -8,15 +8,17 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
-from sglang_cachedit_plugin import defaults, denoising, plugin, startup
+from sglang_cachedit_plugin import hooks
 from sglang_cachedit_plugin.adapters import NATIVE
-from sglang_cachedit_plugin.defaults import Defaults
+from sglang_cachedit_plugin.config import effective
+from sglang_cachedit_plugin.config.effective import Defaults
 from sglang_cachedit_plugin.errors import MountError
+from sglang_cachedit_plugin.integration import native, startup
 
 
 @pytest.fixture(autouse=True)
 def new_process(monkeypatch):
-    monkeypatch.setattr(defaults, "_current", Defaults())
+    monkeypatch.setattr(effective, "_current", Defaults())
 
 
 def server_arguments(config) -> SimpleNamespace:
@@ -34,12 +36,12 @@ def launched(path) -> SimpleNamespace:
     made = arguments(path)
     startup.before_launch(made)
     made = pickle.loads(pickle.dumps(made))
-    defaults.install(Defaults())
+    effective.install(Defaults())
     return made
 
 
 def threshold() -> tuple[float, str]:
-    resolved = defaults.current().decide(None, None).resolved
+    resolved = effective.current().decide(None, None).resolved
     return resolved.primary.residual_diff_threshold, resolved.origins["residual_diff_threshold"]
 
 
@@ -68,7 +70,7 @@ def test_settings_given_as_a_mapping_are_handed_on_as_they_are():
     made = server_arguments({"cache_config": {"strict": True}})
     startup.before_launch(made)
     assert made.cache_dit_config == {"cache_config": {"strict": True}}
-    assert defaults.current().enabled
+    assert effective.current().enabled
 
 
 class Refused(nn.Module):
@@ -88,7 +90,7 @@ def worker(tmp_path, monkeypatch):
 
 def test_a_strict_file_stops_a_worker_whose_model_cannot_be_cached(worker):
     with pytest.raises(MountError, match="Refused"):
-        plugin.start_worker(lambda worker: None, worker)
+        hooks.start_worker(lambda worker: None, worker)
 
 
 def test_the_host_is_told_of_the_files_caching_while_it_makes_its_stages(worker):
@@ -96,7 +98,7 @@ def test_the_host_is_told_of_the_files_caching_while_it_makes_its_stages(worker)
 
     def load(worker):
         worker.pipeline.modules = {}
-        told.append(denoising.CacheDitDenoisingMixin._cache_dit_requested(SimpleNamespace()))
+        told.append(native.CacheDitDenoisingMixin._cache_dit_requested(SimpleNamespace()))
 
-    plugin.start_worker(load, worker)
+    hooks.start_worker(load, worker)
     assert told == [True]

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_cachedit_plugin.defaults import Defaults
+from sglang_cachedit_plugin.config.effective import Defaults
+from sglang_cachedit_plugin.config.overrides import read_overrides
+from sglang_cachedit_plugin.config.profiles import KNOBS_OF
+from sglang_cachedit_plugin.config.settings import DBCACHE_KNOBS, CacheSettings
+from sglang_cachedit_plugin.config.sources import FileConfig, read_environment, read_file, read_request, resolve
 from sglang_cachedit_plugin.errors import SettingError
-from sglang_cachedit_plugin.overrides import read_overrides
-from sglang_cachedit_plugin.profiles import KNOBS_OF
-from sglang_cachedit_plugin.settings import DBCACHE_KNOBS, CacheSettings
-from sglang_cachedit_plugin.sources import FileConfig, read_environment, read_file, read_request, resolve
 
 P = "SGLANG_CACHE_DIT_"
 BALANCED = KNOBS_OF["balanced"]["error_tolerance"]

@@ -8,12 +8,13 @@ import pytest
 from fastapi import HTTPException
 from prometheus_client import REGISTRY
 
-from sglang_cachedit_plugin import host, metrics
-from sglang_cachedit_plugin.defaults import Defaults
+from sglang_cachedit_plugin.config.effective import Defaults
 from sglang_cachedit_plugin.errors import RefusedError
+from sglang_cachedit_plugin.integration import sglang_api
+from sglang_cachedit_plugin.integration.session import Session, decide, publish
+from sglang_cachedit_plugin.report import metrics
+from sglang_cachedit_plugin.report.stats import RequestStats, TransformerStats
 from sglang_cachedit_plugin.serving import requests
-from sglang_cachedit_plugin.session import Session, decide, publish
-from sglang_cachedit_plugin.stats import RequestStats, TransformerStats
 
 
 def value(name: str, **labels: str) -> float:
@@ -40,8 +41,8 @@ def batch(**fields):
 @pytest.fixture
 def worker(monkeypatch):
     """A rank that speaks for its replica, with metrics on."""
-    monkeypatch.setattr(host, "publishes_metrics", lambda: True)
-    monkeypatch.setattr(host, "is_first_rank", lambda: False)
+    monkeypatch.setattr(sglang_api, "publishes_metrics", lambda: True)
+    monkeypatch.setattr(sglang_api, "is_first_rank", lambda: False)
 
 
 def steps(branch: str, kind: str) -> float:
@@ -126,7 +127,7 @@ def test_requests_of_the_hosts_own_are_neither_counted_nor_logged(worker, fields
 
 
 def test_only_the_rank_that_speaks_for_its_replica_counts(monkeypatch, worker):
-    monkeypatch.setattr(host, "publishes_metrics", lambda: False)
+    monkeypatch.setattr(sglang_api, "publishes_metrics", lambda: False)
     before = value(metrics.REQUESTS, outcome="cached")
     publish(batch(), stats(), print)
     assert value(metrics.REQUESTS, outcome="cached") == before

@@ -14,13 +14,13 @@ from diffusers import (
     WanTransformer3DModel,
 )
 
+from sglang_cachedit_plugin.cache.mount import CachedTransformer, preset_mask
+from sglang_cachedit_plugin.cache.runtime import Identity, TransformerSpec
+from sglang_cachedit_plugin.cache.step_plan import build_plan
+from sglang_cachedit_plugin.cache.swaps import find_blocks
+from sglang_cachedit_plugin.config.settings import CacheSettings
 from sglang_cachedit_plugin.errors import MountError
-from sglang_cachedit_plugin.mount import CachedTransformer, preset_mask
-from sglang_cachedit_plugin.runtime import Identity, TransformerSpec
-from sglang_cachedit_plugin.schedule import build_plan
-from sglang_cachedit_plugin.settings import CacheSettings
-from sglang_cachedit_plugin.stats import TransformerStats
-from sglang_cachedit_plugin.swaps import find_blocks
+from sglang_cachedit_plugin.report.stats import TransformerStats
 
 STEPS = 4
 
@@ -204,7 +204,7 @@ def test_a_mount_that_fails_late_leaves_the_original_forward(monkeypatch):
     def fails(chain, block):
         raise MountError("a block of another kind")
 
-    monkeypatch.setattr("sglang_cachedit_plugin.gates.Chain.gate", fails)
+    monkeypatch.setattr("sglang_cachedit_plugin.cache.block_hooks.Chain.gate", fails)
     with pytest.raises(MountError, match="a block of another kind"):
         CachedTransformer("transformer", model)
     assert "forward" not in model.__dict__

@@ -9,13 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_cachedit_plugin.contexts import Identity
-from sglang_cachedit_plugin.mount import CachedTransformer, preset_mask
-from sglang_cachedit_plugin.output_forecast import OutputHistory
-from sglang_cachedit_plugin.runtime import TransformerSpec
-from sglang_cachedit_plugin.schedule import StepPlan, build_plan
-from sglang_cachedit_plugin.settings import CacheSettings
-from sglang_cachedit_plugin.stats import TransformerStats
+from sglang_cachedit_plugin.cache.contexts import Identity
+from sglang_cachedit_plugin.cache.mount import CachedTransformer, preset_mask
+from sglang_cachedit_plugin.cache.output_forecast import OutputHistory
+from sglang_cachedit_plugin.cache.runtime import TransformerSpec
+from sglang_cachedit_plugin.cache.step_plan import StepPlan, build_plan
+from sglang_cachedit_plugin.config.settings import CacheSettings
+from sglang_cachedit_plugin.report.stats import TransformerStats
 from tests.unit.blocks import Rig, TinyDiT, known_classes
 
 MASK = (1, 1, 1, 0, 1, 0, 0, 1)

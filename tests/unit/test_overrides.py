@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_cachedit_plugin.defaults import Defaults
+from sglang_cachedit_plugin.config.effective import Defaults
+from sglang_cachedit_plugin.config.overrides import Overrides, parse, read_overrides
+from sglang_cachedit_plugin.config.profiles import BUILT_IN
+from sglang_cachedit_plugin.config.sources import read_environment, read_file
 from sglang_cachedit_plugin.errors import SettingError
-from sglang_cachedit_plugin.overrides import Overrides, parse, read_overrides
-from sglang_cachedit_plugin.profiles import BUILT_IN
-from sglang_cachedit_plugin.sources import read_environment, read_file
 
 FILE = read_file({
     "cache_config": {"max_warmup_steps": 3, "residual_diff_threshold": 0.5},

@@ -11,10 +11,9 @@ from cache_dit import BlockAdapter
 from cache_dit.caching.patch_functors import functor_base
 from torch import nn
 
-from sglang_cachedit_plugin import host_ranks
-from sglang_cachedit_plugin.parallel import ParallelLayout, tell_parallel
-
-from .blocks import Rig, TinyDiT, known_classes
+from sglang_cachedit_plugin.cache.parallel import ParallelLayout, tell_parallel
+from sglang_cachedit_plugin.integration import ranks
+from tests.unit.blocks import Rig, TinyDiT, known_classes
 
 
 def test_cache_dit_sees_a_parallel_transformer_and_nothing_of_it_reaches_enable_cache(monkeypatch):
@@ -61,4 +60,4 @@ def test_a_layout_builds_no_device_mesh(monkeypatch):
      ((1, 16, 90, 160), (2, 2), None), ((1, 16, 21, 90, 160), None, None), (None, (1, 2, 2), None)],
 )
 def test_tokens_of_the_latents(shape, patch_size, tokens):
-    assert host_ranks._tokens(SimpleNamespace(raw_latent_shape=shape), patch_size) == tokens
+    assert ranks._tokens(SimpleNamespace(raw_latent_shape=shape), patch_size) == tokens

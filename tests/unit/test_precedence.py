@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_cachedit_plugin.settings import CALIBRATOR_KNOBS, KNOBS, SCHEDULE_KNOBS, CacheSettings
-from sglang_cachedit_plugin.sources import Source, Value, read_environment, read_file, read_request, resolve
+from sglang_cachedit_plugin.config.settings import CALIBRATOR_KNOBS, KNOBS, SCHEDULE_KNOBS, CacheSettings
+from sglang_cachedit_plugin.config.sources import Source, Value, read_environment, read_file, read_request, resolve
 
 DEFAULTS = CacheSettings()
 ENV = "SGLANG_CACHE_DIT_"

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from sglang_cachedit_plugin import adapters
-from sglang_cachedit_plugin.adapters import AdapterRow, Blocks
-from sglang_cachedit_plugin.defaults import Defaults
+from sglang_cachedit_plugin.adapters import Blocks, ModelAdapter
+from sglang_cachedit_plugin.cache.mount import ModelBackend
+from sglang_cachedit_plugin.cache.mount_check import ChainProbe
+from sglang_cachedit_plugin.cache.runtime import Identity, Runtime
+from sglang_cachedit_plugin.config.effective import Defaults
 from sglang_cachedit_plugin.errors import MountError
-from sglang_cachedit_plugin.mount import ModelBackend
-from sglang_cachedit_plugin.probe import ChainProbe
-from sglang_cachedit_plugin.runtime import Identity, Runtime
-from sglang_cachedit_plugin.session import Session
+from sglang_cachedit_plugin.integration.session import Session
 
 STEPS, SIZE, DIM = 5, 4, 8
 
@@ -90,7 +90,7 @@ class Listed(nn.Module):
 class Served:
     """Requests to one model through a session."""
 
-    def __init__(self, model: nn.Module, row: AdapterRow, monkeypatch: pytest.MonkeyPatch):
+    def __init__(self, model: nn.Module, row: ModelAdapter, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setitem(adapters.NATIVE, type(model).__name__, row)
         self.model, self.step = model, 0
         self.plain = [self.forward(step) for step in range(STEPS)]
@@ -116,8 +116,8 @@ class Served:
         return all(torch.equal(*pair) for pair in zip(outputs, self.plain, strict=True))
 
 
-GATED = AdapterRow(family="test", blocks=(Blocks(name="blocks", streams=("hidden_states",)),))
-LISTED = AdapterRow(family="test", blocks=(Blocks(name="blocks", pattern=3),))
+GATED = ModelAdapter(family="test", blocks=(Blocks(name="blocks", streams=("hidden_states",)),))
+LISTED = ModelAdapter(family="test", blocks=(Blocks(name="blocks", pattern=3),))
 
 
 @pytest.mark.parametrize(("model", "row"), [(Probed, GATED), (Listed, LISTED)])
@@ -175,7 +175,7 @@ def test_strict_makes_it_an_error(model, row, monkeypatch):
 
 
 def test_a_row_that_says_so_may_overwrite(monkeypatch):
-    row = AdapterRow(family="test", blocks=(Blocks(name="blocks", streams=("hidden_states",), overwrites=True),))
+    row = ModelAdapter(family="test", blocks=(Blocks(name="blocks", streams=("hidden_states",), in_place=True),))
     served = Served(Probed(InPlace), row, monkeypatch)
     outputs, _ = served.request()
     assert served.report["reason"] is None

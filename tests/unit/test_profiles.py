@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from sglang_cachedit_plugin.defaults import Defaults
+from sglang_cachedit_plugin.config.effective import Defaults
+from sglang_cachedit_plugin.config.profiles import BUILT_IN, KNOBS_OF
+from sglang_cachedit_plugin.config.sources import read_environment, read_file
 from sglang_cachedit_plugin.errors import SettingError
-from sglang_cachedit_plugin.profiles import BUILT_IN, KNOBS_OF
-from sglang_cachedit_plugin.sources import read_environment, read_file
 
 TOLERANCES = {"quality": 0.003, "balanced": 0.01, "fast": 0.08}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sglang_cachedit_plugin import quality
+from sglang_cachedit_plugin.evaluation import quality
 
 
 @pytest.fixture

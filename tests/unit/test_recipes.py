@@ -13,10 +13,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sglang_cachedit_plugin import cli
-from sglang_cachedit_plugin.errors import SettingError
-from sglang_cachedit_plugin.preflight import Machine, fit
-from sglang_cachedit_plugin.schema import config_schema
-from sglang_cachedit_plugin.section_knobs import (
+from sglang_cachedit_plugin.config.json_schema import config_schema
+from sglang_cachedit_plugin.config.preflight import Machine, fit
+from sglang_cachedit_plugin.config.section_knobs import (
     ATTENTION_BACKENDS,
     PARALLELISM,
     QUANT_SPELLINGS,
@@ -24,8 +23,9 @@ from sglang_cachedit_plugin.section_knobs import (
     QUANTIZE,
     SPELLINGS,
 )
-from sglang_cachedit_plugin.settings import ALIASES, INERT_KNOBS, KNOBS
-from sglang_cachedit_plugin.sources import read_file
+from sglang_cachedit_plugin.config.settings import ALIASES, INERT_KNOBS, KNOBS
+from sglang_cachedit_plugin.config.sources import read_file
+from sglang_cachedit_plugin.errors import SettingError
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs").glob("*"))
@@ -79,7 +79,7 @@ def test_a_recipe(path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_doctor_checks_a_recipe_without_a_model(path, capsys, monkeypatch):
-    monkeypatch.setattr("sglang_cachedit_plugin.preflight.find_spec", lambda module: object())
+    monkeypatch.setattr("sglang_cachedit_plugin.config.preflight.find_spec", lambda module: object())
     arguments = ["doctor", "--config", str(path), "--num-gpus", str(ranks(path.read_text()))]
     assert cli.main(arguments) == 0, capsys.readouterr().out
     assert cli.main([*arguments, "--json"]) == 0

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sglang_cachedit_plugin import agreement
-from sglang_cachedit_plugin.dmd import DMDForecaster
+from sglang_cachedit_plugin.cache import rank_agreement
+from sglang_cachedit_plugin.cache.dmd import DMDForecaster
+from sglang_cachedit_plugin.cache.forecast import Extrapolator
+from sglang_cachedit_plugin.cache.runtime import Groups
+from sglang_cachedit_plugin.cache.warmup import Rehearsal
 from sglang_cachedit_plugin.errors import MountError
-from sglang_cachedit_plugin.forecast import Extrapolator
-from sglang_cachedit_plugin.rehearsal import Rehearsal
-from sglang_cachedit_plugin.runtime import Groups
 from tests.unit.blocks import Rig, known_classes, sample
 
 
@@ -80,7 +80,7 @@ def test_forecasts_have_the_history_that_they_ask_for(monkeypatch, calibrator, k
 
 def test_other_cfg_ranks_are_asked_what_they_found_and_nothing_else(monkeypatch):
     asked = []
-    monkeypatch.setattr(agreement, "problems", lambda own, group: asked.append((own, group)))
+    monkeypatch.setattr(rank_agreement, "problems", lambda own, group: asked.append((own, group)))
     # Any other exchange over this group raises.
     pair = object()
     rig = rehearsed(Rig().begin(1, groups=Groups(forward=None, pair=pair), lockstep=True))

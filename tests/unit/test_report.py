@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sglang_cachedit_plugin.drawing import Axis, overlaps, place
+from sglang_cachedit_plugin.evaluation.plots import Axis, overlaps, place
 from sglang_cachedit_plugin.tune import charts, report, sheet
-
-from .sample_results import HOSTILE, points, results
+from tests.unit.sample_results import HOSTILE, points, results
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_cachedit_plugin.resampling import choose, resample
-from sglang_cachedit_plugin.rows import Row
+from sglang_cachedit_plugin.config.resampling import choose, resample
+from sglang_cachedit_plugin.config.tuned_schedules import TunedSchedule
 
 MASKS = st.lists(st.integers(0, 1), min_size=1, max_size=60).map(lambda rest: (1, *rest))
 
@@ -45,11 +45,11 @@ def test_computed_steps_stay_at_their_timesteps():
 
 
 ROWS = [
-    Row(
+    TunedSchedule(
         steps=4, size=(64, 64), mask=(1, 1, 0, 0), weights=((1.0,), (1.0,)), timesteps=(9.0, 6.0, 3.0, 1.0), damping=0.5
     ),
-    Row(steps=4, size=(512, 512), mask=(1, 0, 1, 0)),
-    Row(steps=8, size=(64, 64), mask=(1, 1, 1, 1, 0, 0, 0, 0)),
+    TunedSchedule(steps=4, size=(512, 512), mask=(1, 0, 1, 0)),
+    TunedSchedule(steps=8, size=(64, 64), mask=(1, 1, 1, 1, 0, 0, 0, 0)),
 ]
 
 

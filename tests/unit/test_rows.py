@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import yaml
 
+from sglang_cachedit_plugin.config.sources import read_file, read_request, resolve
+from sglang_cachedit_plugin.config.tuned_schedules import read_rows
 from sglang_cachedit_plugin.errors import SettingError
-from sglang_cachedit_plugin.rows import read_rows
-from sglang_cachedit_plugin.sources import read_file, read_request, resolve
 
 ROW = {
     "steps": 4, "size": "128x64", "mask": "1010", "uncond_mask": "1000", "order": 2, "damping": 0.5,

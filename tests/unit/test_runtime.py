@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sglang_cachedit_plugin.cache.runtime import RequestSpec, Runtime, State, TransformerSpec
+from sglang_cachedit_plugin.cache.step_plan import StepPlan
+from sglang_cachedit_plugin.config.settings import CacheSettings
 from sglang_cachedit_plugin.errors import MountError
-from sglang_cachedit_plugin.runtime import RequestSpec, Runtime, State, TransformerSpec
-from sglang_cachedit_plugin.schedule import StepPlan
-from sglang_cachedit_plugin.settings import CacheSettings
 
 
 def spec(steps: int = 4) -> RequestSpec:

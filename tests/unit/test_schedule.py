@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_cachedit_plugin.mount import preset_mask
-from sglang_cachedit_plugin.schedule import MIN_SCHEDULE_STEPS, Action, StepPlan, bins_mask, build_plan
-from sglang_cachedit_plugin.settings import CacheSettings
+from sglang_cachedit_plugin.cache.mount import preset_mask
+from sglang_cachedit_plugin.cache.step_plan import MIN_SCHEDULE_STEPS, Action, StepPlan, bins_mask, build_plan
+from sglang_cachedit_plugin.config.settings import CacheSettings
 
 PRESETS = ("slow", "medium", "fast", "ultra")
 

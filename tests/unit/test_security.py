@@ -13,15 +13,15 @@ from fastapi.testclient import TestClient
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from sglang_cachedit_plugin import host, metrics, startup
+from sglang_cachedit_plugin.config.overrides import MAX_BYTES
+from sglang_cachedit_plugin.config.sources import CONTROL_KEY_VARIABLE, read_file
 from sglang_cachedit_plugin.errors import SettingError
-from sglang_cachedit_plugin.overrides import MAX_BYTES
-from sglang_cachedit_plugin.serving import control, generate, guard, page, refusals, requests
+from sglang_cachedit_plugin.integration import sglang_api, startup
+from sglang_cachedit_plugin.report import metrics
+from sglang_cachedit_plugin.report.stats import RequestStats, TransformerStats
+from sglang_cachedit_plugin.serving import auth, control, generate, page, requests, validation
 from sglang_cachedit_plugin.serving.generate_models import TEXTS, GenerateRequest
-from sglang_cachedit_plugin.sources import CONTROL_KEY_VARIABLE, read_file
-from sglang_cachedit_plugin.stats import RequestStats, TransformerStats
-
-from .test_control import ADDRESS, client, replicas, start_up
+from tests.unit.test_control import ADDRESS, client, replicas, start_up
 
 __all__ = ["replicas", "start_up"]
 
@@ -62,7 +62,7 @@ def endless(made: FastAPI, method: str, path: str, start: bytes, part: bytes) ->
 
 
 @pytest.mark.parametrize(("method", "path", "limit"), [
-    ("PUT", ADDRESS, MAX_BYTES), ("POST", "/generate", refusals.MAX_BYTES),
+    ("PUT", ADDRESS, MAX_BYTES), ("POST", "/generate", validation.MAX_BYTES),
 ])
 def test_a_body_without_end_is_read_up_to_the_limit(replicas, method, path, limit):
     status, detail, taken = endless(app(), method, path, b'{"prompt": "', b"a" * 4096)
@@ -72,7 +72,7 @@ def test_a_body_without_end_is_read_up_to_the_limit(replicas, method, path, limi
 
 
 def test_a_large_body_within_the_limit_arrives_whole():
-    made = APIRouter(route_class=refusals.OneLineRoute)
+    made = APIRouter(route_class=validation.OneLineRoute)
 
     @made.post("/echo")
     async def echo(body: dict[str, str]) -> int:
@@ -112,7 +112,7 @@ def test_keys_are_compared_in_constant_time(replicas, monkeypatch):
         return hmac.compare_digest(given, own)
 
     monkeypatch.setenv(CONTROL_KEY_VARIABLE, "secret")
-    monkeypatch.setattr(guard, "hmac", SimpleNamespace(compare_digest=compare))
+    monkeypatch.setattr(auth, "hmac", SimpleNamespace(compare_digest=compare))
     statuses = [
         client("10.0.0.9").put(ADDRESS, json={}, headers={"Authorization": f"{scheme} {key}"}).status_code
         for scheme, key in (("Bearer", "secreT"), ("Bearer", "s"), ("bearer", "secret"), ("Basic", "secret"))
@@ -152,12 +152,12 @@ def test_a_line_of_the_log_stays_one_line(replicas, monkeypatch, capsys):
     stats.transformers[FORGED] = TransformerStats(steps=1, notes=[FORGED])
     logged = []
     logger = SimpleNamespace(error=lambda text, *values: logged.append(text % values))
-    monkeypatch.setattr(host, "logger", lambda: logger)
+    monkeypatch.setattr(sglang_api, "logger", lambda: logger)
 
     async def tell(message):
         return [SimpleNamespace(output=None, error=FORGED)]
 
-    monkeypatch.setattr(host, "tell_replicas", tell)
+    monkeypatch.setattr(sglang_api, "tell_replicas", tell)
     answer = client().put(ADDRESS, json={})
     monkeypatch.setattr(startup, "ensure_file", lambda server_args, anew: (FORGED,))
     capsys.readouterr()  # what libraries log of the request is not asked about

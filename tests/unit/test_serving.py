@@ -8,11 +8,11 @@ import pytest
 from fastapi import FastAPI, HTTPException
 from fastapi.testclient import TestClient
 
-from sglang_cachedit_plugin import defaults
-from sglang_cachedit_plugin.defaults import Defaults
+from sglang_cachedit_plugin.config import effective
+from sglang_cachedit_plugin.config.effective import Defaults
+from sglang_cachedit_plugin.config.sources import read_file
 from sglang_cachedit_plugin.errors import RefusedError, SettingError
-from sglang_cachedit_plugin.serving import answers, control, refusals, requests
-from sglang_cachedit_plugin.sources import read_file
+from sglang_cachedit_plugin.serving import answers, control, requests, validation
 
 
 def report(enabled=True, computed=7, cached=5):
@@ -77,7 +77,7 @@ def test_a_bad_request_is_400_in_one_line(fields, parts):
 
 
 def test_a_good_request_passes_with_the_files_profiles(monkeypatch):
-    monkeypatch.setattr(defaults, "_current", Defaults(file=read_file({"profiles": {"draft": {}}})))
+    monkeypatch.setattr(effective, "_current", Defaults(file=read_file({"profiles": {"draft": {}}})))
     for name in ("draft", "fast"):
         assert requests.check("id", enable_cache_dit=True, cache_dit_params={"profile": name}) is None
     assert requests.check("id", enable_cache_dit=None, cache_dit_params=None) is None
@@ -92,7 +92,7 @@ def test_a_refusal_of_the_worker_is_400_and_any_other_error_stays():
         "else": NotImplementedError("a subclass"),
     }
     app = FastAPI()
-    app.add_exception_handler(RuntimeError, refusals.answer)
+    app.add_exception_handler(RuntimeError, validation.answer)
 
     @app.get("/{name}")
     def fail(name: str):

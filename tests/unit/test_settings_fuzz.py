@@ -9,12 +9,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sglang_cachedit_plugin.defaults import Defaults
-from sglang_cachedit_plugin.errors import SettingError, shown
-from sglang_cachedit_plugin.overrides import read_overrides
-from sglang_cachedit_plugin.rows import FIELDS
-from sglang_cachedit_plugin.settings import ALIASES, INERT_KNOBS, KNOBS, MAX_LENGTH, PRESETS, CacheSettings
-from sglang_cachedit_plugin.sources import (
+from sglang_cachedit_plugin.config.effective import Defaults
+from sglang_cachedit_plugin.config.overrides import read_overrides
+from sglang_cachedit_plugin.config.settings import ALIASES, INERT_KNOBS, KNOBS, MAX_LENGTH, PRESETS, CacheSettings
+from sglang_cachedit_plugin.config.sources import (
     BOOL,
     ENABLED_VARIABLE,
     SECONDARY_VARIABLES,
@@ -24,6 +22,8 @@ from sglang_cachedit_plugin.sources import (
     read_request,
     resolve,
 )
+from sglang_cachedit_plugin.config.tuned_schedules import FIELDS
+from sglang_cachedit_plugin.errors import SettingError, shown
 
 
 class _Text(str):

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_cachedit_plugin.similarity import residual_difference, residual_sums
+from sglang_cachedit_plugin.cache.similarity import residual_difference, residual_sums
 
 
 def plain(reference: torch.Tensor, current: torch.Tensor) -> float:

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from tests.soak.memory import slope
-from tests.soak.soak import verdict
+from benchmarks.soak.memory import slope
+from benchmarks.soak.soak import verdict
 
 GOOD = {"problems": [], "metrics_wrong": [], "answers": 10}
 

@@ -12,7 +12,7 @@ import yaml
 from packaging.requirements import Requirement
 
 import sglang_cachedit_plugin
-from sglang_cachedit_plugin.config_file import _UniqueKeyLoader
+from sglang_cachedit_plugin.config.config_file import _UniqueKeyLoader
 
 PACKAGE = Path(sglang_cachedit_plugin.__file__).parent
 CALLS = {
@@ -20,8 +20,8 @@ CALLS = {
     "yaml.unsafe_load", "yaml.unsafe_load_all", "subprocess.getoutput", "subprocess.getstatusoutput", "tempfile.mktemp",
 }
 MODULES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "ctypes", "runpy"}
-BY_NAME = {"hooks.py", "engine.py"}
-"""Files that import modules by name: the handlers of the table of seams, and parts of cache-dit, all written there."""
+BY_NAME = {"hooks.py", "integration/cache_dit_sections.py"}
+"""Files that import modules by name: the handlers of hook points, and parts of cache-dit, all written there."""
 LOADER = "_UniqueKeyLoader"
 """The one loader given to yaml.load."""
 FROM = CALLS | {"yaml.load", "importlib.import_module", "numpy.load"}

@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from sglang_cachedit_plugin import sources
-from sglang_cachedit_plugin.config_file import load_file
+from sglang_cachedit_plugin.config import sources
+from sglang_cachedit_plugin.config.config_file import load_file
+from sglang_cachedit_plugin.config.settings import KNOBS, CacheSettings
+from sglang_cachedit_plugin.config.sources import Source, read_environment, read_file, read_request, resolve
 from sglang_cachedit_plugin.errors import SettingError
-from sglang_cachedit_plugin.settings import KNOBS, CacheSettings
-from sglang_cachedit_plugin.sources import Source, read_environment, read_file, read_request, resolve
 
 ENV = "SGLANG_CACHE_DIT_"
 

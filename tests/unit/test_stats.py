@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_cachedit_plugin.stats import (
+from sglang_cachedit_plugin.report.stats import (
     BranchStats,
     CorrectorStats,
     ErrorStats,

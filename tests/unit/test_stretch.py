@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from sglang_cachedit_plugin.rows import Row
-from sglang_cachedit_plugin.stretch import Stretch
+from sglang_cachedit_plugin.cache.stretch import Stretch
+from sglang_cachedit_plugin.config.tuned_schedules import TunedSchedule
 
 PATH = tuple(1000.0 - 100.0 * step for step in range(10))
 
@@ -36,13 +36,13 @@ def test_a_mask_is_cut_to_the_run(run, mask, expected):
 
 
 def test_a_row_is_cut_with_all_that_belongs_to_its_steps():
-    row = Row(
+    row = TunedSchedule(
         steps=10, mask=(1, 1, 0, 1, 0, 1, 0, 1, 0, 0), uncond_mask=(1, 0, 1, 0, 1, 0, 1, 0, 1, 0), order=2,
         weights=((0.1,), (0.2,), (0.3,), (0.4, 0.6), (0.5, 0.5)), timesteps=PATH,
     )
     assert stretch().row(row) is row
     part = stretch(4).row(row)
-    assert part == Row(
+    assert part == TunedSchedule(
         steps=6, mask=(1, 1, 0, 1, 0, 0), uncond_mask=(1, 0, 1, 0, 1, 0), order=2, timesteps=PATH[4:],
         weights=((0.3,), (0.4, 0.6), (0.5, 0.5)),
     )

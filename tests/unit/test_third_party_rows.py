@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from sglang_cachedit_plugin import adapters, doctor
-from sglang_cachedit_plugin.adapters import third_party
+from sglang_cachedit_plugin import adapters
+from sglang_cachedit_plugin.adapters import entry_points
+from sglang_cachedit_plugin.cache.mount import CachedTransformer, preset_mask
+from sglang_cachedit_plugin.cache.runtime import Identity, TransformerSpec
+from sglang_cachedit_plugin.cache.step_plan import build_plan
+from sglang_cachedit_plugin.config.settings import CacheSettings
+from sglang_cachedit_plugin.doctor import report
 from sglang_cachedit_plugin.errors import MountError
-from sglang_cachedit_plugin.mount import CachedTransformer, preset_mask
-from sglang_cachedit_plugin.runtime import Identity, TransformerSpec
-from sglang_cachedit_plugin.schedule import build_plan
-from sglang_cachedit_plugin.settings import CacheSettings
-from sglang_cachedit_plugin.stats import TransformerStats
+from sglang_cachedit_plugin.report.stats import TransformerStats
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding-a-model.md"
 ROWS, MODEL = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.S)
@@ -33,31 +34,31 @@ class Site:
 
     def install(self, name: str, rows: str, point: tuple[str, str, str] | None = None) -> None:
         module = f"{name.replace('-', '_')}_rows"
-        group, key, value = point or (third_party.GROUP, name, f"{module}:ROWS")
+        group, key, value = point or (entry_points.GROUP, name, f"{module}:ROWS")
         (self.folder / f"{value.split(':')[0]}.py").write_text(rows)
         info = self.folder / f"{name.replace('-', '_')}-1.0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
         (info / "entry_points.txt").write_text(f"[{group}]\n{key} = {value}\n")
         self.modules.append(value.split(":")[0])
-        third_party.load.cache_clear()
+        entry_points.load.cache_clear()
 
 
 @pytest.fixture
 def site(tmp_path, monkeypatch):
     site = Site(tmp_path, monkeypatch)
-    third_party.load.cache_clear()
+    entry_points.load.cache_clear()
     yield site
     for module in site.modules:
         sys.modules.pop(module, None)
-    third_party.load.cache_clear()
+    entry_points.load.cache_clear()
 
 
 def row(family: str) -> str:
-    return f'AdapterRow(family="{family}", blocks=(Blocks(name="blocks", streams=("x",)),))'
+    return f'ModelAdapter(family="{family}", blocks=(Blocks(name="blocks", streams=("x",)),))'
 
 
-IMPORT = "from sglang_cachedit_plugin.adapters import AdapterRow, Blocks\n"
+IMPORT = "from sglang_cachedit_plugin.adapters import ModelAdapter, Blocks\n"
 
 
 def my_transformer() -> type:
@@ -113,24 +114,24 @@ def test_a_callable_gives_rows_and_a_name_with_its_module_outranks_the_bare_one(
         __module__, __qualname__ = "elsewhere", "Mine"
 
     Theirs.__name__ = "Mine"
-    assert adapters.find_row(Mine).family == "full"
-    assert adapters.find_row(Theirs).family == "bare"
+    assert adapters.find_adapter(Mine).family == "full"
+    assert adapters.find_adapter(Theirs).family == "bare"
 
 
 def test_a_row_from_outside_outranks_the_one_that_ships(site):
     class FluxTransformer2DModel:
         pass
 
-    before = adapters.find_row(FluxTransformer2DModel)
+    before = adapters.find_adapter(FluxTransformer2DModel)
     assert before is adapters.NATIVE["FluxTransformer2DModel"]
     site.install("better-flux", f"{IMPORT}ROWS = {{'FluxTransformer2DModel': {row('better')}}}")
-    assert adapters.find_row(FluxTransformer2DModel).family == "better"
+    assert adapters.find_adapter(FluxTransformer2DModel).family == "better"
 
 
 def test_two_rows_of_one_name_are_both_left_out(site):
     site.install("one", f"{IMPORT}ROWS = {{'Mine': {row('one')}, 'Other': {row('other')}}}")
     site.install("two", f"{IMPORT}ROWS = {{'Mine': {row('two')}}}")
-    found = third_party.load()
+    found = entry_points.load()
     assert set(found.rows) == {"Other"}
     assert found.problems == (
         "Mine has rows in entry point 'one' of one and in entry point 'two' of two: none of them is used",
@@ -139,21 +140,21 @@ def test_two_rows_of_one_name_are_both_left_out(site):
 
 @pytest.mark.parametrize(("rows", "problem"), [
     ("raise RuntimeError('two\\nlines')", "RuntimeError: two lines"),
-    ("ROWS = [1]", "TypeError: expected a mapping from class names to AdapterRow, found list"),
-    ("ROWS = {'Mine': 3}", "TypeError: 'Mine': expected an AdapterRow, found int"),
-    (f"{IMPORT}ROWS = {{'Mine': AdapterRow(family='nothing')}}", "ValueError: nothing: block lists, or why there are "
+    ("ROWS = [1]", "TypeError: expected a mapping from class names to ModelAdapter, found list"),
+    ("ROWS = {'Mine': 3}", "TypeError: 'Mine': expected an ModelAdapter, found int"),
+    (f"{IMPORT}ROWS = {{'Mine': ModelAdapter(family='nothing')}}", "ValueError: nothing: block lists, or why there are "
      "none, one of the two"),
     ("", "AttributeError: module 'broken_rows' has no attribute 'ROWS'"),
 ])
 def test_what_cannot_be_read_is_one_line_and_the_rest_goes_on(site, rows, problem):
     site.install("broken", rows)
     site.install("whole", f"{IMPORT}ROWS = {{'Whole': {row('whole')}}}")
-    found = third_party.load()
+    found = entry_points.load()
     assert found.problems == (f"entry point 'broken' of broken: {problem}",)
     assert set(found.rows) == {"Whole"}
     with pytest.raises(MountError, match="no adapter describes its blocks; entry point 'broken' of broken"):
         CachedTransformer("transformer", my_transformer()())
-    assert f"rows of other packages: {found.problems[0]}" in doctor.examine()["warnings"]
+    assert f"rows of other packages: {found.problems[0]}" in report.examine()["warnings"]
 
 
 def test_nothing_is_imported_before_a_model_is_mounted(site):

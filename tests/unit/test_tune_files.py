@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from sglang_cachedit_plugin.cli import main
-from sglang_cachedit_plugin.defaults import Defaults
+from sglang_cachedit_plugin.config.effective import Defaults
+from sglang_cachedit_plugin.config.sources import read_file
 from sglang_cachedit_plugin.errors import SettingError
-from sglang_cachedit_plugin.sources import read_file
 from sglang_cachedit_plugin.tune import candidates, command, options, verdict, write
 from sglang_cachedit_plugin.tune.evaluate import Grid
 from sglang_cachedit_plugin.tune.job import Result

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sglang_cachedit_plugin import quality
+from sglang_cachedit_plugin.evaluation import quality
 from sglang_cachedit_plugin.tune import job, outcome, polish, report, verdict, write
 from sglang_cachedit_plugin.tune.engine import EngineError
 from sglang_cachedit_plugin.tune.evaluate import Grid, Prompt
 from sglang_cachedit_plugin.tune.job import Plan
 from sglang_cachedit_plugin.tune.trajectory import Trajectories, products
-
-from .test_tune_files import MODEL, PROVENANCE
+from tests.unit.test_tune_files import MODEL, PROVENANCE
 
 SIZE = (8, 8)
 WIDTH = 192
@@ -55,7 +54,7 @@ class Host:
                 used = next(weights)
                 output = sum(w * v for w, (_, v) in zip(used, known[-len(used):], strict=True))
             else:
-                from sglang_cachedit_plugin.forecast import damped_weights
+                from sglang_cachedit_plugin.cache.forecast import damped_weights
 
                 used = known[-(row["order"] + 1):]
                 factors = damped_weights([1000 * p for p, _ in used], 1000 * places[step], row.get("damping", 1.0))

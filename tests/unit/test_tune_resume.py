@@ -10,9 +10,8 @@ from sglang_cachedit_plugin.tune.engine import Outcome
 from sglang_cachedit_plugin.tune.evaluate import Evaluator, Grid, Progress, Prompt
 from sglang_cachedit_plugin.tune.job import Plan
 from sglang_cachedit_plugin.tune.store import Store
-
-from .test_tune_files import MODEL, PROVENANCE
-from .test_tune_job import Host, sigmas
+from tests.unit.test_tune_files import MODEL, PROVENANCE
+from tests.unit.test_tune_job import Host, sigmas
 
 PLAN = Plan(
     grids=[Grid(12, (8, 8))], tune=[Prompt("a", 1), Prompt("b", 2)], heldout=[Prompt("c", 11)], target={"budget": 5},

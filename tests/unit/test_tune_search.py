@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_cachedit_plugin.forecast import damped_weights
+from sglang_cachedit_plugin.cache.forecast import damped_weights
 from sglang_cachedit_plugin.tune import polish, search
 from sglang_cachedit_plugin.tune.evaluate import Grid, Prompt
-from sglang_cachedit_plugin.tune.surrogate import Method, foretell, score
+from sglang_cachedit_plugin.tune.surrogate import Method, predict, score
 from sglang_cachedit_plugin.tune.trajectory import Trajectories, combine, products
 
 STEPS = 7
@@ -119,7 +119,7 @@ MASK = (1, 1, 0, 1, 0, 0, 1)
 @pytest.mark.parametrize("method", [Method(1), Method(2, 0.6)])
 def test_the_foretold_error_is_that_of_the_loop_where_drift_stays(method):
     trajectories, starts = recorded(wavy)
-    found = foretell(trajectories, MASK, method)
+    found = predict(trajectories, MASK, method)
     for prompt, start in enumerate(starts):
         exact = loop(start, lambda step, x, p=prompt: wavy(p, step, x))[2]
         real = loop(start, lambda step, x, p=prompt: wavy(p, step, x), MASK, method)[2]
@@ -133,7 +133,7 @@ def test_the_foretold_error_is_that_of_the_loop_where_drift_vanishes():
 
     trajectories, starts = recorded(towards)
     mask = (1, 1, 0, 1, 0, 1, 0)
-    found = foretell(replace(trajectories, recall=1.0), mask, Method(1))
+    found = predict(replace(trajectories, recall=1.0), mask, Method(1))
     for prompt, start in enumerate(starts):
         exact = loop(start, lambda step, x, p=prompt: towards(p, step, x))[2]
         real = loop(start, lambda step, x, p=prompt: towards(p, step, x), mask, Method(1))[2]
@@ -143,19 +143,19 @@ def test_the_foretold_error_is_that_of_the_loop_where_drift_vanishes():
 
 def test_all_computed_is_without_error_and_fitted_weights_beat_the_polynomial():
     trajectories, _ = recorded(wavy)
-    assert foretell(trajectories, (1,) * STEPS, Method(1)).decibels.min() == pytest.approx(70.0)
-    fitted = foretell(trajectories, MASK, Method(fitted=3))
-    assert fitted.score > foretell(trajectories, MASK, Method(1)).score + 3.0
+    assert predict(trajectories, (1,) * STEPS, Method(1)).decibels.min() == pytest.approx(70.0)
+    fitted = predict(trajectories, MASK, Method(fitted=3))
+    assert fitted.score > predict(trajectories, MASK, Method(1)).score + 3.0
     assert [len(row) for row in fitted.weights] == [2, 3, 3]
 
 
 def test_nothing_is_extrapolated_over_the_start_of_another_transformer():
     trajectories, _ = recorded(wavy)
     two = replace(trajectories, starts=frozenset({0, 3}))
-    found = foretell(two, (1, 1, 1, 1, 0, 1, 1), Method(2))
+    found = predict(two, (1, 1, 1, 1, 0, 1, 1), Method(2))
     assert found.weights == ((1.0,),)
     # A step that begins a transformer is computed whatever the mask says.
-    assert foretell(two, (1, 1, 1, 0, 0, 1, 1), Method(2)).decibels == pytest.approx(found.decibels)
+    assert predict(two, (1, 1, 1, 0, 0, 1, 1), Method(2)).decibels == pytest.approx(found.decibels)
 
 
 def test_segment_costs_are_zero_next_to_each_other_and_grow_with_the_gap():
@@ -208,8 +208,8 @@ def two_branches(parts=(4.0, -3.0)) -> Trajectories:
 
 def test_masks_of_two_branches_are_foretold_as_each_alone():
     t, other = two_branches(), (1, 1, 1, 0, 0, 1, 0)
-    assert foretell(t, (*MASK, *MASK), LINEAR).decibels == pytest.approx(foretell(t, MASK, LINEAR).decibels, abs=1e-6)
-    found = foretell(t, (*MASK, *other), LINEAR)
+    assert predict(t, (*MASK, *MASK), LINEAR).decibels == pytest.approx(predict(t, MASK, LINEAR).decibels, abs=1e-6)
+    found = predict(t, (*MASK, *other), LINEAR)
     for prompt in range(3):
         drift = np.zeros(40)
         for branch, (part, mask) in enumerate(zip(t.parts, (MASK, other), strict=True)):
@@ -225,10 +225,10 @@ def test_a_branch_that_hardly_changes_gives_its_steps_to_the_other():
     t = two_branches((4.0, -0.01))
     start = (*MASK, *MASK)
     fixed = frozenset({0, STEPS})
-    mask = search.anneal(lambda each: foretell(t, each, LINEAR).score, start, 1000, random.Random(1), fixed)
+    mask = search.anneal(lambda each: predict(t, each, LINEAR).score, start, 1000, random.Random(1), fixed)
     assert sum(mask) == sum(start) and mask[0] == mask[STEPS] == 1
     assert sum(mask[:STEPS]) > sum(mask[STEPS:])
-    assert foretell(t, mask, LINEAR).score > foretell(t, MASK, LINEAR).score + 3.0
+    assert predict(t, mask, LINEAR).score > predict(t, MASK, LINEAR).score + 3.0
 
 
 class Foretold:
@@ -245,7 +245,7 @@ class Foretold:
         masks = [tuple(map(int, row[name])) for name in ("mask", "uncond_mask") if name in row]
         assert all(len(mask) == self.t.steps for mask in masks)
         method = Method(order=row.get("order", 0), damping=row.get("damping", 1.0))
-        found = foretell(self.t, tuple(itertools.chain(*masks)), method)
+        found = predict(self.t, tuple(itertools.chain(*masks)), method)
         return [{"latent_psnr": each} for each in found.decibels[: len(prompts)]]
 
 
@@ -306,7 +306,7 @@ def test_the_beginning_is_computed_in_a_row_for_no_more_than_its_price(begun):
 
 def test_of_two_beginnings_that_of_less_early_drift_is_taken(begun):
     def early(trial):
-        return foretell(late_turns(), trial.mask, trial.method).drift[:12].max()
+        return predict(late_turns(), trial.mask, trial.method).drift[:12].max()
 
     short, long, either = begun(100.0, 0.14), begun(100.0, 0.3), begun(100.0, 0.3, 0.14)
     assert short.mask[:3] == (1,) * 3 and long.mask[:7] == (1,) * 7

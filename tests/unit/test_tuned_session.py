@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from safetensors.torch import load_file
 
-from sglang_cachedit_plugin.defaults import Defaults
-from sglang_cachedit_plugin.diffusers_backend import PipelineCache
-from sglang_cachedit_plugin.recording import FILE, VARIABLE
-from sglang_cachedit_plugin.session import Session
-
-from .test_diffusers_identity import STEPS, Pipe
+from sglang_cachedit_plugin.config.effective import Defaults
+from sglang_cachedit_plugin.integration.diffusers import PipelineCache
+from sglang_cachedit_plugin.integration.recording import FILE, VARIABLE
+from sglang_cachedit_plugin.integration.session import Session
+from tests.unit.test_diffusers_identity import STEPS, Pipe
 
 KNOBS = {"forecast": "output", "scm_policy": "static", "max_warmup_steps": 0}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import image, image_more, video, video_more
-from .harness import Case
+from tests.models.native import image, image_more, video, video_more
+from tests.models.native.harness import Case
 
 CASES: dict[str, Case] = {**image.CASES, **image_more.CASES, **video.CASES, **video_more.CASES}

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from sglang_cachedit_plugin import hooks
-
-from .harness import started
+from tests.models.native.harness import started
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -23,17 +22,17 @@ def host() -> Iterator[None]:
 @pytest.fixture
 def hooked(monkeypatch) -> None:
     """The plugin's hooks on stages and executors, as the host's registry puts them there."""
-    for seam in hooks.SEAMS:
-        if ".pipelines_core." not in seam.target:
+    for point in hooks.HOOK_POINTS:
+        if ".pipelines_core." not in point.target:
             continue
-        module, cls, method = seam.target.rsplit(".", 2)
+        module, cls, method = point.target.rsplit(".", 2)
         owner = getattr(importlib.import_module(module), cls)
-        monkeypatch.setattr(owner, method, _hooked(getattr(owner, method), seam))
+        monkeypatch.setattr(owner, method, _hooked(getattr(owner, method), point))
 
 
-def _hooked(original: Callable[..., Any], seam: hooks.Seam) -> Callable[..., Any]:
-    hook = seam.hook()
-    given = {"around": (original,), "replace": ()}[seam.kind]
+def _hooked(original: Callable[..., Any], point: hooks.HookPoint) -> Callable[..., Any]:
+    hook = point.hook()
+    given = {"around": (original,), "replace": ()}[point.kind]
 
     @functools.wraps(original)
     def method(*args: Any, **kwargs: Any) -> Any:

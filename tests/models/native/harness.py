@@ -20,7 +20,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from sglang_cachedit_plugin import adapters, denoising
+from sglang_cachedit_plugin import adapters
+from sglang_cachedit_plugin.integration import native
 from tests.tiny import cpu_ops
 
 STEPS = 6
@@ -156,14 +157,14 @@ class Rig:
             widen(self.model)
         if case.dtype is not None:
             self.model.to(case.dtype)
-        self.row = adapters.find_row(type(self.model))
+        self.row = adapters.find_adapter(type(self.model))
         self.calls: list[str] = []
         self.lists = []
         for name in dict.fromkeys(each.name for each in self.row.blocks):
             blocks = list(self.model.get_submodule(name))
-            joins = next(each for each in self.row.blocks if each.name == name).joins
+            shares_decision = next(each for each in self.row.blocks if each.name == name).shares_decision
             paths = [f"{name}.{index}" for index in range(len(blocks))]
-            if joins:
+            if shares_decision:
                 self.lists[-1] += paths
             elif paths:
                 self.lists.append(paths)
@@ -192,11 +193,11 @@ class Rig:
         request = batch(enable, knobs)
         self.counts = []
         self.state = self.case.fresh(self.model)
-        denoising.CacheDitDenoisingMixin._maybe_enable_cache_dit(self.stage, STEPS, request)
+        native.CacheDitDenoisingMixin._maybe_enable_cache_dit(self.stage, STEPS, request)
         try:
             outputs = [leaves(self.step(request, size, step, at)) for step in range(STEPS)]
         finally:
-            session = denoising._open.pop()[1]
+            session = native._open.pop()[1]
             report = session.close().as_dict()
         return outputs, report
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .harness import Case, drift, moment, noise
+from tests.models.native.harness import Case, drift, moment, noise
 
 GRIDS = ((4, 4), (4, 6))
 

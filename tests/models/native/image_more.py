@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from .harness import Case, drift, moment, noise
-from .image import GRIDS, _config, _rope
+from tests.models.native.harness import Case, drift, moment, noise
+from tests.models.native.image import GRIDS, _config, _rope
 
 
 def _flux3_image() -> Any:

@@ -9,13 +9,24 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_cachedit_plugin import defaults, denoising
 from sglang_cachedit_plugin.cache.error_control import RESTART
-from sglang_cachedit_plugin.defaults import Defaults
+from sglang_cachedit_plugin.config import effective
+from sglang_cachedit_plugin.config.effective import Defaults
+from sglang_cachedit_plugin.integration import native
+from tests.models.native.harness import noise
+from tests.models.native.test_steps import (
+    CASES,
+    CONTROL,
+    STATIC,
+    Model,
+    N,
+    denoised,
+    distances,
+    made_request,
+    made_stage,
+    stage_class,
+)
 from tests.unit.blocks import DIM, known_classes
-
-from .harness import noise
-from .test_steps import CASES, CONTROL, STATIC, Model, N, denoised, distances, made_request, made_stage, stage_class
 
 pytestmark = pytest.mark.usefixtures("hooked")
 OUTPUT = STATIC | {"forecast": "output", "forecast_order": 1}
@@ -23,10 +34,10 @@ OUTPUT = STATIC | {"forecast": "output", "forecast_order": 1}
 
 @pytest.fixture(autouse=True)
 def nothing_left(monkeypatch):
-    monkeypatch.setattr(defaults, "_current", Defaults())
+    monkeypatch.setattr(effective, "_current", Defaults())
     with known_classes():
         yield
-    assert not denoising._open and not denoising._running
+    assert not native._open and not native._running
 
 
 def stage_of(*bases: type, **methods: Any) -> Any:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from .cases import CASES
-from .harness import MASK, STEPS, Rig, distance, drift, noise
-from .test_native_models import ROUNDING, STATIC
+from tests.models.native.cases import CASES
+from tests.models.native.harness import MASK, STEPS, Rig, distance, drift, noise
+from tests.models.native.test_native_models import ROUNDING, STATIC
 
 TOKENS, CLOSE = 12, ROUNDING[torch.bfloat16]
 

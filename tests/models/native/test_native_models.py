@@ -8,11 +8,22 @@ import pytest
 import torch
 from torch import nn
 
-from sglang_cachedit_plugin import adapters, denoising
+from sglang_cachedit_plugin import adapters
 from sglang_cachedit_plugin.errors import MountError
-
-from .cases import CASES
-from .harness import CACHED, COMPUTED, MASK, STEPS, Rig, batch, distance, same, set_arguments, stage_of
+from sglang_cachedit_plugin.integration import native
+from tests.models.native.cases import CASES
+from tests.models.native.harness import (
+    CACHED,
+    COMPUTED,
+    MASK,
+    STEPS,
+    Rig,
+    batch,
+    distance,
+    same,
+    set_arguments,
+    stage_of,
+)
 
 STATIC = {"scm_policy": "static", "max_warmup_steps": 0}
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 1e-2, None: 1e-2}
@@ -132,7 +143,7 @@ def test_where_no_block_can_be_left_out_the_output_is_forecast(name):
     outputs, report = each.request(steps_computation_mask=MASK, **STATIC)
     assert same(outputs, plain)
     assert not report["enabled"]
-    assert each.row.no_blocks in report["reason"]
+    assert each.row.output_only in report["reason"]
     assert "forecast: output" in report["reason"]
     outputs, report = each.request(steps_computation_mask=MASK, forecast="output", **STATIC)
     assert branch(report)["cached"] == CACHED
@@ -163,11 +174,11 @@ def empty(name: str) -> nn.Module:
 def test_a_class_that_cannot_be_cached_runs_on_with_the_reason_or_fails_with_strict(name):
     model = empty(name)
     stage = stage_of(model, set_arguments())
-    denoising.CacheDitDenoisingMixin._maybe_enable_cache_dit(stage, STEPS, batch(True, {}))
-    report = denoising._open.pop()[1].close().as_dict()
+    native.CacheDitDenoisingMixin._maybe_enable_cache_dit(stage, STEPS, batch(True, {}))
+    report = native._open.pop()[1].close().as_dict()
     assert not report["enabled"]
     assert report["reason"] == f"{name}: {adapters.NATIVE[name].refused}"
     assert "forward" not in model.__dict__
     with pytest.raises(MountError, match=name):
-        denoising.CacheDitDenoisingMixin._maybe_enable_cache_dit(stage, STEPS, batch(True, {"strict": True}))
-    denoising._open.pop()
+        native.CacheDitDenoisingMixin._maybe_enable_cache_dit(stage, STEPS, batch(True, {"strict": True}))
+    native._open.pop()

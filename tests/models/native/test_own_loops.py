@@ -11,14 +11,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sglang_cachedit_plugin import defaults, denoising, own_loops
-from sglang_cachedit_plugin.defaults import Defaults
+from sglang_cachedit_plugin.config import effective
+from sglang_cachedit_plugin.config.effective import Defaults
+from sglang_cachedit_plugin.config.sources import read_environment
 from sglang_cachedit_plugin.errors import MountError
-from sglang_cachedit_plugin.sources import read_environment
-
-from .cases import CASES
-from .harness import MASK, STEPS, Rig, batch, distance, noise, set_arguments
-from .test_native_models import rig
+from sglang_cachedit_plugin.integration import native, native_stages
+from tests.models.native.cases import CASES
+from tests.models.native.harness import MASK, STEPS, Rig, batch, distance, noise, set_arguments
+from tests.models.native.test_native_models import rig
 
 STAGES = "sglang.multimodal_gen.runtime.pipelines_core.stages"
 LOOPS = re.compile(r"(Denois|Rollout|TexGen|Refine|ComfyUIStep|AR$)")
@@ -28,8 +28,8 @@ STATIC = {"steps_computation_mask": MASK, "scm_policy": "static", "max_warmup_st
 @pytest.fixture(autouse=True)
 def nothing_open():
     yield
-    denoising._open.clear()
-    denoising._running.clear()
+    native._open.clear()
+    native._running.clear()
 
 
 def stage_classes() -> dict[str, type]:
@@ -57,17 +57,17 @@ def asks(cls: type) -> bool:
 def test_every_stage_with_a_loop_of_its_own_is_known():
     classes = stage_classes()
     assert len(classes) > 25
-    unknown = {name for name, cls in classes.items() if own_loops.of(cls) is None and not asks(cls)}
+    unknown = {name for name, cls in classes.items() if native_stages.of(cls) is None and not asks(cls)}
     assert unknown == {
         # One holds a denoising stage, one decodes, one writes tokens: they do not denoise.
         "ProgressiveDenoisingStageRouter", "SanaWMRefinerDecodingStage", "GlmImageAR",
     }
-    assert set(own_loops.OWN_LOOPS) <= set(classes)
+    assert set(native_stages.OWN_LOOPS) <= set(classes)
 
 
 def run(stage, request) -> dict:
     """The report of one request that goes through the plugin's hook around stages."""
-    denoising.run_stage(type(stage).forward, stage, request, set_arguments())
+    native.run_stage(type(stage).forward, stage, request, set_arguments())
     return request.metrics.cache_dit
 
 
@@ -212,7 +212,7 @@ def test_ltx_2_steps_are_named_though_its_context_holds_no_request():
     each = rig("LTX2VideoTransformer3DModel")
 
     def forward(self, made, server_args):
-        denoising.CacheDitDenoisingMixin._maybe_enable_cache_dit(self, STEPS, made)
+        native.CacheDitDenoisingMixin._maybe_enable_cache_dit(self, STEPS, made)
         for index in range(STEPS):
             state = SimpleNamespace(step_index=index, current_model=self.transformer, attn_metadata=None)
             with self._ltx2_model_forward_context(SimpleNamespace(use_ltx23_hq_timestep_semantics=False), state):
@@ -236,7 +236,7 @@ def test_ideogram_4_counts_its_steps_down():
 
     def forward(self, made, server_args):
         made.timesteps = scheduler.timesteps
-        denoising.CacheDitDenoisingMixin._maybe_enable_cache_dit(self, STEPS, made)
+        native.CacheDitDenoisingMixin._maybe_enable_cache_dit(self, STEPS, made)
         for index, remaining in enumerate(scheduler.timesteps):
             for module in (self.transformer, self.transformer_2):
                 with set_forward_context(current_timestep=int(remaining), attn_metadata=None, forward_batch=made):
@@ -252,7 +252,7 @@ def test_ideogram_4_counts_its_steps_down():
     assert cached == {"transformer": {"cond": [2, 4]}, "transformer_2": {"uncond": [2, 4]}}
 
 
-@pytest.mark.parametrize("name", [name for name, loop in own_loops.OWN_LOOPS.items() if loop.refused])
+@pytest.mark.parametrize("name", [name for name, loop in native_stages.OWN_LOOPS.items() if loop.refused])
 def test_a_declined_stage_runs_with_the_reason_or_fails_with_strict(name):
     ran = []
     cls = stage_classes()[name]
@@ -263,19 +263,19 @@ def test_a_declined_stage_runs_with_the_reason_or_fails_with_strict(name):
         return made
 
     made = request()
-    denoising.run_stage(forward, stage, made, set_arguments())
-    assert made.metrics.cache_dit["reason"] == f"{name}: {own_loops.of(cls).refused}"
+    native.run_stage(forward, stage, made, set_arguments())
+    assert made.metrics.cache_dit["reason"] == f"{name}: {native_stages.of(cls).refused}"
     assert not made.metrics.cache_dit["enabled"]
     with pytest.raises(MountError, match=name):
-        denoising.run_stage(forward, stage, request(strict=True), set_arguments())
+        native.run_stage(forward, stage, request(strict=True), set_arguments())
     assert ran == [made]
 
 
 def test_requests_of_another_kind_pass_through():
     cls = stage_classes()["VLAActionDenoisingStage"]
-    answer = denoising.run_stage(lambda stage, made, args: made, cls.__new__(cls), "action", set_arguments())
+    answer = native.run_stage(lambda stage, made, args: made, cls.__new__(cls), "action", set_arguments())
     assert answer == "action"
-    assert denoising._open == []
+    assert native._open == []
 
 
 @pytest.mark.parametrize(
@@ -285,8 +285,8 @@ def test_what_the_host_does_itself_is_not_done_twice(field, reason):
     each = rig("LTX2VideoTransformer3DModel")
     made = request(**STATIC)
     setattr(made, field, True)
-    denoising.CacheDitDenoisingMixin._maybe_enable_cache_dit(each.stage, STEPS, made)
-    assert reason in denoising._open.pop()[1].close().as_dict()["reason"]
+    native.CacheDitDenoisingMixin._maybe_enable_cache_dit(each.stage, STEPS, made)
+    assert reason in native._open.pop()[1].close().as_dict()["reason"]
     assert not each.stage._cache_dit_enabled
 
 
@@ -295,13 +295,13 @@ def test_a_picture_that_grows_during_denoising_starts_anew():
     each: Rig = rig("FluxTransformer2DModel")
     made = request(steps_computation_mask=[1, 0, 0, 0, 0, 0], scm_policy="static", enable_taylorseer=True,
                    max_warmup_steps=0, max_continuous_cached_steps=-1)
-    denoising.CacheDitDenoisingMixin._maybe_enable_cache_dit(each.stage, STEPS, made)
+    native.CacheDitDenoisingMixin._maybe_enable_cache_dit(each.stage, STEPS, made)
     outputs = []
     for step in range(STEPS):
         if step == 3:
-            denoising.CacheDitDenoisingMixin._refresh_cache_dit_context(each.stage, 3, None)
+            native.CacheDitDenoisingMixin._refresh_cache_dit_context(each.stage, 3, None)
         outputs.append(each.step(made, int(step >= 3), step))
-    report = denoising._open.pop()[1].close().as_dict()
+    report = native._open.pop()[1].close().as_dict()
     assert report["transformers"]["transformer"]["branches"]["cond"]["computed"] == [0, 3]
     assert [output.shape[1] for output in outputs] == [16, 16, 16, 24, 24, 24]
 
@@ -310,23 +310,23 @@ def test_a_worker_names_what_cannot_be_cached(monkeypatch):
     each = rig("SanaVideo2Transformer3DModel")
     worker = SimpleNamespace(pipeline=SimpleNamespace(modules={"transformer": each.model, "scheduler": object()}))
     lines = []
-    monkeypatch.setattr("sglang_cachedit_plugin.host.logger", lambda: SimpleNamespace(
+    monkeypatch.setattr("sglang_cachedit_plugin.integration.sglang_api.logger", lambda: SimpleNamespace(
         warning=lambda text, *args: lines.append(text % args)
     ))
 
     def install(**variables):
         environment, _ = read_environment({f"SGLANG_CACHE_DIT_{name}": text for name, text in variables.items()})
-        monkeypatch.setattr(defaults, "_current", Defaults(environment=environment))
+        monkeypatch.setattr(effective, "_current", Defaults(environment=environment))
 
-    denoising.check_worker(worker)
+    native.check_worker(worker)
     assert lines == []
     install(ENABLED="true")
-    denoising.check_worker(worker)
+    native.check_worker(worker)
     (line,) = lines
     assert line.startswith("cache-dit: off: transformer (SanaVideo2Transformer3DModel): every block attends")
     install(ENABLED="true", FORECAST="output")
-    denoising.check_worker(worker)
+    native.check_worker(worker)
     assert len(lines) == 1
     install(ENABLED="true", STRICT="true")
     with pytest.raises(MountError, match="SanaVideo2"):
-        denoising.check_worker(worker)
+        native.check_worker(worker)

@@ -10,15 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sglang_cachedit_plugin import defaults, denoising, host, metrics, recording
-from sglang_cachedit_plugin.defaults import Defaults
+from sglang_cachedit_plugin.config import effective
+from sglang_cachedit_plugin.config.effective import Defaults
+from sglang_cachedit_plugin.config.sources import read_environment
 from sglang_cachedit_plugin.errors import RefusedError
-from sglang_cachedit_plugin.sources import read_environment
-
-from .harness import MASK, STEPS, Case, Rig, _Arguments, batch, noise, set_arguments
-from .test_native_models import rig
-from .test_own_loops import STATIC, on_host
-from .video_more import minimax_h3
+from sglang_cachedit_plugin.integration import native, recording, sglang_api
+from sglang_cachedit_plugin.report import metrics
+from tests.models.native.harness import MASK, STEPS, Case, Rig, _Arguments, batch, noise, set_arguments
+from tests.models.native.test_native_models import rig
+from tests.models.native.test_own_loops import STATIC, on_host
+from tests.models.native.video_more import minimax_h3
 
 pytestmark = pytest.mark.usefixtures("hooked")
 SPECIFIC = "model_specific_stages"
@@ -26,10 +27,10 @@ SPECIFIC = "model_specific_stages"
 
 @pytest.fixture(autouse=True)
 def nothing_open(monkeypatch):
-    monkeypatch.setattr(defaults, "_current", Defaults())
+    monkeypatch.setattr(effective, "_current", Defaults())
     yield
-    left = [*denoising._open, *denoising._kept, *denoising._running]
-    for leftover in (denoising._open, denoising._kept, denoising._running):
+    left = [*native._open, *native._kept, *native._running]
+    for leftover in (native._open, native._kept, native._running):
         leftover.clear()
     assert left == []
 
@@ -38,7 +39,7 @@ def nothing_open(monkeypatch):
 def counted(monkeypatch) -> list[dict[str, Any]]:
     """What is counted on ``/metrics``: reports with the number of requests that each stands for."""
     found: list[dict[str, Any]] = []
-    monkeypatch.setattr(host, "publishes_metrics", lambda: True)
+    monkeypatch.setattr(sglang_api, "publishes_metrics", lambda: True)
     monkeypatch.setattr(metrics, "observe", lambda report, **how: found.append(report | how))
     return found
 
@@ -46,7 +47,7 @@ def counted(monkeypatch) -> list[dict[str, Any]]:
 def install(monkeypatch, **variables: str) -> None:
     """Server defaults from environment variables without their prefix."""
     environment, _ = read_environment({f"SGLANG_CACHE_DIT_{name}": text for name, text in variables.items()})
-    monkeypatch.setattr(defaults, "_current", Defaults(environment=environment))
+    monkeypatch.setattr(effective, "_current", Defaults(environment=environment))
 
 
 def request(enable: bool | None = True, **knobs: Any) -> SimpleNamespace:
@@ -83,7 +84,7 @@ def looping(name: str, module: str, model: str, **fields: Any) -> Any:
 
 def run(stage: Any, made: Any) -> dict[str, Any]:
     """The report of a request that goes through one stage."""
-    denoising.run_stage(type(stage).forward, stage, made, stage.server_args)
+    native.run_stage(type(stage).forward, stage, made, stage.server_args)
     return made.metrics.cache_dit
 
 
@@ -134,7 +135,7 @@ def test_a_stage_that_decides_before_it_is_asked_is_the_reason_in_the_report(mon
     install(monkeypatch, ENABLED="true")
     report = run(h3(), h3_request("lossless"))
     assert not report["enabled"] and report["reason"] == "MiniMaxH3DenoisingStage keeps this request uncached"
-    monkeypatch.setattr(defaults, "_current", Defaults())
+    monkeypatch.setattr(effective, "_current", Defaults())
     assert run(h3(), h3_request("lossless"))["reason"] == "not configured"
 
 
@@ -251,7 +252,7 @@ def test_flux3_requests_that_are_denoised_in_one_go_end_with_one_report_each(cou
         executed([stage], requests, stage.server_args)
         assert [made.metrics.cache_dit["cached_steps"] for made in requests] == [2, 2]
     assert [(each["requests"], each["cached_steps"], each["computed_steps"]) for each in counted] == [(2, 2, 4)] * 2
-    assert denoising._stages[stage].backend.buffer_bytes() == 0
+    assert native._stages[stage].backend.buffer_bytes() == 0
 
 
 # LTX-2
@@ -349,7 +350,7 @@ def test_a_picture_that_grows_has_the_schedule_of_the_size_that_was_asked_for():
 
     made = request(schedules=rows, steps_computation_policy="static", max_warmup_steps=0)
     made.width = made.height = 1024
-    denoising.run_stage(shrunk, stage, made, stage.server_args)
+    native.run_stage(shrunk, stage, made, stage.server_args)
     assert made.metrics.cache_dit["transformers"]["transformer"]["branches"]["cond"]["cached"] == [4]
 
 
@@ -388,7 +389,7 @@ def comfy_run(stage: Any, steps: range, run_id: str = "a:1", **knobs: Any) -> li
     for step in steps:
         made = comfy_step(SIGMAS, step, run_id, **(knobs or STATIC))
         with torch.no_grad():
-            denoising.run_stage(type(stage).forward, stage, made, stage.server_args)
+            native.run_stage(type(stage).forward, stage, made, stage.server_args)
         reports.append(made.metrics.__dict__.get("cache_dit"))
     return reports
 
@@ -399,7 +400,7 @@ def test_minimax_in_comfyui_caches_over_the_requests_of_a_run(comfy, counted):
         assert last["transformers"]["transformer"]["branches"]["cond"]["cached"] == [2, 4]
         assert [report["computed_steps"] + report["cached_steps"] for report in during] == [1, 2, 3, 4, 5]
     assert [(each["requests"], each["cached_steps"]) for each in counted] == [(1, 2), (1, 2)]
-    assert denoising._stages[comfy._cache_stage].backend.buffer_bytes() == 0
+    assert native._stages[comfy._cache_stage].backend.buffer_bytes() == 0
 
 
 def test_a_run_of_comfyui_that_is_given_up_ends_with_the_next(comfy, counted):
@@ -428,7 +429,7 @@ def test_cosmos_3_steps_without_guidance_have_a_history_of_their_own_on_every_cf
 
     inputs = each.case.inputs(0, 0)
     each.case.fresh(each.model)
-    monkeypatch.setattr(host, "runs_branches_apart", lambda: True, raising=False)
+    monkeypatch.setattr(sglang_api, "runs_branches_apart", lambda: True, raising=False)
     monkeypatch.setattr(cosmos3, "cfg_model_parallel_all_reduce", lambda tensor: tensor)
     text = {"text_ids": inputs["text_ids"], "text_mask": inputs["text_mask"]}
     common = {"latents": inputs["hidden_states"], "timestep": inputs["timestep"], "video_shape": None, "fps": 24.0}

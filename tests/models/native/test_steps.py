@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_cachedit_plugin import defaults, denoising
 from sglang_cachedit_plugin.cache.error_control import BEGINNING, RESTART
-from sglang_cachedit_plugin.defaults import Defaults
+from sglang_cachedit_plugin.config import effective
+from sglang_cachedit_plugin.config.effective import Defaults
+from sglang_cachedit_plugin.integration import native
+from tests.models.native.harness import _Arguments, noise, set_arguments
 from tests.unit.blocks import DIM, TOKENS, TinyDiT, known_classes
-
-from .harness import _Arguments, noise, set_arguments
 
 pytestmark = pytest.mark.usefixtures("hooked")
 N, EDGE = 20, 8
@@ -27,10 +27,10 @@ CONTROL = {"error_tolerance": 1.0}
 
 @pytest.fixture(autouse=True)
 def nothing_left(monkeypatch):
-    monkeypatch.setattr(defaults, "_current", Defaults())
+    monkeypatch.setattr(effective, "_current", Defaults())
     with known_classes():
         yield
-    assert not denoising._open and not denoising._running
+    assert not native._open and not native._running
 
 
 class Model(TinyDiT):
@@ -134,7 +134,7 @@ def made_request(knobs: dict | None, *, cfg: bool = False, prompts: int = 1, **f
 def denoised(stage: Any, request: Any) -> tuple[torch.Tensor, dict[str, Any]]:
     stage.edge = request.timesteps[EDGE - 1]
     with torch.no_grad():
-        denoising.run_stage(type(stage).forward, stage, request, stage.server_args)
+        native.run_stage(type(stage).forward, stage, request, stage.server_args)
     return request.latents, request.extra["cache_dit"]
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from .harness import Case, drift, moment, noise
-from .image import _config
+from tests.models.native.harness import Case, drift, moment, noise
+from tests.models.native.image import _config
 
 SIZES = ((3, 4, 4), (3, 4, 8))
 

@@ -9,9 +9,9 @@ from unittest.mock import patch
 import torch
 from torch.nn.attention.flex_attention import create_mask
 
-from .harness import Case, drift, moment, noise
-from .image import _config
-from .video import SIZES
+from tests.models.native.harness import Case, drift, moment, noise
+from tests.models.native.image import _config
+from tests.models.native.video import SIZES
 
 
 def _volume_inputs(size: int, step: int, channels: int, text: int) -> dict[str, Any]:

@@ -9,9 +9,23 @@ import diffusers
 import PIL.Image
 import torch
 
-from . import images
-from .pipes import NO_PROMPT, TEXT, PipeCase, embeds, euler, noise, pair, picture, pipe, pooled, square, two_pairs, vae
-from .zoo import widen
+from tests.models.on_diffusers import images
+from tests.models.on_diffusers.pipes import (
+    NO_PROMPT,
+    TEXT,
+    PipeCase,
+    embeds,
+    euler,
+    noise,
+    pair,
+    picture,
+    pipe,
+    pooled,
+    square,
+    two_pairs,
+    vae,
+)
+from tests.models.on_diffusers.zoo import widen
 
 
 def _flux_control(transformer: Any) -> Any:

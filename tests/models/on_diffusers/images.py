@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .zoo import Case, Noise, grid_ids
+from tests.models.on_diffusers.zoo import Case, Noise, grid_ids
 
 TEXT, WIDTH = 3, 16
 _HEADS = {"attention_head_dim": 8, "num_attention_heads": 2}

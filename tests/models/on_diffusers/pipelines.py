@@ -7,9 +7,9 @@ from typing import Any
 import diffusers
 import torch
 
-from .image_pipelines import IMAGES
-from .pipes import WIDTH, PipeCase, pair, vae
-from .video_pipelines import VIDEOS
+from tests.models.on_diffusers.image_pipelines import IMAGES
+from tests.models.on_diffusers.pipes import WIDTH, PipeCase, pair, vae
+from tests.models.on_diffusers.video_pipelines import VIDEOS
 
 PIPELINES: dict[str, PipeCase] = {**IMAGES, **VIDEOS}
 

@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 import torch
 
-from . import images, videos
+from tests.models.on_diffusers import images, videos
 
 TEXT, WIDTH = 3, 16
 NO_PROMPT = {"negative_prompt": None, "use_resolution_binning": False}

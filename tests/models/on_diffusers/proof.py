@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from sglang_cachedit_plugin.adapters import AdapterRow, Blocks
-from sglang_cachedit_plugin.mount import CachedTransformer, preset_mask
-from sglang_cachedit_plugin.runtime import Identity, TransformerSpec
-from sglang_cachedit_plugin.schedule import build_plan
-from sglang_cachedit_plugin.settings import CacheSettings
-from sglang_cachedit_plugin.stats import TransformerStats
-
-from .zoo import STEPS, Noise
+from sglang_cachedit_plugin.adapters import Blocks, ModelAdapter
+from sglang_cachedit_plugin.cache.mount import CachedTransformer, preset_mask
+from sglang_cachedit_plugin.cache.runtime import Identity, TransformerSpec
+from sglang_cachedit_plugin.cache.step_plan import build_plan
+from sglang_cachedit_plugin.config.settings import CacheSettings
+from sglang_cachedit_plugin.report.stats import TransformerStats
+from tests.models.on_diffusers.zoo import STEPS, Noise
 
 MASK = (1, 1, 0, 1, 0, 0)
 CACHED = [step for step, computed in enumerate(MASK) if not computed]
@@ -66,7 +65,7 @@ class Proof:
         """Whether all steps come out as without the plugin, bit for bit."""
         return all(torch.equal(self.run(step, side), plain) for step, plain in enumerate(self.plain[side]))
 
-    def kept(self, row: AdapterRow, first: int, last: int) -> list[str]:
+    def kept(self, row: ModelAdapter, first: int, last: int) -> list[str]:
         """Blocks that a cached step must run, in their order: the first and last of each chain, and lists without."""
         kept = {call for call in self.order if call.split(".")[0] not in {each.name for each in row.blocks}}
         for chain in _chains(row.blocks):
@@ -78,14 +77,14 @@ class Proof:
 def _chains(lists: tuple[Blocks, ...]) -> list[list[Blocks]]:
     chains: list[list[Blocks]] = []
     for each in lists:
-        if each.joins and chains:
+        if each.shares_decision and chains:
             chains[-1].append(each)
         else:
             chains.append([each])
     return chains
 
 
-def check(proof: Proof, row: AdapterRow) -> None:
+def check(proof: Proof, row: ModelAdapter) -> None:
     """Every property of one transformer: computed, static, another size, frozen, bypass."""
     proof.begin(steps_computation_mask=(1,) * STEPS)
     assert proof.equals_plain(SMALL), "all steps computed: not the output of the model alone"
@@ -98,7 +97,7 @@ def check(proof: Proof, row: AdapterRow) -> None:
     assert "forward" not in proof.model.__dict__
 
 
-def _check_static(proof: Proof, row: AdapterRow, first: int, last: int, side: int) -> None:
+def _check_static(proof: Proof, row: ModelAdapter, first: int, last: int, side: int) -> None:
     stats = proof.begin(
         steps_computation_mask=MASK, steps_computation_policy="static", Fn_compute_blocks=first,
         Bn_compute_blocks=last,

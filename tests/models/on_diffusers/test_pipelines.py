@@ -11,16 +11,17 @@ import diffusers
 import pytest
 import torch
 
-from sglang_cachedit_plugin import defaults, diffusers_backend, host, recording
-from sglang_cachedit_plugin.adapters import DIFFUSERS, AdapterRow
-from sglang_cachedit_plugin.defaults import Defaults
-from sglang_cachedit_plugin.diffusers_backend import PipelineCache
+from sglang_cachedit_plugin.adapters import DIFFUSERS, ModelAdapter
+from sglang_cachedit_plugin.config import effective
+from sglang_cachedit_plugin.config.effective import Defaults
 from sglang_cachedit_plugin.errors import MountError
-from sglang_cachedit_plugin.session import Session
-
-from .pipelines import PIPELINES, unet_pipeline
-from .proof import CACHED, LARGE, MASK, SMALL
-from .zoo import STEPS
+from sglang_cachedit_plugin.integration import diffusers as diffusers_backend
+from sglang_cachedit_plugin.integration import recording, sglang_api
+from sglang_cachedit_plugin.integration.diffusers import PipelineCache
+from sglang_cachedit_plugin.integration.session import Session
+from tests.models.on_diffusers.pipelines import PIPELINES, unet_pipeline
+from tests.models.on_diffusers.proof import CACHED, LARGE, MASK, SMALL
+from tests.models.on_diffusers.zoo import STEPS
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 COMPUTED = [step for step in range(STEPS) if step not in CACHED]
@@ -149,8 +150,8 @@ class Stage:
     def __init__(self, pipe: Any, monkeypatch: pytest.MonkeyPatch, **settings: Any):
         self.diffusers_pipe, self.lines = pipe, []
         log = SimpleNamespace(info=self.lines.append, warning=lambda text, *a: self.lines.append(text % a))
-        monkeypatch.setattr(host, "logger", lambda: log)
-        monkeypatch.setattr(defaults, "_current", Defaults(), raising=True)
+        monkeypatch.setattr(sglang_api, "logger", lambda: log)
+        monkeypatch.setattr(effective, "_current", Defaults(), raising=True)
         self.settings = settings
 
     def load(self) -> None:
@@ -185,7 +186,7 @@ def test_a_unet_is_refused_with_the_reason(monkeypatch):
 
 
 def test_a_refused_class_goes_on_uncached(monkeypatch):
-    row = AdapterRow(family="AuraFlow", refused="its blocks are a secret")
+    row = ModelAdapter(family="AuraFlow", refused="its blocks are a secret")
     monkeypatch.setitem(DIFFUSERS, "AuraFlowTransformer2DModel", row)
     case = PIPELINES["AuraFlowPipeline"]
     pipe = case.build()

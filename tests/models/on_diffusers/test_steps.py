@@ -8,13 +8,12 @@ import pytest
 import torch
 
 from sglang_cachedit_plugin.cache.error_control import BEGINNING, RESTART
-from sglang_cachedit_plugin.defaults import Defaults
-from sglang_cachedit_plugin.diffusers_backend import PipelineCache
-from sglang_cachedit_plugin.session import Session
-
-from .pipelines import PIPELINES
-from .proof import SMALL
-from .test_pipelines import call, schedule
+from sglang_cachedit_plugin.config.effective import Defaults
+from sglang_cachedit_plugin.integration.diffusers import PipelineCache
+from sglang_cachedit_plugin.integration.session import Session
+from tests.models.on_diffusers.pipelines import PIPELINES
+from tests.models.on_diffusers.proof import SMALL
+from tests.models.on_diffusers.test_pipelines import call, schedule
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 N = 20

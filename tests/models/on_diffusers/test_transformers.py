@@ -11,9 +11,8 @@ import pytest
 
 from sglang_cachedit_plugin.adapters import DIFFUSERS
 from sglang_cachedit_plugin.errors import MountError
-
-from . import images, videos
-from .proof import Proof, check
+from tests.models.on_diffusers import images, videos
+from tests.models.on_diffusers.proof import Proof, check
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 CASES = {**images.CASES, **videos.CASES}

@@ -9,7 +9,7 @@ import diffusers
 import PIL.Image
 import torch
 
-from .pipes import (
+from tests.models.on_diffusers.pipes import (
     CASES,
     NO_PROMPT,
     TEXT,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .zoo import Case, Noise
+from tests.models.on_diffusers.zoo import Case, Noise
 
 TEXT, WIDTH, FRAMES = 3, 16, 2
 _HEADS = {"attention_head_dim": 12, "num_attention_heads": 2}

@@ -22,10 +22,10 @@ from sglang.multimodal_gen.runtime.models.schedulers import (
 )
 
 from sglang_cachedit_plugin.cache.denoising_steps import DenoisingSteps
+from sglang_cachedit_plugin.cache.runtime import Groups
 from sglang_cachedit_plugin.cache.solvers import Solver
-from sglang_cachedit_plugin.runtime import Groups
-from sglang_cachedit_plugin.settings import CacheSettings
-from sglang_cachedit_plugin.stats import RequestStats, TransformerStats
+from sglang_cachedit_plugin.config.settings import CacheSettings
+from sglang_cachedit_plugin.report.stats import RequestStats, TransformerStats
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 SCHEDULERS: dict[str, Callable[[], Any]] = {

@@ -18,8 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_cachedit_plugin.cache.solvers import Solver, hooked_scheduler
-
-from .loops import FLOW, SCHEDULERS, SHAPE, Loop, noise, uncached
+from tests.unit.cache.loops import FLOW, SCHEDULERS, SHAPE, Loop, noise, uncached
 
 NAMES = pytest.mark.parametrize("name", SCHEDULERS)
 MASKS = st.lists(st.integers(0, 1), min_size=10, max_size=10).map(lambda rest: [1, 1, 1, *rest, 1])

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 
 from sglang_cachedit_plugin.cache.error_control import BEGINNING, LONGEST, RESTART, ErrorControl
 from sglang_cachedit_plugin.cache.readings import relative_error
-
-from .loops import SCHEDULERS, Loop, noise, uncached
-from .test_corrector import BASES, curved, polynomial
+from tests.unit.cache.loops import SCHEDULERS, Loop, noise, uncached
+from tests.unit.cache.test_corrector import BASES, curved, polynomial
 
 NAMES = pytest.mark.parametrize("name", SCHEDULERS)
 STEPS = 28

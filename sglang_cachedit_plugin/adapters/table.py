@@ -1,0 +1,97 @@
+"""The form of a row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Ability = Literal["blocks", "output", "none"]
+"""What of a class can be left out: its middle blocks, only the whole forward, or nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """One list of blocks.
+
+    Either ``pattern`` or ``streams`` is given.
+
+    Args:
+        name: attribute path of the list in the transformer, e.g. ``double_blocks`` or ``model.layers``.
+        pattern: cache-dit's forward pattern. Its cached list stands in for the whole loop, so the loop must do
+            nothing but call each block with the same other arguments. 0: the blocks take and return hidden and
+            encoder states; 1: return encoder states first; 2: take both and return hidden states; 3: take and
+            return hidden states.
+        streams: parameters of the block's forward that each block returns anew, in the order of its outputs, the
+            one whose residual is compared first named by ``measured``. The model's own loop is kept and each
+            block is replaced by one that may leave it out: for loops that do more than call the blocks, pass
+            other arguments to each, or have more than two streams.
+        measured: which of ``streams`` the decision looks at; the first by default.
+        shares_decision: the list carries the streams of the one before: one decision holds for both.
+        in_place: the blocks write into their inputs.
+        materialize: function of the class's own module that makes a tensor of a stream that a block handed on
+            unfinished.
+        mirrored: the last blocks take what the first ones made, so B may not exceed F.
+
+    A list may be described more than once, for variants of a class: the first that fits its blocks is taken.
+    """
+
+    name: str
+    pattern: int | None = None
+    streams: tuple[str, ...] = ()
+    measured: str = ""
+    shares_decision: bool = False
+    in_place: bool = False
+    materialize: str = ""
+    mirrored: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.pattern is None) == (not self.streams):
+            raise ValueError(f"{self.name}: a pattern or streams, one of the two")
+        if self.measured and self.measured not in self.streams:
+            raise ValueError(f"{self.name}: {self.measured} is none of its streams")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelAdapter:
+    """One model class.
+
+    Args:
+        family: name of the model family, for people.
+        blocks: its block lists, in the order in which they run; empty where no list can be cached.
+        transformers: how many transformers of this class a pipeline may have.
+        cfg: how guidance runs: ``none`` (distilled guidance or none), ``separate`` (one forward a branch),
+            ``batched`` (one forward for all branches), ``paired`` (a transformer for each branch).
+        note: remark for docs/models.md.
+        output_only: why the middle blocks cannot be left out. The whole output can still be forecast.
+        refused: why nothing can be left out.
+        verified: how the tests know: ``run`` (built tiny and run on the CPU), ``structure`` (block lists and
+            signatures looked at on the meta device), None (not tested).
+    """
+
+    family: str
+    blocks: tuple[Blocks, ...] = ()
+    transformers: int = 1
+    cfg: Literal["none", "separate", "batched", "paired"] = "separate"
+    note: str = ""
+    output_only: str = ""
+    refused: str = ""
+    verified: Literal["run", "structure"] | None = None
+
+    def __post_init__(self) -> None:
+        if sum(map(bool, (self.blocks, self.output_only, self.refused))) != 1:
+            raise ValueError(f"{self.family}: block lists, or why there are none, one of the two")
+
+    @property
+    def ability(self) -> Ability:
+        """What of the class can be left out."""
+        if self.blocks:
+            return "blocks"
+        return "output" if self.output_only else "none"
+
+    def describe(self) -> str:
+        """One line for people: what is cached, or why not."""
+        if self.blocks:
+            return f"{self.family}: caches {', '.join(each.name for each in self.blocks)}"
+        if self.output_only:
+            return f"{self.family}: only forecast: output, blocks are not cached: {self.no_blocks}"
+        return f"{self.family}: not cached: {self.refused}"

@@ -1,0 +1,1 @@
+"""What the tuner and the comparison share: quality measures and plots."""

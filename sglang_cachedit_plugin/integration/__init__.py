@@ -1,0 +1,1 @@
+"""All that knows SGLang: hooks, stages, ranks, requests."""

@@ -1,0 +1,239 @@
+"""Ranks of the host that share a forward or a decision, and their process groups.
+
+As in host.py, imports of sglang stand inside functions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..cache.runtime import Groups
+from ..errors import HostContractError, MountError, SettingError
+
+if TYPE_CHECKING:
+    from ..cache.parallel import ParallelLayout
+
+_ALL_RANKS = ("REPLICATED", "CFG_PARALLEL")
+"""The host's kinds of stages in which every rank runs forwards of its own."""
+
+
+def groups(
+    stages: Sequence[Any], batch: Any, *, modules: Iterable[Any] = (), joint: bool = False, patch_size: Any = None
+) -> Groups:
+    """Process groups of one request on the native backend.
+
+    Args:
+        modules: the transformers.
+        patch_size: frames, rows and columns of latents that make a token, for latents that are not packed.
+        stages: the stages under way, outermost first; where one runs on the main rank alone, or spreads one
+            forward over the CFG ranks, branches are not computed side by side.
+        joint: one decision covers the CFG ranks, because the stage says so.
+
+    Raises:
+        MountError: ranks that wait for one another in the transformer could not decide together.
+    """
+    import torch.distributed as dist
+    from sglang.multimodal_gen.runtime.distributed import parallel_state as state
+
+    from ..cache.parallel import weight_ranks
+
+    if not _layout.pair or not state.model_parallel_is_initialized():
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            raise MountError(f"the layout of the {dist.get_world_size()} ranks is not known: each would decide alone")
+        return Groups()
+    weights = weight_ranks(modules)
+    if not weights <= set(_layout.pair):
+        raise MountError(
+            f"FSDP gathers the weights from {len(weights)} ranks, and {len(_layout.pair)} of them serve the request"
+        )
+    # A stage may run one forward over the CFG ranks: then the host's SP group is theirs for its duration.
+    sp = state.get_sp_group()
+    spread = not set(sp.ranks) <= set(_layout.model)
+    shards = {"shard": sp.rank_in_group, "shards": sp.world_size, "tokens": _tokens(batch, patch_size)}
+    forward = _layout.group(_layout.pair if spread else _layout.model)
+    cfg = state.get_cfg_group()
+    side_by_side = cfg.world_size > 1 and all(
+        stage.parallelism_type_for(batch).name in _ALL_RANKS for stage in stages
+    )
+    if spread or not side_by_side:
+        if not spread and not weights <= set(_layout.model):
+            raise MountError(f"FSDP gathers the weights from {len(weights)} ranks, not all of which run this stage")
+        return Groups(forward=forward, **shards)
+    pair = _layout.group(_layout.pair)
+    return Groups(
+        forward=pair if joint else forward, pair=pair, row=cfg.rank_in_group, rows=cfg.world_size,
+        gathered=not weights <= set(_layout.model), **shards,
+    )
+
+
+def _tokens(batch: Any, patch_size: Any) -> int | None:
+    """Tokens of the latents before the host cuts and pads them."""
+    shape = getattr(batch, "raw_latent_shape", None)
+    if shape is not None and len(shape) == 3:
+        return int(shape[1])
+    if shape is not None and len(shape) == 5 and isinstance(patch_size, tuple | list) and len(patch_size) == 3:
+        return math.prod(int(length) // int(patch) for length, patch in zip(shape[2:], patch_size, strict=True))
+    return None
+
+
+class _Layout:
+    """Ranks of this process's slices of the world, and the process groups of slices.
+
+    ``model`` is SP x TP, ``pair`` is SP x TP x CFG; both lie within one data-parallel replica.
+    """
+
+    def __init__(self) -> None:
+        self.model: tuple[int, ...] = ()
+        self.pair: tuple[int, ...] = ()
+        self._groups: dict[tuple[int, ...], Any] = {}
+
+    def group(self, ranks: tuple[int, ...]) -> Any:
+        """The process group of a slice, None for a single rank."""
+        return self._groups.get(ranks)
+
+    def build(self, axes: dict[str, Any], control: Any) -> None:
+        """Find the slices; make process groups where the host has none. Every rank calls this at the same time.
+
+        Args:
+            axes: the host's group of this rank along each axis: ``sp``, ``tp`` and ``cfg``.
+            control: a process group of all ranks, for exchanging the axes.
+        """
+        import torch.distributed as dist
+
+        own = {name: list(axis.ranks) for name, axis in axes.items()}
+        everyone: list[dict[str, list[int]]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, own, group=control)
+        known = {tuple(sorted(ranks)) for each in everyone for ranks in each.values()}
+        self._groups = {
+            tuple(sorted(axis.ranks)): axis.device_group for axis in axes.values() if axis.world_size > 1
+        }
+        for kind, names in (("model", ("sp", "tp")), ("pair", ("sp", "tp", "cfg"))):
+            for ranks in connected([each[name] for each in everyone for name in names]):
+                members = tuple(ranks)
+                if members not in known and len(members) > 1:
+                    known.add(members)
+                    # new_group is collective over the world: ranks outside it take part and keep nothing.
+                    group = dist.new_group(ranks)
+                    if dist.get_rank() in members:
+                        self._groups[members] = group
+                if dist.get_rank() in members:
+                    setattr(self, kind, members)
+        for members in dict.fromkeys((self.model, self.pair)):
+            if members in self._groups:
+                _connect(self._groups[members])
+
+
+def _connect(group: Any) -> None:
+    """Open a group's connections now: with NCCL the first collective of each kind takes up to a third of a second.
+
+    Decisions are reduced, ``verify_ranks`` gathers.
+    """
+    import torch
+    import torch.distributed as dist
+
+    if dist.get_backend(group) == "nccl":
+        own = torch.zeros(1, device=torch.cuda.current_device())
+        dist.all_reduce(own, group=group)
+        dist.all_gather([torch.empty_like(own) for _ in range(dist.get_world_size(group))], own, group=group)
+
+
+_layout = _Layout()
+
+
+def build_slices() -> None:
+    """Find the ranks that must agree. Every rank calls this once its model-parallel groups exist.
+
+    Raises:
+        HostContractError: pipeline parallelism, which SGLang Diffusion does not start with.
+    """
+    from sglang.multimodal_gen.runtime.distributed import parallel_state as state
+
+    world = state.get_world_group()
+    if world.world_size == 1:
+        return
+    if getattr(getattr(state, "_PP", None), "world_size", 1) > 1:
+        raise HostContractError("the blocks of one transformer lie on several pipeline ranks: no group can decide")
+    axes = {"sp": state.get_sp_group(), "tp": state.get_tp_group(), "cfg": state.get_cfg_group()}
+    _layout.build(axes, world.cpu_group)
+
+
+def layout() -> ParallelLayout:
+    """Over how many ranks the host spreads one forward, by axis."""
+    from sglang.multimodal_gen.runtime.distributed import parallel_state as state
+
+    from ..cache.parallel import ParallelLayout
+
+    if not state.model_parallel_is_initialized():
+        return ParallelLayout()
+    return ParallelLayout(
+        ulysses_size=state.get_ulysses_parallel_world_size(),
+        ring_size=state.get_ring_parallel_world_size(),
+        tp_size=state.get_tp_world_size(),
+    )
+
+
+def ensure_one_replica(group: Any) -> None:
+    """Refuse a mesh of ranks that serve different requests.
+
+    Raises:
+        SettingError: ``group`` reaches over data-parallel replicas.
+    """
+    import torch.distributed as dist
+    from sglang.multimodal_gen.runtime.distributed import parallel_state as state
+
+    if group is None or not state.model_parallel_is_initialized():
+        return
+    replica, ranks = set(state.get_replica_group().ranks), dist.get_process_group_ranks(group)
+    if not set(ranks) <= replica:
+        raise SettingError(
+            "parallelism_config", f"{len(ranks)} ranks", "--cache-dit-config",
+            f"at most the {len(replica)} ranks of one data-parallel replica",
+        )
+
+
+def connected(sets: list[list[int]]) -> list[list[int]]:
+    """Connected components of overlapping rank lists, each sorted, in order of their first rank."""
+    components: list[set[int]] = []
+    for ranks in sets:
+        joined = set(ranks)
+        rest = []
+        for component in components:
+            if component & joined:
+                joined |= component
+            else:
+                rest.append(component)
+        components = [*rest, joined]
+    return sorted(sorted(component) for component in components)
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for all ranks in the log."""
+    import torch.distributed as dist
+
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def groups_ready(result: Any, *args: Any, **kwargs: Any) -> None:
+    """After ``initialize_model_parallel``."""
+    build_slices()
+
+
+def gather_replica(value: Any) -> list[Any]:
+    """``value`` of every rank of this data-parallel replica, in order of ranks; all of them must call this."""
+    import torch.distributed as dist
+    from sglang.multimodal_gen.runtime.distributed import parallel_state as state
+
+    if not dist.is_initialized() or (group := state.get_replica_group()).world_size == 1:
+        return [value]
+    everyone: list[Any] = [None] * group.world_size
+    dist.all_gather_object(everyone, value, group=group.cpu_group)
+    return everyone
+
+
+def rank() -> int:
+    """This process's rank, 0 without ranks."""
+    import torch.distributed as dist
+
+    return dist.get_rank() if dist.is_initialized() else 0

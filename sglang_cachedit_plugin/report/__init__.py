@@ -1,0 +1,1 @@
+"""What a request did: its report, the metrics, the table."""
