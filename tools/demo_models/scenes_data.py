@@ -5,13 +5,18 @@ the seed. `compose` turns rows into pictures on any device, with horizon, light,
 """
 
 import itertools
+import math
 import random
+import string
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn import functional as F
+
+from tools.demo_models import text
 
 SIDE = 128
 MOST = 4  # objects in a scene
@@ -128,6 +133,35 @@ def draw_scenes(names: list[str], count: int, seed: int, held_out: bool = False)
         row[3 + MOST : 3 + MOST + wanted] = [3 * r + c for r, c in places]
         captions.append(caption(rng, names, style, ground, sky, objects, places))
     return rows, captions
+
+
+def make_tokenizers(names: list[str]):
+    """CLIP's, trained on captions, and T5's, with every word of them as one piece and every character as another."""
+    from transformers import T5Tokenizer
+
+    _, captions = draw_scenes(names, 4000, seed=1)
+    words = Counter(word.rstrip(",.") for line in captions for word in line.split())
+    pieces = [(f"▁{word}", math.log(count / words.total())) for word, count in words.most_common()]
+    characters = ["▁", *(char for char in string.printable if not char.isspace())]
+    # A character costs more than any word, so that a word is never spelt.
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *pieces, *((char, -20.0) for char in characters)]
+    return text.train_clip_tokenizer(captions), T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
+
+
+def encode(tokenizer, captions: list[str], length: int) -> np.ndarray:
+    """Padded as the hosts pad, (captions, length) int64; word by word, which both tokenizers allow, so it is fast."""
+    known: dict[str, list[int]] = {}
+    empty = tokenizer("").input_ids  # the markers alone
+    table = np.full((len(captions), length), tokenizer.pad_token_id, dtype=np.int64)
+    for row, line in zip(table, captions, strict=True):
+        ids = empty[:-1].copy()
+        for word in line.split():
+            if word not in known:
+                known[word] = tokenizer(word, add_special_tokens=False).input_ids
+            ids += known[word]
+        ids = ids[: length - 1] + empty[-1:]
+        row[: len(ids)] = ids
+    return table
 
 
 class Composer:

@@ -8,8 +8,8 @@ Three styles, all from the npm registry (`npm pack`), each under a licence that 
 | cartoon | @iconify-json/noto | Noto Emoji, Google Inc. | Apache-2.0 |
 | flat | @iconify-json/twemoji | Twemoji, Twitter Inc. and contributors | CC BY 4.0 |
 
-All are resized, and some recoloured. OpenMoji (CC BY-SA) is left
-out because its licence would bind what is made from it, Apple's because it allows no use. Needs npm and `pip install resvg-py pillow numpy`.
+All are resized, and some recoloured. OpenMoji (CC BY-SA) is left out because its licence would bind what is made
+from it, Apple's because it allows no use. Needs npm and `pip install resvg-py pillow numpy`.
 """
 
 import io
