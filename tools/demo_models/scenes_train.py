@@ -125,7 +125,7 @@ def make_networks(data: Path) -> model.Networks:
 
     clip = CLIPTokenizer.from_pretrained(data / TOKENIZERS[0])
     t5 = T5Tokenizer.from_pretrained(data / TOKENIZERS[1])
-    return model.Networks(model.make_vae(), make_transformer(), model.make_clip(clip), make_t5(t5), clip, t5)
+    return model.Networks(model.make_vae(80), make_transformer(), model.make_clip(clip), make_t5(t5), clip, t5)
 
 
 class Files:
@@ -374,9 +374,8 @@ class HeldOut:
     def report(self, out: Path, length: int, prefix: str = "") -> None:
         """The closing table and the contact sheets."""
         pictures = {steps: self.draw(steps, length) for steps in (28, 20, 14, 10, FEW)}
-        print(
-            "| pictures | named objects found | others a picture | dB to 28 steps, mean | least |\n|---|---|---|---|---|"
-        )
+        print("| pictures | named objects found | others a picture | dB to 28 steps, mean | least |")
+        print("|---|---|---|---|---|")
         share, extra = check.found(self.detector, self.pictures, self.scenes)
         print(f"| composed | {share:.3f} | {extra:.2f} | | |")
         for steps, drawn in pictures.items():
