@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from tools.demo_models.scenes_data import MOST
 
@@ -34,8 +33,8 @@ class Detector(nn.Module):
 
 def named(scenes: torch.Tensor, objects: int) -> torch.Tensor:
     """Which objects the rows hold, (B, objects) in {0, 1}."""
-    held = scenes[:, 3 : 3 + MOST]
-    return (F.one_hot(held.clamp(min=0), objects) * (held >= 0)[..., None]).amax(dim=1).float()
+    held = scenes[:, 3 : 3 + MOST, None]
+    return (held == torch.arange(objects, device=scenes.device)).any(dim=1).float()
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ import argparse
 import copy
 import functools
 import itertools
+import shutil
 import time
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from tools.demo_models.train import autocast, encode_pictures, reconstruction_ps
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 SHORT, FULL = 48, 512  # text tokens
 SECONDS = {"vae": 150.0, "detector": 35.0, "guided": (60.0, 65.0), "few": (45.0, 45.0)}  # a pair: short, full texts
-MARGIN = 15.0  # seconds to compile, capture, check and save before and after a training
+MARGIN = 20.0  # seconds to compile, capture, check and save, each training of those
 CHECK_SECONDS = 20.0
 DROP_TEXT = 0.1
 KL_WEIGHT = 1e-5
@@ -56,7 +57,7 @@ class Sizes:
         self.chunk = 32 if tiny else 1024  # pictures composed at once
         self.vae_batch = 4 if tiny else 64
         self.detector_batch = 8 if tiny else 256
-        self.batch = 4 if tiny else 512
+        self.batch = 4 if tiny else 256
         self.full_batch = 2 if tiny else 128  # on FULL text tokens
         self.held_out = 4 if tiny else 100
         self.watch_every = 10 if tiny else 500  # steps
@@ -371,8 +372,8 @@ class HeldOut:
         share, extra = check.found(self.detector, self.draw(steps, length), self.scenes)
         return f"found {share:.3f}, {extra:.2f} more"
 
-    def report(self, out: Path, length: int, prefix: str = "") -> None:
-        """The closing table and the contact sheets."""
+    def report(self, out: Path, length: int, shown: int) -> None:
+        """The closing table, and the contact sheet of `shown` steps."""
         pictures = {steps: self.draw(steps, length) for steps in (28, 20, 14, 10, FEW)}
         print("| pictures | named objects found | others a picture | dB to 28 steps, mean | least |")
         print("|---|---|---|---|---|")
@@ -382,9 +383,7 @@ class HeldOut:
             share, extra = check.found(self.detector, drawn, self.scenes)
             apart = check.psnr(drawn, pictures[28])
             print(f"| {steps} steps | {share:.3f} | {extra:.2f} | {apart.mean():.2f} | {apart.min():.2f} |", flush=True)
-        for name, shown in (("composed", self.pictures), *pictures.items()):
-            if name in ("composed", 28, FEW):
-                check.contact_sheet(shown[:32], self.captions[:32], out / f"{prefix}sheet-{name}.png")
+        check.contact_sheet(pictures[shown][:32], self.captions[:32], out / f"sheet-{shown}.png")
 
 
 def uncompiled(nets: model.Networks) -> model.Networks:
@@ -400,9 +399,8 @@ class Session:
         self.nets, self.files, self.held_out, self.bank = nets, files, held_out, bank
         self.sizes, self.clock = sizes, clock
 
-    def _train(self, phase: str, loss_fn, modules, rate: float, floor: float, until: float, length: int) -> None:
-        """Until `until` on the clock; the averaged weights are kept and saved on the way."""
-        loss_fn().backward()  # compiles
+    def _train(self, phase: str, loss_fn, modules, rate: float, floor: float, seconds: float, length: int) -> None:
+        """The averaged weights are kept, and saved on the way."""
         steps = FEW if phase == "few" else 14
         loop = Loop(loss_fn, modules, rate, ema=0.9995)
         saved = self.clock.spent()
@@ -418,16 +416,18 @@ class Session:
             saved = self.clock.spent()
             return note
 
-        self.clock.say(f"{phase}: {until - saved:.0f} s on {length} text tokens")
-        loop.run(until - saved, watch, self.sizes.watch_every, floor)
+        self.clock.say(f"{phase}: {seconds:.0f} s on {length} text tokens")
+        loop.run(seconds, watch, self.sizes.watch_every, floor)
         loop.swap()
         self.files.save(phase)
         self.clock.say(f"{phase}: {self.held_out.share(steps, length)}")
 
-    def flow(self, until: float, first: bool) -> None:
-        rate, floor = (1e-3, 0.5) if first else (7e-4, 0.02)
+    def flow(self, until: float, first: bool, last: bool) -> None:
+        """Until `until` on the clock. The rate stays high while another call of it is to follow."""
+        rate, floor = 1e-3 if first else 7e-4, 0.02 if last else 0.5
         loss = functools.partial(flow_loss, self.nets, self.bank, self.sizes.batch)
-        self._train("flow", loss, self.nets.conditioned(), rate, floor, until, SHORT)
+        loss().backward()  # compiles
+        self._train("flow", loss, self.nets.conditioned(), rate, floor, until - self.clock.spent(), SHORT)
 
     def student(self, phase: str, loss_fn, modules) -> None:
         """The networks become students of what they were; on short texts, then on full ones."""
@@ -435,8 +435,8 @@ class Session:
         settings = ((SHORT, self.sizes.batch, 3e-4), (FULL, self.sizes.full_batch, 2e-4))
         for (length, batch, rate), seconds in zip(settings, SECONDS[phase], strict=True):
             loss = functools.partial(loss_fn, self.nets, teacher, self.bank, batch, length)
-            until = self.clock.spent() + self.sizes.pace * seconds
-            self._train(phase, loss, modules, rate, 0.02, until, length)
+            loss().backward()
+            self._train(phase, loss, modules, rate, 0.02, self.sizes.pace * seconds, length)
 
 
 def run(args, sizes: Sizes, clock: Clock) -> None:
@@ -482,16 +482,16 @@ def run(args, sizes: Sizes, clock: Clock) -> None:
     session = Session(nets, files, held_out, bank, sizes, clock)
     if "flow" in trained:
         later = sum(2 * MARGIN + sum(SECONDS[phase]) for phase in trained[1:]) + CHECK_SECONDS
-        session.flow(clock.seconds - sizes.pace * later, first=not args.resume)
+        session.flow(clock.seconds - sizes.pace * later, first=not args.resume, last="guided" in trained)
     if "guided" in trained:
         session.student("guided", guided_loss, nets.conditioned())
     if "check" in args.phases:
-        held_out.report(args.out, FULL)
+        held_out.report(args.out, FULL, 28)
         clock.say("checked")
     if "few" in trained:
         nets.clip.requires_grad_(False), nets.t5.requires_grad_(False)
         session.student("few", functools.partial(few_loss, grid=times(FEW, device)), [nets.transformer])
-        held_out.report(args.out, FULL, "few-")
+        held_out.report(args.out, FULL, FEW)
     clock.say("done")
 
 
@@ -505,6 +505,7 @@ def export(data: Path, folder: Path, target: Path) -> None:
     for phase in ("vae", "guided"):
         files.load(phase, folder)
     model.save(nets, target)
+    shutil.copy(Path(__file__).with_name("scenes_notices.txt"), target / "NOTICES.txt")
     save_file({key: value.bfloat16() for key, value in detector.state_dict().items()}, target / "detector.safetensors")
     if (folder / "few.pt").exists():
         files.load("few", folder)
@@ -517,7 +518,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, help="where the phases leave their files")
     parser.add_argument("--resume", type=Path, help="the folder of an earlier call")
-    parser.add_argument("--seconds", type=float, default=460.0, help="of the whole call, before `few`")
+    parser.add_argument(
+        "--seconds", type=float, default=460.0, help="of the whole call; what the other phases leave is for `flow`"
+    )
     parser.add_argument("--tiny", action="store_true", help="a trial of every line on a CPU")
     args = parser.parse_args()
     clock = Clock(args.seconds)
