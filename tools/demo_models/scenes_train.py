@@ -496,7 +496,7 @@ def run(args, sizes: Sizes, clock: Clock) -> None:
 
 
 def export(data: Path, folder: Path, target: Path) -> None:
-    """The diffusers folder, the detector in it, and beside it the transformer of few steps if there is one."""
+    """The diffusers folder; beside it the detector, and the transformer of few steps if there is one."""
     from safetensors.torch import save_file
 
     names = np.load(data / "sprites.npz")["names"].tolist()
@@ -506,7 +506,8 @@ def export(data: Path, folder: Path, target: Path) -> None:
         files.load(phase, folder)
     model.save(nets, target)
     shutil.copy(Path(__file__).with_name("scenes_notices.txt"), target / "NOTICES.txt")
-    save_file({key: value.bfloat16() for key, value in detector.state_dict().items()}, target / "detector.safetensors")
+    weights = {key: value.bfloat16() for key, value in detector.state_dict().items()}
+    save_file(weights, target.with_name("detector.safetensors"), metadata={"objects": ", ".join(names)})
     if (folder / "few.pt").exists():
         files.load("few", folder)
         model.bf16_copy(nets.transformer).save_pretrained(target.with_name("few") / "transformer")
