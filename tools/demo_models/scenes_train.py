@@ -52,7 +52,7 @@ class Sizes:
 
     def __init__(self, tiny: bool):
         self.pictures = 128 if tiny else 65536  # that the VAE and the detector see
-        self.captions = 128 if tiny else 200_000
+        self.captions = 128 if tiny else 204_800
         self.drawings = 1 if tiny else 2  # of each caption
         self.chunk = 32 if tiny else 1024  # pictures composed at once
         self.vae_batch = 4 if tiny else 64
@@ -255,7 +255,7 @@ class Bank:
         device, captions = self.latents.device, len(self.clip) - 1
         which = torch.randint(len(self.latents), (batch,), device=device)
         empty = torch.rand(batch, device=device) < DROP_TEXT
-        caption = torch.where(empty, captions, which % captions)
+        caption = (which % captions).masked_fill(empty, captions)
         return self.latents[which].float(), self.clip[caption], self.t5[caption]
 
 
@@ -526,9 +526,8 @@ def main() -> None:
     args = parser.parse_args()
     clock = Clock(args.seconds)
     if args.phases == ["tokenizers"]:
-        for tokenizer, name in zip(
-            make_tokenizers(np.load(args.data / "sprites.npz")["names"].tolist()), TOKENIZERS, strict=True
-        ):
+        names = np.load(args.data / "sprites.npz")["names"].tolist()
+        for tokenizer, name in zip(make_tokenizers(names), TOKENIZERS, strict=True):
             tokenizer.save_pretrained(args.data / name)
     elif args.phases == ["export"]:
         export(args.data, args.resume, args.out)
