@@ -55,7 +55,7 @@ def contact_sheet(pictures: torch.Tensor, captions: list[str], target: Path, col
     """Pictures in [-1, 1] at twice their size, each above its caption."""
     from PIL import Image, ImageDraw
 
-    cell, below = 2 * pictures.shape[-1], 52
+    cell, below = 2 * pictures.shape[-1], 78
     rows = -(-len(captions) // columns)
     sheet = Image.new("RGB", (columns * cell, rows * (cell + below)), "white")
     pen = ImageDraw.Draw(sheet)
@@ -63,5 +63,5 @@ def contact_sheet(pictures: torch.Tensor, captions: list[str], target: Path, col
     for index, (picture, line) in enumerate(zip(pictures, captions, strict=True)):
         x, y = index % columns * cell, index // columns * (cell + below)
         sheet.paste(Image.fromarray(picture).resize((cell, cell), Image.Resampling.BICUBIC), (x, y))
-        pen.text((x + 3, y + cell + 2), "\n".join(textwrap.wrap(line, 42)), fill="black")
+        pen.text((x + 3, y + cell + 2), "\n".join(textwrap.wrap(line, 46)), fill="black")
     sheet.save(target)

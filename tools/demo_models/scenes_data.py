@@ -25,7 +25,7 @@ COLUMNS = (("left", "on the left"), ("middle", "in the middle"), ("right", "on t
 ROWS = ("at the back", "at the front")
 FOOT = (75.0, 118.0)  # pixels of the lower edge of what stands in a row
 SIZE = (37.0, 48.0)  # pixels a side
-CENTRE = ((34.0, 64.0, 94.0), (27.0, 64.0, 101.0))  # pixels of a row's columns
+CENTRE = ((35.0, 64.0, 93.0), (29.0, 64.0, 99.0))  # pixels of a row's columns
 # Objects of one row are never neighbours, so that they overlap little.
 ONE_ROW = ((), (0,), (1,), (2,), (0, 2))
 LAYOUTS = {2: [], 3: [], MOST: []}
@@ -246,7 +246,7 @@ class Composer:
         objects, places = objects.clamp(min=0), places.clamp(min=0)
         jitter = torch.rand(count, MOST, 3, device=self.device) * 2 - 1
         centre, base, size = self.places[places].unbind(2)
-        centre, base, size = centre + 6 * jitter[..., 0], base + 3 * jitter[..., 1], size * (1 + 0.08 * jitter[..., 2])
+        centre, base, size = centre + 5 * jitter[..., 0], base + 3 * jitter[..., 1], size * (1 + 0.08 * jitter[..., 2])
 
         reach, lean = self._uniform(count, 0.2, 0.4), 0.9 * light  # of a cast shadow: into depth, sideways
         shade, placed = torch.zeros_like(x), []
