@@ -21,11 +21,11 @@ from ..cache.solvers import Solver
 from ..cache.step_plan import StepPlan, build_plan
 from ..cache.stretch import Stretch
 from ..cache.warmup import Warmup
-from ..config import effective, resampling
+from ..config import effective
 from ..config.effective import Decision
 from ..config.settings import CacheSettings
 from ..config.sources import REQUEST, Source
-from ..config.tuned_schedules import TunedSchedule
+from ..config.tuned_schedules import TunedSchedule, choose
 from ..errors import MountError, RefusedError, SettingError, refusal_in
 from ..report import metrics, table
 from ..report.stats import CorrectorStats, RequestStats, TransformerStats, reports_of
@@ -481,9 +481,9 @@ class Session:
             self.stats.note(f"schedules are tuned for the first denoising stage, the {steps} steps are computed")
             return replace(settings, schedules=None, steps_computation_mask=(1,) * steps), None
         if stretch is None:
-            row, note = resampling.choose(settings.schedules, steps, facts.size, facts.timesteps)
+            row, note = choose(settings.schedules, steps, facts.size, facts.timesteps)
         else:
-            row, note = resampling.choose(settings.schedules, len(stretch.timesteps), facts.size, stretch.timesteps)
+            row, note = choose(settings.schedules, len(stretch.timesteps), facts.size, stretch.timesteps)
             row = stretch.row(row)
         if note is not None:
             self.stats.note(note)
