@@ -22,7 +22,6 @@ from .similarity import Reading, relative_error
 from .solvers import Call, Place, Solver, hooked_scheduler
 from .step_plan import Action
 
-
 CARRY, CONTROLLED_CARRY = 0.5, 0.75
 """How far computed outputs follow corrected latents; under an error tolerance forecasts start from them too."""
 
