@@ -80,14 +80,17 @@ class SharedBlockState:
         self.mixed = False
 
     def reset(self) -> None:
-        """Forget the passes of the last forward, with the tensors they hold."""
+        """Forget the last forward, with the tensors that it holds."""
         self._passes.clear()
         self.mixed = False
 
     @property
-    def unfinished(self) -> bool:
-        """Whether a pass ended before the last hook of its middle: no residual was noted, or no forecast used."""
-        return any(each.open for each in self._passes)
+    def problem(self) -> str | None:
+        """Why the branch of the forward that has ended cannot be cached, None where it can."""
+        if self.mixed:
+            return "samples take turns in the blocks and cannot be told apart"
+        # No residual was noted, or no forecast used.
+        return "the block loop left out its last block" if any(each.open for each in self._passes) else None
 
     @property
     def lost(self) -> bool:

@@ -128,9 +128,7 @@ class CachedTransformer:
         computed = functools.partial(forward, *args, **kwargs)
         if self.cache.request.plan.static:
             return self._outputs.forward(identity, computed, computed)
-        self.cache.begin_forward(identity)
-        self.cache.record(cached=False)
-        return computed()
+        return self._uncached(identity, computed)
 
     @no_compile
     def run_original(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -143,12 +141,16 @@ class CachedTransformer:
             self._outputs.start_over(identity.branch)
 
     @no_compile
+    def _uncached(self, identity: Identity, forward: Callable[[], Any]) -> Any:
+        self.cache.begin_forward(identity)
+        self.cache.record(cached=False)
+        return forward()
+
+    @no_compile
     def _run(self, identity: Identity, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         original = functools.partial(self._original, *args, **kwargs)
         if self.probe.problem is not None:
-            self.cache.begin_forward(identity)
-            self.cache.record(cached=False)
-            return original()
+            return self._uncached(identity, original)
         hooked = functools.partial(self._probed_forward, identity, args, kwargs)
         if self.cache.request.settings.forecast == "output":
             return self._outputs.forward(identity, hooked, original)
@@ -184,13 +186,10 @@ class CachedTransformer:
         self.cache.begin_forward(identity)
         with self._lists.in_place():
             output = self._hooked(*args, **kwargs)
-            mixed, unfinished, lost = (
-                any(getattr(each, what) for each in self._lists.shared) for what in ("mixed", "unfinished", "lost")
-            )
-        if mixed:
-            self.cache.disable_branch(identity.branch, "samples take turns in the blocks and cannot be told apart")
-        elif unfinished:
-            self.cache.disable_branch(identity.branch, "the block loop left out its last block")
+            problems = [each.problem for each in self._lists.shared if each.problem is not None]
+            lost = any(each.lost for each in self._lists.shared)
+        if problems:
+            self.cache.disable_branch(identity.branch, problems[0])
         if lost:
             self.cache.record(cached=False)
             return self._original(*args, **kwargs)
