@@ -98,12 +98,10 @@ class SharedBlockState:
         return any(each.cached and (each.open or self.mixed) for each in self._passes)
 
     def watch(self, first: int, last: int) -> BlockProbe:
-        """A probe of the next forward with these numbers of first and last blocks."""
         self.probe = BlockProbe(self.blocks, (first, self.size - last), bare=self._bare)
         return self.probe
 
     def hook(self, block: nn.Module) -> BlockHook:
-        """The hook of the next block."""
         self._first = block if self._first is None else self._first
         self.size += 1
         return BlockHook(self, block, self.size - 1)
@@ -259,7 +257,6 @@ class BlockHook(nn.Module):
         return self.shared.after(self, current, self.block(*args, **kwargs))
 
     def read(self, args: Any, kwargs: Mapping[str, Any]) -> Streams:
-        """The streams in a call of the block."""
         found: Streams = {}
         for name in self.shared.blocks.streams:
             index = self._indices.get(name, len(args))
@@ -279,7 +276,6 @@ class BlockHook(nn.Module):
 
 
 def fits(block: nn.Module, blocks: Blocks) -> bool:
-    """Whether a block takes the streams of its description."""
     parameters = inspect.signature(block.forward).parameters.values()
     missing = set(blocks.streams) - set(blocks.returned) - {each.name for each in parameters}
     return not missing or any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)

@@ -267,7 +267,8 @@ class CachedTransformer:
 
     def describe(self) -> dict[str, Any]:
         """Class of the transformer, and its cached block lists with their lengths."""
-        return {"class": type(self.module).__name__, "blocks": self._lists.lengths()}
+        blocks = {each.name: len(each.hooks) for each in self._lists.patches}
+        return {"class": type(self.module).__name__, "blocks": blocks}
 
     def unmount(self) -> None:
         """Give the transformer its own forward back."""

@@ -59,7 +59,6 @@ class _Kept:
         return bool(changed) if changed.device.type == "cpu" else changed
 
     def returned_as(self, output: Any) -> bool:
-        """Whether ``output`` lies where the kept tensor lies."""
         return isinstance(output, torch.Tensor) and output.data_ptr() == self._tensor.data_ptr() != 0
 
 
