@@ -122,7 +122,7 @@ class SharedBlockState:
             current.position = hook.index
             return current, False, self._hand_on(current, streams), None
         if current.position < 0 < first:
-            current.start = self._kept(self._settled(streams[measured]))
+            current.start = self._kept(self._materialized(streams[measured]))
         if first <= hook.index < last and current.entry is None:
             args, kwargs = self._decide(hook, current, streams, args, kwargs)
         elif hook.index >= last and current.open:
@@ -177,10 +177,12 @@ class SharedBlockState:
         return ahead[0]
 
     def _decide(self, hook: BlockHook, current: _Pass, streams: Streams, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        entry = {name: self._settled(value) for name, value in streams.items()}
+        entry = {name: self._materialized(value) for name, value in streams.items()}
         hidden = entry[self.blocks.measured]
+        residual = hidden
         # Where the loop ran none of the first blocks there is no residual; the states themselves are compared.
-        residual = hidden if current.start is None else first_residual(self._first, current.start, hidden)
+        if current.position >= 0 and current.start is not None:
+            residual = first_residual(self._first, current.start, hidden)
         current.state, current.cached = self.cache.decide(current.key, self.blocks.measured, residual)
         current.entry = entry if current.cached else {name: self._kept(value) for name, value in entry.items()}
         current.start, current.open = None, True
@@ -194,13 +196,13 @@ class SharedBlockState:
         if current.cached:
             residuals = {name: cache.forecast(state, name) for name in self.blocks.streams}
             return {name: _sum(entry[name], residual) for name, residual in residuals.items()}
-        streams = {name: self._settled(value) for name, value in streams.items()}
+        streams = {name: self._materialized(value) for name, value in streams.items()}
         for name, value in streams.items():
             cache.note(state, name, value if value is None or entry[name] is None else value - entry[name])
         current.entry = None
         return streams
 
-    def _settled(self, value: Any) -> Any:
+    def _materialized(self, value: Any) -> Any:
         if value is None or isinstance(value, torch.Tensor):
             return value
         if self._materialize is None:

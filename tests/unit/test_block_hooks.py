@@ -188,6 +188,19 @@ def test_a_block_that_the_loop_leaves_out_moves_the_end_of_the_middle(left_out, 
     assert close(rig.outputs(at=0), fixed)
 
 
+def test_where_a_loop_leaves_out_its_first_block_the_states_themselves_are_compared():
+    rig = Hooked(Loop()).begin(4, residual_diff_threshold=0.9)
+    rig.run("cond", 0)
+    rig.model.left_out = (0,)
+    for step in (1, 2):
+        rig.run("cond", step)
+    values = [sample("cond", step) for step in (1, 2)]
+    expected = float((values[1] - values[0]).abs().sum() / values[0].abs().sum())
+    stats = rig.stats.branches["cond"]
+    assert (stats.computed, stats.cached) == ([0, 1], [2])
+    assert stats.residual_diffs[2] == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_loop_that_ends_before_the_middle_does_is_computed_and_says_so():
     rig = Hooked(Loop())
     rig.model.left_out = (N - 1,)
