@@ -279,7 +279,6 @@ class DenoisingSteps:
         self._report.largest_correction = round(largest, 6) if math.isfinite(largest) else None
 
     def held_bytes(self) -> int:
-        """Bytes of the tensors kept."""
         return self._outputs.held_bytes() + self._corrector.held_bytes()
 
 

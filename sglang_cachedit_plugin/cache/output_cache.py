@@ -89,7 +89,6 @@ class OutputCache:
         self._histories.clear()
 
     def start_over(self, branch: str) -> None:
-        """Drop the outputs of a branch."""
         if branch in self._histories:
             self._histories[branch].start_over()
 

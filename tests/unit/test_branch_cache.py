@@ -1,4 +1,4 @@
-"""Contexts by identity: no branch sees another, schedules run exactly the blocks they should."""
+"""States by identity: no branch sees another, schedules run exactly the blocks they should."""
 
 from __future__ import annotations
 
