@@ -66,8 +66,7 @@ class HostLayout:
             sequence_parallel_degree=ulysses * ring, ulysses_degree=ulysses, ring_degree=ring,
             tensor_parallel_degree=tp, classifier_free_guidance_degree=cfg,
         )
-        ranks.groups_ready()
-        self.groups = ranks.groups([], None)
+        self.groups = ranks.groups(ranks.slices(), [], None)
         self.sp = state.get_sp_group().device_group if ulysses * ring > 1 else None
         self.tp = state.get_tp_group().device_group if tp > 1 else None
 
