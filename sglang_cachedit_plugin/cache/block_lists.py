@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -114,7 +114,7 @@ def _list(transformer: nn.Module, path: str) -> tuple[nn.Module, nn.ModuleList]:
     parent, _, name = path.rpartition(".")
     try:
         owner = transformer.get_submodule(parent)
-        return owner, owner._modules[name]
+        return owner, cast(nn.ModuleList, owner._modules[name])
     except (AttributeError, KeyError) as error:
         raise MountError(
             f"{type(transformer).__name__}: its blocks are not as declared: it has no {path}"
