@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from .. import adapters
@@ -14,7 +13,7 @@ from ..errors import MountError
 from ..report.stats import TransformerStats
 from . import block_lists
 from .branch_cache import BranchCache
-from .compiling import no_compile, with_own_code
+from .compiling import no_compile, untraced, with_own_code
 from .inputs import given
 from .mount_check import MountProbe
 from .output_cache import OutputCache
@@ -62,7 +61,7 @@ class CachedTransformer:
             identity = self._identity(args, kwargs)
             if identity is None:
                 return self._original(*args, **kwargs)
-            if self.request.warmup is not None:
+            if self.request is not None and self.request.warmup is not None:
                 self.request.warmup(self, identity, args, kwargs)
             return self.run(identity, args, kwargs)
 
@@ -111,8 +110,9 @@ class CachedTransformer:
             self.cache.tell(None)
         else:
             output = self._run(identity, args, kwargs)
-        if self.request.on_forward is not None and self.cache.computed_last(identity):
-            self.request.on_forward(self.name, identity, (kwargs.get("hidden_states"), args), output)
+        told = None if self.request is None else self.request.on_forward
+        if told is not None and self.cache.computed_last(identity):
+            told(self.name, identity, (kwargs.get("hidden_states"), args), output)
         return output
 
     def run_around(self, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -211,13 +211,15 @@ class CachedTransformer:
             MountError: F and B do not fit the blocks, only the whole output can be forecast, or an earlier
                 forward has shown that the blocks are not as declared.
         """
-        self._check(request.of(self.name))
+        if (spec := request.of(self.name)) is not None:
+            self._check(spec)
         self.begin(request)
 
-    @torch.compiler.disable
+    @untraced
     def begin(self, request: RequestSpec) -> None:
         """Start over under ``request``, which is known to fit."""
         spec = request.of(self.name)
+        assert spec is not None
         stats = request.stats.transformers.setdefault(self.name, TransformerStats(steps=0))
         stats.steps = spec.plan.num_steps
         self.cache.begin_request(spec, stats, request.groups)

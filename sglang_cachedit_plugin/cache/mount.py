@@ -22,7 +22,8 @@ def preset_mask(preset: str, num_steps: int) -> list[int]:
     """cache-dit's mask for a preset; 1 computed, 0 may be cached."""
     import cache_dit
 
-    return cache_dit.steps_mask(mask_policy=preset, total_steps=num_steps)
+    mask: list[int] = cache_dit.steps_mask(mask_policy=preset, total_steps=num_steps)
+    return mask
 
 
 class State(Enum):
