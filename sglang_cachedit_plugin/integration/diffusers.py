@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..cache.mount import CachedModel
+from ..cache.cached_model import CachedModel
 from ..cache.parallel import mesh_group
-from ..cache.runtime import Groups, Identity
 from ..cache.solvers import Solver, hooked, hooked_scheduler, latents_of
+from ..cache.spec import Groups, Identity
 from ..cache.stretch import Stretch
 from ..config import effective
 from ..config.config_file import file_label
@@ -36,7 +36,7 @@ def load(original: Callable[..., Any], pipeline: Any, pipe: Any, server_args: An
     # that is replaced after it was compiled is compiled again. Without any of this the first request mounts.
     if current.enabled or cache.compiled or sections:
         try:
-            cache.mount()
+            cache.cached_model()
             pipeline._cache_dit_enabled = True
         except MountError as error:
             if current.decide(None, None).resolved.primary.strict:

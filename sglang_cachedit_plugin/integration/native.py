@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from ..adapters import find_adapter
-from ..cache.mount import CachedModel
+from ..cache.cached_model import CachedModel
 from ..cache.parallel import tell_parallel
 from ..cache.solvers import Solver
 from ..config import effective

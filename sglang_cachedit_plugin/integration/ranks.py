@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..cache.runtime import Groups
+from ..cache.spec import Groups
 from ..errors import HostContractError, MountError, SettingError
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from ..cache import rank_agreement
+from ..cache.cached_model import CachedModel, preset_mask
 from ..cache.denoising_steps import DenoisingSteps
-from ..cache.mount import CachedModel, preset_mask
-from ..cache.runtime import Groups, Identify, RequestSpec, TransformerSpec
 from ..cache.solvers import Solver
+from ..cache.spec import Groups, Identify, RequestSpec, TransformerSpec
 from ..cache.step_plan import StepPlan, build_plan
 from ..cache.stretch import Stretch
 from ..cache.warmup import Warmup

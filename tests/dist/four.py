@@ -18,7 +18,7 @@ from sglang_cachedit_plugin.integration import ranks, request
 from sglang_cachedit_plugin.integration.request import WORKER
 from sglang_cachedit_plugin.cache import parallel
 from sglang_cachedit_plugin.errors import MountError
-from sglang_cachedit_plugin.cache.runtime import Groups
+from sglang_cachedit_plugin.cache.spec import Groups
 from tests.unit.blocks import Rig, sample
 
 from tests.dist import steps

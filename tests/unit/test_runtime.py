@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from sglang_cachedit_plugin.cache import mount
-from sglang_cachedit_plugin.cache.mount import CachedModel, State
-from sglang_cachedit_plugin.cache.runtime import RequestSpec, TransformerSpec
+from sglang_cachedit_plugin.cache import cached_model
+from sglang_cachedit_plugin.cache.cached_model import CachedModel, State
+from sglang_cachedit_plugin.cache.spec import RequestSpec, TransformerSpec
 from sglang_cachedit_plugin.cache.step_plan import StepPlan
 from sglang_cachedit_plugin.config.settings import CacheSettings
 from sglang_cachedit_plugin.errors import MountError
@@ -53,7 +53,7 @@ class Recorder:
 
 
 def model_of(backend: Recorder, monkeypatch: pytest.MonkeyPatch) -> CachedModel:
-    monkeypatch.setattr(mount, "CachedTransformer", backend.mount)
+    monkeypatch.setattr(cached_model, "CachedTransformer", backend.mount)
     return CachedModel({"transformer": nn.Identity()})
 
 
