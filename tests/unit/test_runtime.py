@@ -85,6 +85,15 @@ def test_transitions(backend, runtime, requests, events):
     assert backend.events == events
 
 
+def test_a_transformer_that_a_request_does_not_name_runs_as_it_is(monkeypatch):
+    both = {"transformer": Recorder(), "transformer_2": Recorder()}
+    monkeypatch.setattr(cached_model, "CachedTransformer", lambda name, *args: both[name].mount(name, *args))
+    model = CachedModel(dict.fromkeys(both, nn.Identity()))
+    model.prepare(FIRST)
+    assert [each.cached for each in both.values()] == [True, False]
+    assert both["transformer_2"].events == ["mount", "bypass"]
+
+
 def test_mounting_early_leaves_the_original_forward(backend, runtime):
     runtime.mount()
     runtime.mount()
