@@ -21,8 +21,8 @@ from .compiling import untraced
 from .dmd import DMDForecaster
 from .forecast import Extrapolator
 from .inputs import Given, differ
-from .runtime import Groups, Identity, TransformerSpec
 from .similarity import reduced_differences, residual_difference, residual_sums
+from .spec import Groups, Identity, TransformerSpec
 from .step_plan import Action
 
 

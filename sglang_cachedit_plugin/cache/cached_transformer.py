@@ -17,7 +17,7 @@ from .compiling import no_compile, untraced, with_own_code
 from .inputs import given
 from .mount_check import MountProbe
 from .output_cache import OutputCache
-from .runtime import Identity, RequestSpec, TransformerSpec
+from .spec import Identity, RequestSpec, TransformerSpec
 
 
 class CachedTransformer:

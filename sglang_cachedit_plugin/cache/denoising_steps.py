@@ -17,9 +17,9 @@ from .compiling import untraced
 from .corrector import Corrector
 from .error_control import ErrorControl
 from .forecast import Extrapolator
-from .runtime import Groups, RequestSpec
 from .similarity import Reading, relative_error
 from .solvers import Call, Place, Solver, hooked_scheduler
+from .spec import Groups, RequestSpec
 from .step_plan import Action
 
 CARRY, CONTROLLED_CARRY = 0.5, 0.75

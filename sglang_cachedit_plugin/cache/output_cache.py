@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from .branch_cache import BranchCache
 from .compiling import no_compile, untraced
 from .forecast import Extrapolator
-from .runtime import Identity, TransformerSpec
+from .spec import Identity, TransformerSpec
 from .step_plan import Action
 
 Forward = Callable[[], Any]

@@ -17,7 +17,7 @@ from ..config.settings import CacheSettings
 from ..errors import CacheDitError
 from ..report.stats import RequestStats
 from .compiling import no_compile, untraced
-from .runtime import Identity, RequestSpec, TransformerSpec
+from .spec import Identity, RequestSpec, TransformerSpec
 from .step_plan import StepPlan
 
 

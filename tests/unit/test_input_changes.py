@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from sglang_cachedit_plugin import adapters
 from sglang_cachedit_plugin.adapters import Blocks, ModelAdapter
+from sglang_cachedit_plugin.cache.cached_model import preset_mask
 from sglang_cachedit_plugin.cache.inputs import differ, given
-from sglang_cachedit_plugin.cache.mount import preset_mask
-from sglang_cachedit_plugin.cache.runtime import Identity, TransformerSpec
+from sglang_cachedit_plugin.cache.spec import Identity, TransformerSpec
 from sglang_cachedit_plugin.cache.step_plan import build_plan
 from sglang_cachedit_plugin.config.settings import CacheSettings
 from tests.unit.blocks import DIM, Rig, TinyDiT, known_classes, wanted

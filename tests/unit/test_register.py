@@ -14,7 +14,7 @@ from torch import nn
 from sglang_cachedit_plugin import adapters
 from sglang_cachedit_plugin.adapters import Blocks
 from sglang_cachedit_plugin.cache.block_lists import describe
-from sglang_cachedit_plugin.cache.mount import CachedTransformer
+from sglang_cachedit_plugin.cache.cached_model import CachedTransformer
 from sglang_cachedit_plugin.errors import MountError
 from tests.unit.blocks import DIM, Rig, sample
 from tests.unit.test_mount import MODELS, Mounted

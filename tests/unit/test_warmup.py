@@ -8,7 +8,7 @@ import torch
 from sglang_cachedit_plugin.cache import rank_agreement
 from sglang_cachedit_plugin.cache.dmd import DMDForecaster
 from sglang_cachedit_plugin.cache.forecast import Extrapolator
-from sglang_cachedit_plugin.cache.runtime import Groups
+from sglang_cachedit_plugin.cache.spec import Groups
 from sglang_cachedit_plugin.cache.warmup import Warmup
 from sglang_cachedit_plugin.errors import MountError
 from tests.unit.blocks import Rig, known_classes, sample

@@ -15,7 +15,7 @@ from torch import nn
 from ..errors import MountError
 from . import similarity
 from .cached_transformer import CachedTransformer
-from .runtime import RequestSpec
+from .spec import RequestSpec
 
 
 def preset_mask(preset: str, num_steps: int) -> list[int]:
