@@ -29,6 +29,13 @@ class Cell:
     picture: np.ndarray | None
     difference: np.ndarray | None = None
     psnr: float | None = None
+    seconds: float | None = None
+
+    @property
+    def figures(self) -> str:
+        """What stands beside the picture."""
+        parts = [f"{self.psnr:.1f} dB"] if self.psnr is not None else []
+        return ", ".join(parts + ([f"{self.seconds:.2f} s"] if self.seconds is not None else []))
 
 
 @dataclass(frozen=True)
@@ -45,20 +52,21 @@ def read(rows: Sequence[Mapping[str, Any]], base: Path) -> list[TunedSchedule]:
     found = []
     for row in rows:
         pictures = {column: _load(base / path) for column, path in row["images"].items() if path}
-        found.append(TunedSchedule(str(row.get("prompt", "")), row.get("seed"), _cells(pictures)))
+        cells = _cells(pictures, row.get("seconds") or {})
+        found.append(TunedSchedule(str(row.get("prompt", "")), row.get("seed"), cells))
     return found
 
 
-def _cells(pictures: Mapping[str, np.ndarray | None]) -> tuple[Cell, ...]:
+def _cells(pictures: Mapping[str, np.ndarray | None], seconds: Mapping[str, float]) -> tuple[Cell, ...]:
     reference = pictures.get("uncached")
     cells = []
     for column in COLUMNS:
         picture = pictures.get(column)
         if column == "uncached" or picture is None or reference is None or picture.shape != reference.shape:
-            cells.append(Cell(column, picture))
+            cells.append(Cell(column, picture, seconds=seconds.get(column)))
             continue
         difference = np.abs(picture.astype(np.int16) - reference.astype(np.int16)).astype(np.uint8)
-        cells.append(Cell(column, picture, difference, quality.psnr(reference, picture)))
+        cells.append(Cell(column, picture, difference, quality.psnr(reference, picture), seconds.get(column)))
     return tuple(cells)
 
 
@@ -100,7 +108,7 @@ def page_rows(rows: Sequence[TunedSchedule], factor: int) -> list[dict[str, Any]
             "cells": [
                 {
                     "caption": COLUMNS[cell.column],
-                    "psnr": cell.psnr,
+                    "figures": cell.figures,
                     "picture": None if cell.picture is None else data_uri(cell.picture),
                     "difference": None if cell.difference is None else data_uri(amplified(cell.difference, factor)),
                 }
@@ -129,7 +137,7 @@ def write_png(rows: Sequence[TunedSchedule], factor: int, path: Path, side: int 
         for index, cell in enumerate(row.cells):
             left = gap + index * (side + gap)
             if cell.psnr is not None:
-                pen.text((left, top + 3), f"{cell.psnr:.1f} dB", fill="black", font=font)
+                pen.text((left, top + 3), cell.figures, fill="black", font=font)
             difference = None if cell.difference is None else amplified(cell.difference, factor)
             for level, picture in enumerate((cell.picture, difference)):
                 if picture is not None:
