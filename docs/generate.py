@@ -14,6 +14,7 @@ from sglang_cachedit_plugin.config.settings import ALIASES, EITHER_KNOBS, INERT_
 from sglang_cachedit_plugin.config.sources import PREFIX
 from sglang_cachedit_plugin.hooks import HOOK_POINTS
 from sglang_cachedit_plugin.integration import host_contract
+from sglang_cachedit_plugin.report import reasons
 
 HERE = Path(__file__).parent
 
@@ -205,6 +206,7 @@ PAGES = {
     "models.md": models,
     "settings.md": settings,
     "patches.md": patches,
+    "troubleshooting.md": reasons.page,
     "cache-dit-config.schema.json": schema,
     "../sglang_cachedit_plugin/cache-dit-config.schema.json": schema,
 }

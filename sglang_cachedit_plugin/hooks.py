@@ -232,26 +232,26 @@ HOOK_POINTS: tuple[HookPoint, ...] = (
     HookPoint(
         target=f"{_RUNTIME}.entrypoints.openai.utils.build_sampling_params",
         parameters=(),
-        kind="before", handler="serving.requests:check",
+        kind="before", handler="serving.validation:check",
         why="a bad cache setting answers 400 before a worker hears of the request; the host would accept it "
         "and fail in the worker",
     ),
     HookPoint(
         target=f"{_RUNTIME}.entrypoints.openai.utils.add_common_data_to_response",
         parameters=("response", "request_id", "result"),
-        kind="after", handler="serving.answers:add_report",
+        kind="after", handler="serving.responses:add_report",
         why="the report in image, edit and video answers",
     ),
     HookPoint(
         target=f"{_RUNTIME}.disaggregation.orchestrator.DiffusionServer._handle_transfer_done",
         parameters=("self", "msg", "role"),
-        kind="before", handler="serving.answers:remember",
+        kind="before", handler="serving.responses:remember",
         why="the report of a denoiser that runs apart: the decoder's result, which is answered, has no metrics",
     ),
     HookPoint(
         target=f"{_RUNTIME}.disaggregation.orchestrator._deserialize_request_metrics",
         parameters=("data",),
-        kind="after", handler="serving.answers:restore",
+        kind="after", handler="serving.responses:restore",
         why="the report of a GLM-Image denoiser that runs apart",
     ),
     HookPoint(
@@ -361,9 +361,10 @@ def start_worker(original: Callable[..., Any], worker: Any, *args: Any, **kwargs
     Raises:
         MountError: with ``strict``, a model that cannot be cached.
     """
-    from .integration import native, sglang_api, startup
+    from .integration import log, native, sglang_api, startup
 
     startup.ensure_file(worker.server_args)
+    log.leave_out_refusals()
     result = original(worker, *args, **kwargs)
     if sglang_api.is_first_rank():
         for problem in out_of_place(sglang_api.hook_registry()[0]):

@@ -22,7 +22,6 @@ from .similarity import Reading, relative_error
 from .solvers import Call, Place, Solver, hooked_scheduler
 from .step_plan import Action
 
-
 CARRY, CONTROLLED_CARRY = 0.5, 0.75
 """How far computed outputs follow corrected latents; under an error tolerance forecasts start from them too."""
 
@@ -200,16 +199,21 @@ class DenoisingSteps:
         if not cached:
             self._computed(call, place, index)
         self._count += 1
-        if not self._report.enabled:
-            result = solver.advance(call)
-        else:
-            if cached and self._control is not None:
-                # The transformer forecast from its own outputs; these have followed the corrected latents.
-                call = call.with_tensors(self._outputs.predict(place.position), call.sample)
-            result = (self._corrector.cached if cached else self._corrector.computed)(solver, call, place)
+        result = self._advance(call, place, cached)
         # The next forward is the peak of the memory: it needs two outputs beside its own.
         self._outputs.evict_oldest()
         return result
+
+    def _advance(self, call: Call, place: Place, cached: bool) -> Any:
+        """The scheduler's step, corrected where the corrector is on."""
+        if not self._report.enabled:
+            return self._solver.advance(call)
+        if not cached:
+            return self._corrector.computed(self._solver, call, place)
+        if self._control is not None:
+            # The transformer forecast from its own outputs; the ones kept here have followed the corrected latents.
+            call = call.with_tensors(self._outputs.predict(place.position), call.sample)
+        return self._corrector.cached(self._solver, call, place)
 
     def _computed(self, call: Call, place: Place, index: int) -> None:
         """Keep a computed output; start measuring how far its forecast was off."""

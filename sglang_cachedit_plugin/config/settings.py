@@ -148,8 +148,8 @@ class CacheSettings:
         low=1, high=2, env="CORRECTOR_ORDER",
     )
     corrector_carry: float | None = _knob(
-        None, "float", "How far a computed output follows its corrected latents: 1 keeps the predicted clean latents, 0 "
-        "the output. Unset: 0.75 under an error tolerance, otherwise 0.5.", low=0.0, high=1.0, optional=True,
+        None, "float", "How far a computed output follows its corrected latents: 1 keeps the predicted clean latents, "
+        "0 the output. Unset: 0.75 under an error tolerance, otherwise 0.5.", low=0.0, high=1.0, optional=True,
         env="CORRECTOR_CARRY",
     )
     strict: bool = _knob(

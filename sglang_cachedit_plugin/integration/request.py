@@ -29,10 +29,12 @@ from ..config.tuned_schedules import TunedSchedule
 from ..errors import MountError, RefusedError, SettingError, refusal_in
 from ..report import metrics, table
 from ..report.stats import CorrectorStats, RequestStats, TransformerStats, reports_of
-from . import recording, sglang_api
+from . import log, recording, sglang_api
 from .recording import Recording
 
 REPORT = "cache_dit"
+WARMUP = "cache_dit_warmup"
+"""Extra of a request that a client makes for its shape only: it is counted nowhere."""
 
 
 class Running(NamedTuple):
@@ -170,6 +172,8 @@ def decide(enable: bool | None, params: Mapping[str, Any] | None, stage: Source 
     except SettingError as error:
         if sglang_api.publishes_metrics():
             metrics.refused()
+        if sglang_api.is_first_rank():
+            log.say("requests", f"a request that waited is refused: {error}")
         raise RefusedError(error) from None
 
 
@@ -199,17 +203,20 @@ def attach(batch: Any, stats: RequestStats) -> None:
 
 
 def count(batches: Sequence[Any], stats: RequestStats, *, failed: bool = False) -> None:
-    """Count the report of requests that were denoised together, and write its log lines."""
-    batches = [batch for batch in batches if not sglang_api.serves_nobody(batch)]
+    """Count the report of requests that were denoised together, and write its log line."""
+    batches = [each for each in batches if not (sglang_api.serves_nobody(each) or WARMUP in getattr(each, "extra", {}))]
     if not batches:
         return
+    ended = "refused" if stats.refused else "failed" if failed else None
     if sglang_api.publishes_metrics():
-        ended = "refused" if stats.refused else "failed" if failed else None
         merged = sum(len(getattr(batch, "extra", {}).get("dynamic_batch_seeds") or [0]) for batch in batches)
         metrics.observe(stats.as_dict(), requests=merged, ended=ended)
-    if sglang_api.is_first_rank():
-        for line in stats.lines():
-            sglang_api.logger().info(line)
+    if not sglang_api.is_first_rank() or not log.wanted("requests"):
+        return
+    # A server where nobody has asked for caching says nothing of it.
+    if stats.refused or effective.current().enabled or metrics.outcome(stats.as_dict()) != "off":
+        names = ", ".join(name for each in batches if (name := getattr(each, "request_id", None)))
+        sglang_api.logger().info(stats.line(names, ended or ""))
 
 
 @dataclass(frozen=True, kw_only=True)

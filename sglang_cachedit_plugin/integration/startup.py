@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -11,7 +12,7 @@ from ..config import effective, preflight
 from ..config.config_file import file_label
 from ..config.sources import FileConfig, read_environment, read_file
 from ..errors import SettingError, one_line
-from . import sglang_api
+from . import log, sglang_api
 
 
 def fail(error: SettingError) -> None:
@@ -43,7 +44,35 @@ class ReadFile(str):
 
 
 def before_launch(server_args: Any, *args: Any, **kwargs: Any) -> None:
-    """Before workers start: leave with status 2 where ``--cache-dit-config`` is not valid, else hand it on read."""
+    """Before workers start: check the settings, and say what they are."""
+    check(server_args)
+    if log.wanted("changes") and multiprocessing.parent_process() is None and (line := start_line()):
+        # The host sets its log up later.
+        print(line, file=sys.stderr, flush=True)
+
+
+def start_line() -> str | None:
+    """Whether requests are cached and where that comes from; None where nothing of the cache was set at all."""
+    current = effective.current()
+    environment, given = current.environment, current.file.given
+    variables = len([*environment.primary, *environment.secondary])
+    variables += sum(each is not None for each in (environment.enabled, environment.profile))
+    if not given and not variables:
+        return None
+    origin, profile = current.switch.origin, current.decide(None, None).resolved.profile
+    parts = ["on" if current.enabled else "off"]
+    if current.enabled and profile:
+        parts.append(f"profile {profile}")
+    elif not current.enabled:
+        parts.append("nothing switches it on" if origin == "default" else f"{origin} says no")
+    if given:
+        parts.append(f"from {file_label(given)}")
+    told = f"; {variables} variable{'s' * (variables > 1)} from the environment" if variables else ""
+    return one_line(f"cache-dit: {', '.join(parts)}{told}")
+
+
+def check(server_args: Any) -> None:
+    """Leave with status 2 where ``--cache-dit-config`` is not valid, else hand it on read."""
     try:
         for warning in ensure_file(server_args, anew=True):
             warn(one_line(warning))

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..errors import one_line
+from ..errors import Reason, one_line, reason_of
+from .reasons import codes_of
 
 COND = "cond"
 COND_ONLY = "cond_only"
@@ -163,7 +164,7 @@ class RequestStats:
         self.denoising_s += other.denoising_s
         self.refused = self.refused or other.refused
         for note in other.notes:
-            self.note(f"{stage}: {note}")
+            self.note(reason_of(note, "other").after(stage))
         if other.enabled and self.enabled:
             self.corrector.add(stage, other.corrector)
         elif other.enabled:
@@ -177,10 +178,11 @@ class RequestStats:
             if first is not None:
                 self.note(first)
         elif other.reason not in (None, self.reason):
+            further = reason_of(other.reason, "other").after(stage)
             if self.enabled:
-                self.note(f"{stage}: {other.reason}")
+                self.note(further)
             else:
-                self.reason = f"{self.reason}; {stage}: {other.reason}"
+                self.reason = Reason(codes_of([self.reason])[0], f"{self.reason}; {further}")
 
     def diffs(self) -> list[float]:
         """All measured differences, sorted."""
@@ -196,6 +198,7 @@ class RequestStats:
         return {
             "enabled": self.enabled,
             "reason": self.why(),
+            "reason_codes": codes_of(self.reasons()),
             "backend": self.backend,
             "profile": self.profile,
             "config": dict(self.config),
@@ -207,31 +210,44 @@ class RequestStats:
             "transformers": {name: t.as_dict() for name, t in self.transformers.items()},
         }
 
-    def why(self) -> str | None:
-        """Why caching is off or limited, None where nothing held it back."""
+    def reasons(self) -> list[str]:
+        """Why caching is off or limited, each with its code; empty where nothing held it back."""
         if self.reason is not None:
-            return self.reason
-        notes = list(self.notes)
+            return [self.reason]
+        found = list(self.notes)
         for name, transformer in self.transformers.items():
-            notes += [f"{name}: {note}" for note in (*transformer.notes, *transformer.remarks.values())]
+            notes = (*transformer.notes, *transformer.remarks.values())
+            found += [reason_of(note, "branches").after(name) for note in notes]
             if nans := sum(branch.nan_diffs for branch in transformer.branches.values()):
-                notes.append(f"{name}: {nans} residual differences were NaN, these steps were computed")
-        return "; ".join(notes) or None
+                text = f"{name}: {nans} residual differences were NaN, these steps were computed"
+                found.append(Reason("nan_diffs", text))
+        return found
 
-    def lines(self) -> list[str]:
-        """Log lines: the summary, and the reason where caching was limited."""
+    def why(self) -> str | None:
+        """The same as one sentence, None where nothing held caching back."""
+        return "; ".join(self.reasons()) or None
+
+    def line(self, request: str = "", ended: str = "") -> str:
+        """The log line.
+
+        Args:
+            request: its id.
+            ended: how a request that was not served ended, ``failed`` or ``refused``.
+        """
         computed, cached = self.count("computed"), self.count("cached")
-        lines = []
-        if self.enabled and self.transformers:
-            parts = [f"{computed + cached} steps", f"{computed} computed", f"{cached} cached (cond)"]
+        why, codes = self.why(), ", ".join(codes_of(self.reasons()))
+        if not self.enabled:
+            said = f"{ended or 'off'} [{codes}]: {why}"
+        else:
+            parts = [ended] if ended else []
+            parts += [f"{computed + cached} steps", f"{computed} computed", f"{cached} cached (cond)"]
             if diffs := self.diffs():
                 parts.append(f"diffs p50 {percentile(diffs, 50):.2f} p95 {percentile(diffs, 95):.2f}")
             if self.corrector.corrected_steps:
                 parts.append(f"{self.corrector.corrected_steps} corrected")
-            lines.append("cache-dit: " + ", ".join([*parts, f"denoising {self.denoising_s:.2f} s"]))
-        if reason := self.why():
-            lines.append(one_line(f"cache-dit: {'limited' if self.enabled else 'off'}: {reason}"))
-        return lines
+            said = ", ".join([*parts, f"denoising {self.denoising_s:.2f} s"])
+            said += f"; limited [{codes}]: {why}" if why else ""
+        return one_line(": ".join(filter(None, ["cache-dit", request, said])))
 
 
 def reports_of(result: Any) -> list[dict[str, Any]]:

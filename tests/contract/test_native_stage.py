@@ -23,7 +23,7 @@ from sglang_cachedit_plugin.errors import RefusedError, refusal_in
 from sglang_cachedit_plugin.integration import cuda_graphs, diffusers, native
 from sglang_cachedit_plugin.integration.native import CacheDitDenoisingMixin
 from sglang_cachedit_plugin.integration.request import WORKER
-from sglang_cachedit_plugin.serving import requests
+from sglang_cachedit_plugin.serving import validation
 from tests.unit.blocks import DIM, TOKENS, TinyDiT, known_classes
 
 STEPS = 6
@@ -264,7 +264,7 @@ def test_a_request_that_was_checked_under_an_earlier_change_is_refused(stage, mo
     params = {"profile": "mine"}
     line = "profile = 'mine' (cache_dit_params): expected one of: balanced, fast, quality"
     monkeypatch.setattr(effective, "_current", first)
-    requests.check("r1", cache_dit_params=params)
+    validation.check("r1", cache_dit_params=params)
     monkeypatch.setattr(effective, "_current", first.with_overrides(Overrides()).with_overrides(Overrides()))
     assert refusal_of(stage, asking(params)) == line
     with pytest.raises(RefusedError, match=re.escape(line)):

@@ -9,12 +9,12 @@ from fastapi import HTTPException
 from prometheus_client import REGISTRY
 
 from sglang_cachedit_plugin.config.effective import Defaults
-from sglang_cachedit_plugin.errors import RefusedError
+from sglang_cachedit_plugin.errors import Reason, RefusedError
 from sglang_cachedit_plugin.integration import sglang_api
-from sglang_cachedit_plugin.integration.request import Session, attach, count, decide
+from sglang_cachedit_plugin.integration.request import WARMUP, Session, attach, count, decide
 from sglang_cachedit_plugin.report import metrics
 from sglang_cachedit_plugin.report.stats import RequestStats, TransformerStats
-from sglang_cachedit_plugin.serving import requests
+from sglang_cachedit_plugin.serving import state, validation
 
 
 def value(name: str, **labels: str) -> float:
@@ -31,6 +31,12 @@ def stats(enabled=True, cached=(2, 4), diffs=((2, 0.1), (3, 0.5), (4, float("nan
                 branch.record(step, step in cached)
             for step, diff in diffs:
                 branch.measured(step, diff)
+    return made
+
+
+def unwanted(code: str) -> RequestStats:
+    made = stats(enabled=False)
+    made.reason = Reason(code, "why")
     return made
 
 
@@ -81,7 +87,10 @@ def test_a_request_without_caching_has_no_computed_steps(worker):
     ("made", "failed", "outcome"),
     [
         (stats(), False, "cached"),
-        (stats(cached=()), False, "computed"),
+        (stats(cached=()), False, "unavailable"),
+        (unwanted("request"), False, "off"),
+        (unwanted("not_configured"), False, "off"),
+        (unwanted("no_adapter"), False, "unavailable"),
         (stats(enabled=False), False, "off"),
         (stats(), True, "failed"),
     ],
@@ -121,8 +130,10 @@ def test_requests_that_the_host_merged_count_each_and_their_steps_once(worker):
     assert steps("cond", "cached") - before[1] == 2
 
 
-@pytest.mark.parametrize("fields", [{"is_warmup": True}, {"extra": {"server_internal_prewarm": True}}])
-def test_requests_of_the_hosts_own_are_neither_counted_nor_logged(monkeypatch, worker, fields):
+@pytest.mark.parametrize(
+    "fields", [{"is_warmup": True}, {"extra": {"server_internal_prewarm": True}}, {"extra": {WARMUP: True}}]
+)
+def test_requests_that_only_warm_up_are_neither_counted_nor_logged(monkeypatch, worker, fields):
     before = value(metrics.REQUESTS, outcome="cached")
     monkeypatch.setattr(sglang_api, "is_first_rank", pytest.fail)
     count([batch(**fields)], stats())
@@ -138,8 +149,8 @@ def test_only_the_rank_that_speaks_for_its_replica_counts(monkeypatch, worker):
 
 @pytest.mark.parametrize(("counting", "grown"), [(True, 1), (False, 0)])
 def test_refusals_are_counted_where_metrics_are_on(monkeypatch, counting, grown):
-    monkeypatch.setattr(requests, "counting", counting)
+    monkeypatch.setattr(state, "_current", state.ServerState(counting=counting))
     before = value(metrics.REQUESTS, outcome="refused")
     with pytest.raises(HTTPException):
-        requests.check("id", cache_dit_params={"max_warmup_stepz": 1})
+        validation.check("id", cache_dit_params={"max_warmup_stepz": 1})
     assert value(metrics.REQUESTS, outcome="refused") - before == grown
