@@ -39,7 +39,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class TunedSchedule:
+class SheetRow:
     """One prompt's pictures."""
 
     prompt: str
@@ -47,13 +47,13 @@ class TunedSchedule:
     cells: tuple[Cell, ...]
 
 
-def read(rows: Sequence[Mapping[str, Any]], base: Path) -> list[TunedSchedule]:
+def read(rows: Sequence[Mapping[str, Any]], base: Path) -> list[SheetRow]:
     """Rows of the results' ``sheet``; relative paths are taken from ``base``. A file that is missing is a gap."""
     found = []
     for row in rows:
         pictures = {column: _load(base / path) for column, path in row["images"].items() if path}
         cells = _cells(pictures, row.get("seconds") or {})
-        found.append(TunedSchedule(str(row.get("prompt", "")), row.get("seed"), cells))
+        found.append(SheetRow(str(row.get("prompt", "")), row.get("seed"), cells))
     return found
 
 
@@ -77,7 +77,7 @@ def _load(path: Path) -> np.ndarray | None:
         return None
 
 
-def amplification(rows: Sequence[TunedSchedule]) -> int:
+def amplification(rows: Sequence[SheetRow]) -> int:
     """One factor for all differences: the largest that leaves 99 % of the middle one unclipped."""
     parts = [np.percentile(cell.difference, 99) for row in rows for cell in row.cells if cell.difference is not None]
     high = np.median(parts) if parts else 0.0
@@ -99,7 +99,7 @@ def data_uri(picture: np.ndarray) -> str:
     return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
-def page_rows(rows: Sequence[TunedSchedule], factor: int) -> list[dict[str, Any]]:
+def page_rows(rows: Sequence[SheetRow], factor: int) -> list[dict[str, Any]]:
     """Rows as the page's template takes them."""
     return [
         {
@@ -119,7 +119,7 @@ def page_rows(rows: Sequence[TunedSchedule], factor: int) -> list[dict[str, Any]
     ]
 
 
-def write_png(rows: Sequence[TunedSchedule], factor: int, path: Path, side: int = 192) -> None:
+def write_png(rows: Sequence[SheetRow], factor: int, path: Path, side: int = 192) -> None:
     """The sheet as one picture: for each prompt the pictures, below them the differences times ``factor``."""
     label, gap = 20, 6
     high = label + 2 * (side + gap)
