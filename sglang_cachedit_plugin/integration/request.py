@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from ..cache import rank_agreement
+from ..cache.cached_model import CachedModel, preset_mask
 from ..cache.denoising_steps import DenoisingSteps
-from ..cache.mount import CachedModel, preset_mask
-from ..cache.runtime import Groups, Identify, RequestSpec, TransformerSpec
 from ..cache.solvers import Solver
+from ..cache.spec import Groups, Identify, RequestSpec, TransformerSpec
 from ..cache.step_plan import StepPlan, build_plan
 from ..cache.stretch import Stretch
 from ..cache.warmup import Warmup
@@ -29,7 +29,7 @@ from ..config.tuned_schedules import TunedSchedule, choose
 from ..errors import MountError, RefusedError, SettingError, refusal_in
 from ..report import metrics, table
 from ..report.stats import CorrectorStats, RequestStats, TransformerStats, reports_of
-from . import log, recording, sglang_api
+from . import log, ranks, recording, sglang_api
 from .recording import Recording
 
 REPORT = "cache_dit"
@@ -84,6 +84,7 @@ class Worker:
         active: the request under way.
         kept: by stage, the sessions of runs whose requests are single steps.
         models: by stage or pipeline, its transformers.
+        slices: the ranks that must agree with this one.
         refusals: by offline engine, why its worker has refused the request under way.
     """
 
@@ -91,10 +92,16 @@ class Worker:
         self.active = ActiveRequest()
         self.kept: dict[Any, Session] = {}
         self.models: weakref.WeakKeyDictionary[Any, CachedModel] = weakref.WeakKeyDictionary()
+        self.slices = ranks.Slices()
         self.refusals: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 
 WORKER = Worker()
+
+
+def groups_ready(result: Any = None, *args: Any, **kwargs: Any) -> None:
+    """After ``initialize_model_parallel``, on every rank."""
+    WORKER.slices = ranks.slices()
 
 
 def describe_models() -> list[dict[str, Any]]:
