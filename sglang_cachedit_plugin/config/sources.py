@@ -19,8 +19,18 @@ import yaml
 from ..errors import SettingError, nearest, printable, shown
 from .diffusers_sections import read_sections
 from .knobs import Choice, Flag, Knob, key_name, read_mapping, refuse
-from .settings import ALIASES, DBCACHE_KNOBS, GROUPS, INERT_KNOBS, KNOBS, MISSPELT, CacheSettings, contradictions
-from .tuned_schedules import TunedSchedule
+from .settings import (
+    ALIASES,
+    DBCACHE_KNOBS,
+    GROUPS,
+    INERT_KNOBS,
+    KNOBS,
+    MISSPELT,
+    RETIRED_KNOBS,
+    CacheSettings,
+    contradictions,
+)
+from .tuned_schedules import RETIRED, TunedSchedule
 
 PREFIX = "SGLANG_CACHE_DIT_"
 ENABLED_VARIABLE = PREFIX + "ENABLED"
@@ -127,6 +137,9 @@ def _plain(value: Any) -> Any:
 
 
 VARIABLES = {PREFIX + knob.env: name for name, knob in KNOBS.items() if knob.env}
+RETIRED_VARIABLES = {
+    PREFIX + second + name.upper(): why for name, why in RETIRED_KNOBS.items() for second in ("", "SECONDARY_")
+}
 SECONDARY_VARIABLES = {
     f"{PREFIX}SECONDARY_{knob.env}": name for name, knob in KNOBS.items() if knob.env and knob.per_transformer
 }
@@ -145,8 +158,9 @@ def read_environment(
     warnings = []
     for variable in sorted(name for name in environ if name.startswith(PREFIX) and name not in known):
         if variable not in host_variables():
-            near = nearest(variable, known)
-            raise SettingError(variable, environ[variable], "environment", "unknown variable", near)
+            why = RETIRED_VARIABLES.get(variable)
+            near = None if why else nearest(variable, known)
+            raise SettingError(variable, environ[variable], "environment", why or "unknown variable", near)
         warnings.append(f"{variable} is known to the host but not to this plugin and has no effect")
     # Empty is unset: deployments clear a variable that way.
     given = {name: environ[name] for name in known if environ.get(name, "").strip()}
@@ -182,8 +196,11 @@ def read_layer(
 ) -> dict[str, Value]:
     """Check one mapping of knobs; keys in ``extra`` are left to the caller."""
     values, typed = read_mapping(
-        raw, keys(secondary=secondary), origin, warnings, spellings=ALIASES, misspelt=MISSPELT, others=extra
+        raw, keys(secondary=secondary), origin, warnings, spellings=ALIASES, misspelt=MISSPELT, refused=RETIRED_KNOBS,
+        others=extra,
     )
+    if old := [key for key in RETIRED if any(key in row for row in raw.get("schedules") or ())]:
+        warnings.append(f"{', '.join(old)} in schedules ({origin}) is ignored: error_tolerance takes its place")
     refuse(contradictions(values), origin, typed)
     return {
         name: Value(value, f"{origin}.{typed[name]}") for name, value in values.items() if name not in INERT_KNOBS

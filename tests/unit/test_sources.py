@@ -123,6 +123,8 @@ BAD_VARIABLES = [
     ({"SCM_CACHE_BINS": "8,3"}, ENV + "SCM_COMPUTE_BINS", "together or not at all"),
     ({"SECONDARY_SCM_COMPUTE_BINS": "8,3"}, ENV + "SECONDARY_SCM_CACHE_BINS", "together or not at all"),
     ({"SCM_COMPUTE_BINS": "8", "SCM_CACHE_BINS": "1,1"}, ENV + "SCM_CACHE_BINS", "expected 0 or 1 cache bins"),
+    ({"MAX_ACCUMULATED_DIFF": "2"}, ENV + "MAX_ACCUMULATED_DIFF", "error_tolerance takes its place"),
+    ({"SECONDARY_MAX_ACCUMULATED_DIFF": "2"}, ENV + "SECONDARY_MAX_ACCUMULATED_DIFF", "error_tolerance takes"),
     ({"SCM_COMPUTE_BINS": "8,", "SCM_CACHE_BINS": "1"}, ENV + "SCM_COMPUTE_BINS", "positive step counts"),
     ({"SCM_COMPUTE_BINS": "8,0", "SCM_CACHE_BINS": "1"}, ENV + "SCM_COMPUTE_BINS", "positive step counts"),
 ]
