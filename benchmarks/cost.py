@@ -18,7 +18,7 @@ import torch
 from benchmarks.gpu import pipelines
 from sglang_cachedit_plugin.config.effective import Defaults
 from sglang_cachedit_plugin.integration.diffusers import PipelineCache
-from sglang_cachedit_plugin.integration.session import Session
+from sglang_cachedit_plugin.integration.request import Session
 
 MASK = [1, 1, 1, 1, 0, 1, 0, 1, 0, 1, 0, 0, 1, 0, 1, 0, 0, 1, 0, 1, 0, 0, 1, 0, 0, 1, 0, 1]
 RESIDUAL = {"steps_computation_mask": MASK, "steps_computation_policy": "static", "max_warmup_steps": 0}

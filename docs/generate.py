@@ -13,7 +13,8 @@ from sglang_cachedit_plugin.config.section_knobs import PARALLELISM, QUANT_SPELL
 from sglang_cachedit_plugin.config.settings import ALIASES, EITHER_KNOBS, INERT_KNOBS, KNOBS, CacheSettings, Knob
 from sglang_cachedit_plugin.config.sources import PREFIX
 from sglang_cachedit_plugin.hooks import HOOK_POINTS
-from sglang_cachedit_plugin.integration import versions
+from sglang_cachedit_plugin.integration import host_contract
+from sglang_cachedit_plugin.report import reasons
 
 HERE = Path(__file__).parent
 
@@ -147,10 +148,7 @@ cache-dit's own register. [Adding a model](adding-a-model.md) is one row, in you
 
 
 def _list(blocks: Blocks) -> str:
-    if blocks.pattern is not None:
-        return f"`{blocks.name}` (pattern {blocks.pattern})"
-    measured = blocks.measured or blocks.streams[0]
-    streams = ", ".join(f"**{name}**" if name == measured else name for name in blocks.streams)
+    streams = ", ".join(f"**{name}**" if name == blocks.measured else name for name in blocks.streams)
     return f"`{blocks.name}` ({streams})"
 
 
@@ -162,12 +160,12 @@ def _lists(row: ModelAdapter) -> str:
 
 
 def _class(name: str, row: ModelAdapter) -> str:
-    why = row.output_only or row.refused
+    why = row.output_only or row.unsupported
     second = "a second transformer is cached for itself" if row.transformers > 1 and row.cfg != "paired" else ""
     notes = "; ".join(part for part in (f"not cached: {why}" if why else "", row.note, second) if part)
     cells = (
-        row.family, f"`{name}`", _lists(row), row.cfg if not row.refused else "", _FORECASTS[row.ability],
-        "" if row.refused else _VERIFIED[row.verified], notes,
+        row.family, f"`{name}`", _lists(row), row.cfg if not row.unsupported else "", _FORECASTS[row.ability],
+        "" if row.unsupported else _VERIFIED[row.verified], notes,
     )
     return f"| {' | '.join(cells)} |"
 
@@ -197,7 +195,7 @@ def readme() -> str:
     text = (HERE / ".." / "README.md").read_text()
     begin, end = "<!-- versions -->\n", "<!-- /versions -->"
     lines = ["| library | version | |", "|---|---|---|"]
-    for library, found in versions.TRIED.items():
+    for library, found in host_contract.TRIED.items():
         lines += [f"| {library} | {version} | {_HOW[how]} |" for version, how in found.items()]
     head, _, rest = text.partition(begin)
     return head + begin + "\n".join(lines) + "\n" + end + rest.partition(end)[2]
@@ -208,6 +206,7 @@ PAGES = {
     "models.md": models,
     "settings.md": settings,
     "patches.md": patches,
+    "troubleshooting.md": reasons.page,
     "cache-dit-config.schema.json": schema,
     "../sglang_cachedit_plugin/cache-dit-config.schema.json": schema,
 }

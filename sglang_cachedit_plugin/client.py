@@ -1,4 +1,4 @@
-"""``sglang-cachedit client``: requests to ``POST /generate`` of a running server, with time and cache statistics."""
+"""Requests to ``POST /generate`` of a running server, with time and cache statistics; settings of running servers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import argparse
 import base64
 import json
 import os
+import queue
 import statistics
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from .errors import CacheDitError
 from .report import table
 
 KEY_VARIABLE = "SGLANG_CACHE_DIT_CONTROL_KEY"
+URL = "http://127.0.0.1:30000"
+FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
 
 class ClientError(CacheDitError):
@@ -26,20 +29,20 @@ class ClientError(CacheDitError):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The client's options."""
-    parser.add_argument("--url", default="http://127.0.0.1:30000", help="of the server (default: %(default)s)")
+    parser.add_argument("--url", type=_url, default=URL, help="of the server")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--negative-prompt", metavar="TEXT")
-    parser.add_argument("--size", type=_size, metavar="WxH", help="pixels, e.g. 1024x1024 (default: the model's)")
+    parser.add_argument("--size", type=_size, metavar="WxH", help="pixels: 1024x768, or 512 (default: the model's)")
     parser.add_argument("--steps", type=_positive, metavar="N", help="denoising steps (default: the model's)")
     parser.add_argument("--seed", type=_seed, metavar="N", help="of the first request; repeats count up from it")
     parser.add_argument("--guidance-scale", type=float, metavar="X")
     parser.add_argument("--true-cfg-scale", type=float, metavar="X")
     parser.add_argument("--num-frames", type=_positive, metavar="N", help="of a video")
     parser.add_argument("--fps", type=_positive, metavar="N", help="of a video")
-    parser.add_argument("--repeat", type=_positive, default=1, metavar="N", help="requests to make (default: 1)")
-    parser.add_argument("--concurrency", type=_positive, default=1, metavar="N", help="at the same time (default: 1)")
+    parser.add_argument("--repeat", type=_positive, default=1, metavar="N", help="requests to make")
+    parser.add_argument("--concurrency", type=_positive, default=1, metavar="N", help="at the same time")
     parser.add_argument("--warmup", action="store_true", help="run the shape once before, without counting it")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="where to write; repeats are numbered")
+    parser.add_argument("--output", type=_output, metavar="FILE", help="where to write; repeats are numbered")
     parser.add_argument("--profile", metavar="NAME", help="cache profile")
     parser.add_argument(
         "--cache-param", type=_pair, action="append", default=[], metavar="KEY=VALUE",
@@ -48,17 +51,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     switch = parser.add_mutually_exclusive_group()
     switch.add_argument("--cache", action="store_const", const=True, dest="cache", help="switch caching on")
     switch.add_argument("--no-cache", action="store_const", const=False, dest="cache", help="switch caching off")
+    _add_connection(parser)
+
+
+def _add_connection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--api-key", metavar="KEY", default=os.environ.get(KEY_VARIABLE),
         help=f"sent as a bearer token (default: ${KEY_VARIABLE})",
     )
-    parser.add_argument("--timeout", type=float, default=3600.0, metavar="S", help="for one answer (default: 3600)")
+    parser.add_argument("--timeout", type=float, default=3600.0, metavar="S", help="seconds to wait for one answer")
     parser.add_argument("--json", action="store_true", help="print one JSON line for each answer, without pictures")
 
 
+def add_control(commands: Any) -> None:
+    """The subcommands ``status``, ``set`` and ``reset``."""
+    for name, method, said in (
+        ("status", "GET", "settings in force on running servers, and what differs from the defaults"),
+        ("set", "PATCH", "change settings of running servers and keep the rest, e.g. enabled=false profile=fast"),
+        ("reset", "DELETE", "return running servers to the settings of their start"),
+    ):
+        parser = commands.add_parser(name, help=said, description=said)
+        if method == "PATCH":
+            parser.add_argument("settings", type=_pair, nargs="+", metavar="KEY=VALUE",
+                                help="the value as JSON or text; null takes a setting back; secondary.KEY too")
+        parser.add_argument("--url", type=_url, action="append", help=f"of a server; repeatable (default: {URL})")
+        _add_connection(parser)
+        parser.set_defaults(run=control, command=name, method=method, **({} if method == "PATCH" else {"settings": []}))
+
+
+def _url(text: str) -> str:
+    """A server's address, however it is spelt: with or without http:// and the /v1 of OpenAI clients."""
+    text = text if "://" in text else f"http://{text}"
+    return text.rstrip("/").removesuffix("/v1")
+
+
 def _size(text: str) -> tuple[int, int]:
-    width, _, height = text.lower().partition("x")
-    return _positive(width), _positive(height)
+    width, cross, height = text.lower().partition("x")
+    return _positive(width), _positive(height if cross else width)
+
+
+def _output(text: str) -> Path:
+    path = Path(text)
+    if path.suffix.lower() not in ("", ".mp4", *FORMATS):
+        raise argparse.ArgumentTypeError(f"{path.suffix}: expected one of {', '.join(FORMATS)}, or .mp4 for a video")
+    return path
 
 
 def _positive(text: str) -> int:
@@ -98,7 +134,7 @@ def body_of(args: argparse.Namespace, index: int = 0) -> dict[str, Any]:
 def _format(output: Path | None) -> str | None:
     if output is None:
         return None
-    return {".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}.get(output.suffix.lower(), "png")
+    return FORMATS.get(output.suffix.lower(), "png")
 
 
 def ask(url: str, body: dict[str, Any], *, key: str | None, timeout: float) -> dict[str, Any]:
@@ -107,12 +143,19 @@ def ask(url: str, body: dict[str, Any], *, key: str | None, timeout: float) -> d
     Raises:
         ClientError: no answer, or one that is not 200.
     """
+    started = time.perf_counter()
+    found = _call("POST", f"{url}/generate", body, key=key, timeout=timeout)
+    if not {"seed", "time_cost"} <= found.keys():
+        raise ClientError(f"{url}: what answers there has no POST /generate of this plugin")
+    return found | {"round_trip_s": round(time.perf_counter() - started, 4)}
+
+
+def _call(method: str, url: str, body: Any, *, key: str | None, timeout: float) -> dict[str, Any]:
     import httpx
 
     headers = {"authorization": f"Bearer {key}"} if key else {}
-    started = time.perf_counter()
     try:
-        answer = httpx.post(url.rstrip("/") + "/generate", json=body, headers=headers, timeout=timeout)
+        answer = httpx.request(method, url, json=body, headers=headers, timeout=timeout)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ClientError(f"{url}: {error or type(error).__name__}") from None
     try:
@@ -122,16 +165,66 @@ def ask(url: str, body: dict[str, Any], *, key: str | None, timeout: float) -> d
     if answer.status_code != 200 or not isinstance(found, dict):
         detail = found.get("detail") if isinstance(found, dict) else None
         raise ClientError(f"{answer.status_code}: {detail or answer.text[:200] or answer.reason_phrase}")
-    if not {"seed", "time_cost"} <= found.keys():
-        raise ClientError(f"{url}: what answers there has no POST /generate of this plugin")
-    return found | {"round_trip_s": round(time.perf_counter() - started, 4)}
+    return found
+
+
+def control(args: argparse.Namespace) -> int:
+    """Show or change the settings of each server; returns the exit status, 1 where one failed."""
+    failed = 0
+    for url in args.url or [URL]:
+        try:
+            body = _nested(args.settings) if args.settings else None
+            found = _call(args.method, f"{url}/v1/cache_dit", body, key=args.api_key, timeout=args.timeout)
+            if "config" not in found:
+                raise ClientError("what answers there has no /v1/cache_dit of this plugin")
+        except ClientError as error:
+            failed = _fail(f"{url}: {str(error).removeprefix(f'{url}/v1/cache_dit: ')}", args.command)
+            continue
+        print(json.dumps(found | {"url": url}) if args.json else "\n".join(state_lines(url, found)), flush=True)
+    return failed
+
+
+def _nested(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """``{"secondary": {"a": 1}}`` of ``secondary.a``."""
+    body: dict[str, Any] = {}
+    for key, value in pairs:
+        *sections, name = key.split(".")
+        inner = body
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[name] = value
+    return body
+
+
+def state_lines(url: str, state: Mapping[str, Any]) -> list[str]:
+    """What is printed of one server: what a change changed, or what is in force."""
+    if state.get("changed") is not None:
+        changed = [f"{name} {each['before']!r} -> {each['now']!r}" for name, each in state["changed"].items()]
+        return [f"{url}: {', '.join(changed) or 'nothing changed'}"]
+    switch, totals, workers = state["enabled"], state["totals"], state["workers"]
+    ranks = [rank for replica in (workers or {}).get("replicas", ()) for rank in replica["ranks"]]
+    agree = "have not answered yet" if workers is None else "agree" if workers["consistent"] else "DISAGREE"
+    rows = [(name, f"{each['value']} ({each['origin']})") for name, each in differing(state).items()]
+    rows += [
+        ("workers", f"{len(ranks)} {agree}" if ranks else agree),
+        ("requests", f"{totals['cached_requests']} with caching, {totals['uncached_requests']} without"),
+        ("steps", f"{totals['computed_steps']} computed, {totals['cached_steps']} cached"),
+    ]
+    profile = f", profile {state['profile']}" if state["profile"] else ""
+    head = f"{url}: caching {'on' if switch['value'] else 'off'} ({switch['origin']}){profile}"
+    return [head, *(f"  {name:<40} {value}" for name, value in rows)]
+
+
+def differing(described: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that are not the defaults."""
+    return {name: each for name, each in described["config"].items() if each["origin"] != "default"}
 
 
 def outputs_of(answer: dict[str, Any], output: Path, index: int, count: int) -> Iterator[tuple[Path, bytes]]:
     """Path and content of each picture or video of one answer; several get numbers before the suffix."""
     kind = "videos" if answer.get("videos") else "images"
     contents = answer.get(kind) or []
-    suffix = ".mp4" if kind == "videos" else output.suffix or ".png"
+    suffix = ".mp4" if kind == "videos" else output.suffix if output.suffix.lower() in FORMATS else ".png"
     for number, content in enumerate(contents):
         mark = "" if count == 1 else f"-{index:03d}"
         mark += "" if len(contents) == 1 else f"-{number}"
@@ -149,8 +242,6 @@ def run(args: argparse.Namespace, ask: Callable[..., dict[str, Any]] = ask) -> i
         answers, failures = _all(args, lambda body: ask(args.url, body, **options))
     except (ClientError, OSError) as error:
         return _fail(str(error))
-    except KeyboardInterrupt:
-        return _fail("interrupted", status=130)
     if not args.json and args.repeat > 1:
         print(summary(answers, time.perf_counter() - started))
     if failures:
@@ -158,9 +249,9 @@ def run(args: argparse.Namespace, ask: Callable[..., dict[str, Any]] = ask) -> i
     return 0
 
 
-def _fail(text: str, status: int = 1) -> int:
-    print("sglang-cachedit client: error: " + " ".join(text.split()), file=sys.stderr)
-    return status
+def _fail(text: str, command: str = "client") -> int:
+    print(f"sglang-cachedit {command}: error: " + " ".join(text.split()), file=sys.stderr)
+    return 1
 
 
 def _all(
@@ -171,15 +262,25 @@ def _all(
 
     answers, failures = [], []
     bar = tqdm(total=args.repeat, unit="request", disable=not sys.stderr.isatty(), leave=False)
-    pool = ThreadPoolExecutor(max_workers=min(args.concurrency, args.repeat))
-    pending = {pool.submit(ask_one, body_of(args, index)): index for index in range(args.repeat)}
-    try:
-        for future in as_completed(pending):
-            index = pending.pop(future)
+    numbers, done = iter(range(args.repeat)), queue.SimpleQueue()
+
+    def work() -> None:
+        for index in numbers:
             try:
-                answer = future.result()
-            except ClientError as error:
-                failures.append(str(error))
+                done.put((index, ask_one(body_of(args, index))))
+            except Exception as error:
+                done.put((index, error))
+
+    for _ in range(min(args.concurrency, args.repeat)):
+        # Whoever interrupts the command does not wait for answers.
+        threading.Thread(target=work, daemon=True).start()
+    try:
+        for _ in range(args.repeat):
+            index, answer = done.get()
+            if isinstance(answer, ClientError):
+                failures.append(str(answer))
+            elif isinstance(answer, Exception):
+                raise answer
             else:
                 paths = _write(args, index, answer)
                 bar.clear()
@@ -188,7 +289,6 @@ def _all(
             bar.update()
     finally:
         bar.close()
-        pool.shutdown(wait=False, cancel_futures=True)
     return answers, failures
 
 
@@ -217,7 +317,8 @@ def lines(index: int, answer: dict[str, Any], paths: Sequence[str] = ()) -> list
     if report is None:
         out.append("  the server sent no cache statistics")
     elif report["reason"]:
-        out.append(f"  cache {'limited' if report['enabled'] else 'off'}: {report['reason']}")
+        state, codes = "limited" if report["enabled"] else "off", ", ".join(report.get("reason_codes", ()))
+        out.append(f"  cache {state}{f' [{codes}]' if codes else ''}: {report['reason']}")
     if report is not None:
         out += [f"  {line}" for line in table.lines(report.get("outputs", [report]))]
     out += [f"  note: {note}" for note in answer.get("notes", ())]

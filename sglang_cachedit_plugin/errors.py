@@ -39,6 +39,34 @@ class SettingError(CacheDitError, ValueError):
         return one_line(line)
 
 
+class Reason(str):
+    """Why a request is not cached, or only in part: a sentence that carries its code.
+
+    Args:
+        code: a key of ``report.reasons.REASONS``; docs/troubleshooting.md says of each what to do.
+    """
+
+    code: str
+
+    def __new__(cls, code: str, text: object) -> Reason:
+        made = super().__new__(cls, text)
+        made.code = code
+        return made
+
+    def __getnewargs__(self) -> tuple[str, str]:
+        return self.code, str(self)
+
+    def after(self, prefix: str) -> Reason:
+        """The same with ``prefix`` in front of it."""
+        return Reason(self.code, f"{prefix}: {self}")
+
+
+def reason_of(text: object, code: str) -> Reason:
+    """``text``, or the message of an exception, with the code that it carries; with ``code`` where it carries none."""
+    given = text.args[0] if isinstance(text, Exception) and text.args else text
+    return given if isinstance(given, Reason) else Reason(code, str(text) or type(text).__name__)
+
+
 class MountError(CacheDitError):
     """A transformer whose blocks cannot be cached; the message is the reason."""
 

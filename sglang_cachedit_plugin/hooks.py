@@ -70,110 +70,82 @@ def _resolve(module: str, attribute: str) -> Callable[..., Any]:
     return found
 
 
+def _of_mixin(name: str, parameters: tuple[str, ...], why: str, *, cls: str = _DENOISING, **more: Any) -> HookPoint:
+    """A method of ``CacheDitDenoisingMixin`` in the place of the host's method of the same name."""
+    handler = f"integration.native:CacheDitDenoisingMixin.{name}"
+    return HookPoint(target=f"{cls}.{name}", parameters=parameters, kind="replace", handler=handler, why=why, **more)
+
+
 HOOK_POINTS: tuple[HookPoint, ...] = (
-    HookPoint(
-        target=f"{_DENOISING}._maybe_enable_cache_dit",
-        parameters=("self", "num_inference_steps", "batch"),
-        kind="replace",
-        handler="integration.native:CacheDitDenoisingMixin._maybe_enable_cache_dit",
-        why="native mount, refresh or bypass at the start of each request, before torch.compile; the stock "
+    _of_mixin(
+        "_maybe_enable_cache_dit", ("self", "num_inference_steps", "batch"),
+        "native mount, refresh or bypass at the start of each request, before torch.compile; the stock "
         "method remounts when a knob changes, which cache-dit 1.5.1 does not survive",
     ),
     HookPoint(
         target=f"{_DENOISING}._maybe_torch_compile",
         parameters=("self", "module"),
-        kind="around",
-        handler="integration.native:compile_mounted",
+        kind="around", handler="integration.native:load",
         why="mount before the host compiles, whether caching is on for all requests or only for some; compile the "
         "repeated blocks unless the deployer chose, which costs seconds where the whole model costs minutes",
     ),
-    HookPoint(
-        target=f"{_DENOISING}._unmount_cache_dit",
-        parameters=("self",),
-        kind="replace",
-        handler="integration.native:CacheDitDenoisingMixin._unmount_cache_dit",
-        why="going uncached runs the original forward; nothing is torn down",
-    ),
-    HookPoint(
-        target=f"{_DENOISING}._cache_dit_requested",
-        parameters=("self",),
-        kind="replace",
-        handler="integration.native:CacheDitDenoisingMixin._cache_dit_requested",
-        why="the config file can enable caching too, not only the environment",
-    ),
-    HookPoint(
-        target=f"{_DENOISING}._cache_dit_scm_masks",
-        parameters=("self", "primary_num_steps", "secondary_num_steps"),
-        kind="replace",
-        handler="integration.native:CacheDitDenoisingMixin._cache_dit_scm_masks",
-        why="schedules are made from the settings; what a subclass returns is the stage's own schedule",
-    ),
-    HookPoint(
-        target=f"{_DENOISING}._build_cache_dit_config",
-        parameters=("self", "num_inference_steps", "steps_computation_mask", "scm_policy", "secondary"),
-        kind="replace",
-        handler="integration.native:CacheDitDenoisingMixin._build_cache_dit_config",
-        why="what a subclass makes of a config that nobody has touched is the stage's own settings",
-    ),
+    _of_mixin("_unmount_cache_dit", ("self",),
+              "going uncached runs the original forward; nothing is torn down"),
+    _of_mixin("_cache_dit_requested", ("self",),
+              "the config file can enable caching too, not only the environment"),
+    _of_mixin("_cache_dit_scm_masks", ("self", "primary_num_steps", "secondary_num_steps"),
+              "schedules are made from the settings; what a subclass returns is the stage's own schedule"),
+    _of_mixin("_build_cache_dit_config",
+              ("self", "num_inference_steps", "steps_computation_mask", "scm_policy", "secondary"),
+              "what a subclass makes of a config that nobody has touched is the stage's own settings"),
     HookPoint(
         target=f"{_RUNTIME}.pipelines_core.stages.base.PipelineStage.__call__",
         parameters=("self", "batch", "server_args"),
-        kind="around",
-        handler="integration.native:run_stage",
+        kind="around", handler="integration.native:run_stage",
         why="end of a request, failed or not: free the buffers, write the report; some stages hold a "
         "DenoisingStage and call its forward themselves, so the end is that of whichever stage was called",
     ),
     HookPoint(
         target=f"{_EXECUTOR}.run_stage_with_context",
         parameters=("self", "stage", "payload", "server_args", "run_stage"),
-        kind="around",
-        handler="integration.native:run_payload",
+        kind="around", handler="integration.native:run_payload",
         why="a stage that denoises a group of requests in one go is not called as a stage",
     ),
     HookPoint(
         target=f"{_EXECUTOR}._component_residency_request",
         parameters=("self", "stages", "payload", "server_args"),
-        kind="around",
-        handler="integration.native:run_request",
+        kind="around", handler="integration.native:run_request",
         why="all stages of a request: one with two denoising stages has one report and is counted once",
     ),
     HookPoint(
         target=f"{_STAGES}.model_specific_stages.cosmos3.Cosmos3DenoisingStage._predict_noise_cfg",
         parameters=(),
-        kind="around",
-        handler="integration.native_stages:guided",
+        kind="around", handler="integration.native_stages:guided",
         why="under CFG parallelism the steps without guidance run the conditional forward on every rank: they are told "
         "from those with guidance",
     ),
-    HookPoint(
-        target=f"{_PROGRESSIVE}.denoising.ProgressiveDenoisingStage._refresh_cache_dit_context",
-        parameters=("self", "n_remaining", "scm_preset", "ctx"),
-        older=(("self", "n_remaining", "scm_preset"),),
-        kind="replace",
-        handler="integration.native:CacheDitDenoisingMixin._refresh_cache_dit_context",
-        why="the picture grows during denoising; the stock method refreshes what stock caching mounted",
+    _of_mixin(
+        "_refresh_cache_dit_context", ("self", "n_remaining", "scm_preset", "ctx"),
+        "the picture grows during denoising; the stock method refreshes what stock caching mounted",
+        older=(("self", "n_remaining", "scm_preset"),), cls=f"{_PROGRESSIVE}.denoising.ProgressiveDenoisingStage",
     ),
-    HookPoint(
-        target=f"{_PROGRESSIVE}.ideogram.Ideogram4ProgressiveDenoisingStage._refresh_cache_dit_context",
-        parameters=("self", "n_remaining", "scm_preset", "ctx"),
+    _of_mixin(
+        "_refresh_cache_dit_context", ("self", "n_remaining", "scm_preset", "ctx"),
+        "the same for Ideogram 4, which has a method of its own",
         older=(("self", "n_remaining", "scm_preset"),),
-        kind="replace",
-        handler="integration.native:CacheDitDenoisingMixin._refresh_cache_dit_context",
-        why="the same for Ideogram 4, which has a method of its own",
+        cls=f"{_PROGRESSIVE}.ideogram.Ideogram4ProgressiveDenoisingStage",
     ),
     HookPoint(
         target=f"{_RUNTIME}.managers.gpu_worker.GPUWorker.init_device_and_model",
         parameters=("self",),
-        kind="around",
-        handler="hooks:start_worker",
+        kind="around", handler="hooks:start_worker",
         why="the config file holds before the model loads, as the host asks for it while stages are made; a model that "
         "cannot be cached, and a hook that another plugin took the place of, are named when it has loaded",
     ),
     HookPoint(
         target=f"{_RUNTIME}.distributed.cfg_policy.CFGBranch.configure_batch",
         parameters=("self", "batch"),
-        kind="before",
-        handler="integration.sglang_api:branch_comes",
+        kind="before", handler="integration.native_stages:branch_comes",
         why="the name of the branch whose forward comes next; the request itself carries only a boolean",
     ),
     HookPoint(
@@ -183,126 +155,109 @@ HOOK_POINTS: tuple[HookPoint, ...] = (
             "target_dtype", "current_guidance_scale", "cfg_policy", "cfg_gate_state", "server_args", "guidance",
             "latents",
         ),
-        kind="around",
-        handler="integration.native:predict_noise",
+        kind="around", handler="integration.native:predict_noise",
         why="under an error tolerance a cached step is the forecast of the guided output: no branch runs, nothing is "
         "combined, and any model is served whose stage makes its steps here",
     ),
     HookPoint(
         target=f"{_DENOISING}._maybe_get_bcg_runner",
         parameters=("self", "current_model"),
-        kind="around",
-        handler="integration.cuda_graphs:runner_of",
+        kind="around", handler="integration.cuda_graphs:runner_of",
         why="static schedules of the whole output around breakable CUDA graphs: a computed step replays the host's "
         "graph, a cached one replays nothing; stock caches nothing where graphs are on",
     ),
     HookPoint(
         target=f"{_DIFFUSERS}.DiffusersPipeline._apply_cache_dit",
         parameters=("self", "pipe", "server_args"),
-        kind="around",
-        handler="integration.diffusers:load",
+        kind="around", handler="integration.diffusers:load",
         why="diffusers mount at load, before torch.compile",
     ),
     HookPoint(
         target=f"{_DIFFUSERS}.DiffusersExecutionStage.forward",
         parameters=("self", "batch", "server_args"),
-        kind="around",
-        handler="integration.diffusers:execute",
+        kind="around", handler="integration.diffusers:execute",
         why="start and end of a request on the diffusers backend, which ignores request fields",
     ),
     HookPoint(
         target=f"{_RUNTIME}.distributed.parallel_state.initialize_model_parallel",
         parameters=(),
-        kind="after",
-        handler="integration.sglang_api:groups_ready",
+        kind="after", handler="integration.ranks:groups_ready",
         why="process groups of the ranks that must agree, where the host has none",
     ),
     HookPoint(
         target=f"{_RUNTIME}.utils.perf_logger.RequestMetrics.to_dict",
         parameters=("self",),
-        kind="after",
-        handler="integration.session:add_report",
+        kind="after", handler="integration.request:add_report",
         why="the report in the metrics of the offline engine's results",
     ),
     HookPoint(
         target=f"{_RUNTIME}.entrypoints.diffusion_generator.DiffGenerator._send_to_scheduler_and_wait_for_response",
         parameters=("self", "batch"),
-        kind="after",
-        handler="integration.offline:answered",
+        kind="after", handler="integration.request:answered",
         why="`sglang generate` and the offline engine show a table of steps and residual differences; what a worker "
         "refused is remembered",
     ),
     HookPoint(
         target=f"{_RUNTIME}.launch_server.launch_server",
         parameters=("server_args", "launch_http_server"),
-        kind="before",
-        handler="integration.startup:before_launch",
+        kind="before", handler="integration.startup:before_launch",
         why="--cache-dit-config is read in the launching process, before workers start and weights load, and handed on "
         "to them; the command line builds its server arguments before plugins load",
     ),
     HookPoint(
         target=f"{_RUNTIME}.launch_server.launch_disagg_role",
         parameters=("server_args",),
-        kind="before",
-        handler="integration.startup:before_launch",
+        kind="before", handler="integration.startup:before_launch",
         why="the same for a role that runs apart",
     ),
     HookPoint(
         target=f"{_RUNTIME}.launch_server.launch_pool_disagg_server",
         parameters=(),
-        kind="before",
-        handler="integration.startup:before_launch",
+        kind="before", handler="integration.startup:before_launch",
         why="the same for roles that one process launches",
     ),
     HookPoint(
         target=f"{_RUNTIME}.entrypoints.http_server.create_app",
         parameters=(),
-        kind="around",
-        handler="serving.app:create",
+        kind="around", handler="serving.app:create",
         why="the field cache_dit in the host's response models; /v1/cache_dit, /generate and the page /cache_dit",
     ),
     HookPoint(
         target=f"{_RUNTIME}.managers.scheduler.Scheduler._dispatch_single_request",
         parameters=("self", "req_or_group"),
-        kind="around",
-        handler="serving.channel:dispatch",
+        kind="around", handler="serving.channel:dispatch",
         why="changes of a running server reach every rank and replica in the queue of its requests, as the "
         "host's own LoRA messages do",
     ),
     HookPoint(
         target=f"{_RUNTIME}.entrypoints.openai.utils.build_sampling_params",
         parameters=(),
-        kind="before",
-        handler="serving.requests:check",
+        kind="before", handler="serving.validation:check",
         why="a bad cache setting answers 400 before a worker hears of the request; the host would accept it "
         "and fail in the worker",
     ),
     HookPoint(
         target=f"{_RUNTIME}.entrypoints.openai.utils.add_common_data_to_response",
         parameters=("response", "request_id", "result"),
-        kind="after",
-        handler="serving.answers:add_report",
+        kind="after", handler="serving.responses:add_report",
         why="the report in image, edit and video answers",
     ),
     HookPoint(
         target=f"{_RUNTIME}.disaggregation.orchestrator.DiffusionServer._handle_transfer_done",
         parameters=("self", "msg", "role"),
-        kind="before",
-        handler="serving.answers:remember",
+        kind="before", handler="serving.responses:remember",
         why="the report of a denoiser that runs apart: the decoder's result, which is answered, has no metrics",
     ),
     HookPoint(
         target=f"{_RUNTIME}.disaggregation.orchestrator._deserialize_request_metrics",
         parameters=("data",),
-        kind="after",
-        handler="serving.answers:restore",
+        kind="after", handler="serving.responses:restore",
         why="the report of a GLM-Image denoiser that runs apart",
     ),
     HookPoint(
         target=f"{_RUNTIME}.entrypoints.diffusion_generator.DiffGenerator.generate",
         parameters=("self", "sampling_params_kwargs", "external_trace_header"),
-        kind="around",
-        handler="integration.offline:generate",
+        kind="around", handler="integration.request:generate",
         why="a bad cache setting raises in the offline engine's own process; the host would log the worker's error "
         "and return None",
     ),
@@ -406,14 +361,13 @@ def start_worker(original: Callable[..., Any], worker: Any, *args: Any, **kwargs
     Raises:
         MountError: with ``strict``, a model that cannot be cached.
     """
-    from sglang.multimodal_gen.runtime.platforms.plugins import HookRegistry
-
-    from .integration import native, sglang_api, startup
+    from .integration import log, native, sglang_api, startup
 
     startup.ensure_file(worker.server_args)
+    log.leave_out_refusals()
     result = original(worker, *args, **kwargs)
     if sglang_api.is_first_rank():
-        for problem in out_of_place(HookRegistry):
+        for problem in out_of_place(sglang_api.hook_registry()[0]):
             sglang_api.logger().warning("cache-dit: %s", problem)
     native.check_worker(worker)
     return result

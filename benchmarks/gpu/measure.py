@@ -22,7 +22,7 @@ from sglang_cachedit_plugin.config.effective import Defaults
 from sglang_cachedit_plugin.config.sources import read_file
 from sglang_cachedit_plugin.integration import cache_dit_sections
 from sglang_cachedit_plugin.integration.diffusers import PipelineCache
-from sglang_cachedit_plugin.integration.session import Session
+from sglang_cachedit_plugin.integration.request import Session
 
 CACHE = {"max_warmup_steps": 8, "warmup_interval": 2, "max_continuous_cached_steps": 2,
          "residual_diff_threshold": 0.12, "enable_taylorseer": True}
@@ -106,7 +106,7 @@ class Job:
         self.cache.mount()
         if sections:
             cache_dit_sections.apply(self.pipe, sections)
-            self.cache.backend.identify_outside()
+            self.cache.identify_outside()
 
     def frame(self, width: int, height: int, frames: int = 1) -> None:
         """What is drawn, by family."""

@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.gpu import stock
 from benchmarks.gpu.spread import Spread, SpreadFlux, SpreadWan, build
-from sglang_cachedit_plugin.cache import contexts, decisions
+from sglang_cachedit_plugin.cache import branch_cache
 from sglang_cachedit_plugin.config.settings import CacheSettings
 
 STEPS, PROFILED, VERIFIED, REPEATS = 40, 12, 200, 50
@@ -106,7 +106,7 @@ def counted(case: Case, owner: type, steps: int, before: Callable[[int], None]) 
     """Collectives, values read by the host and waits for the device in each measured decision."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if case.device.type == "cuda" else [])
     with (
-        marked(owner, ("can_cache",), "decision"),
+        marked(owner, tuple(name for name in ("decide", "can_cache") if hasattr(owner, name)), "decision"),
         marked(torch.Tensor, READS, "read"),
         profile(activities=activities, acc_events=True) as profiled,
     ):
@@ -138,18 +138,18 @@ def decision_time(decide: Callable[[], Any], case: Case) -> float:
 def same_sums(plugin: stock.Plugin, case: Case, settings: CacheSettings, steps: int) -> dict[str, int]:
     """Of the decisions of a TP group, how many have the same sums to the last bit on all ranks before reducing."""
     seen: list[torch.Tensor] = []
-    own = decisions.residual_sums
+    own = branch_cache.residual_sums
 
     def recorded(*args: Any) -> torch.Tensor:
         seen.append(own(*args))
         return seen[-1]
 
-    decisions.residual_sums = recorded
+    branch_cache.residual_sums = recorded
     try:
         plugin.begin({"transformer": (0, steps)}, {"transformer": settings})
         case.run(steps, plugin.at)
     finally:
-        decisions.residual_sums = own
+        branch_cache.residual_sums = own
     if not seen:
         return {"decisions": 0, "equal": 0}
     mine = torch.stack(seen)
@@ -170,15 +170,13 @@ def with_plugin(case: Case, layout: stock.HostLayout, settings: CacheSettings, t
     begin(STEPS)
     found: dict[str, Any] = {"step_ms": 1e3 * case.run(STEPS, plugin.at), **plugin.counts()}
     begin(PROFILED)
-    found |= counted(case, contexts.BranchContexts, PROFILED, plugin.at)
-    manager = plugin.backend.mounted["transformer"].contexts
+    found |= counted(case, branch_cache.BranchCache, PROFILED, plugin.at)
+    cache = plugin.model.mounted["transformer"].cache
     tensor = case.at(0)[0]
     other = tensor * 1.1
     begin(STEPS)
     case.run(2, plugin.at)
-    found["decision_us"] = decision_time(
-        lambda: manager.similarity(tensor, other, threshold=settings.residual_diff_threshold, parallelized=True), case
-    )
+    found["decision_us"] = decision_time(lambda: cache._measure("blocks", tensor, other, True), case)
     if tp_only:
         found["same_sums"] = same_sums(plugin, case, settings, STEPS)
     begin(VERIFIED, verify_ranks=True)

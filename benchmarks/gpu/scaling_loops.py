@@ -168,8 +168,8 @@ def plugin(loop: Loop, layout: stock.HostLayout) -> Iterator[Callable[[], dict[s
         begin(verify_ranks=dist.get_world_size() > 1)
         found = {"seconds": loop.run(list(range(loop.work.steps)), mounted.at), **mounted.counts()}
         decisions = {name: each["branches"] for name, each in mounted.stats.as_dict()["transformers"].items()}
-        contexts = mounted.backend.mounted[list(loop.models)[-1]].contexts
-        found["decision_us"] = time_of(lambda a, b: contexts.similarity(a, b, threshold=THRESHOLD), loop)
+        cache = mounted.model.mounted[list(loop.models)[-1]].cache
+        found["decision_us"] = time_of(lambda a, b: cache._measure("blocks", a, b, True), loop)
         return found | {"equal_decisions": equal_over(layout.groups.forward, decisions)}
 
     try:

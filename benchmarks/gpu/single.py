@@ -31,12 +31,12 @@ import torch
 
 from benchmarks.gpu import launch
 from benchmarks.gpu.models import Work, build
-from sglang_cachedit_plugin.cache import kernels
-from sglang_cachedit_plugin.cache.mount import ModelBackend, preset_mask
-from sglang_cachedit_plugin.cache.runtime import Groups, Identity, RequestSpec, Runtime, TransformerSpec
+from sglang_cachedit_plugin.cache import similarity
+from sglang_cachedit_plugin.cache.mount import CachedModel, preset_mask
+from sglang_cachedit_plugin.cache.runtime import Identity, RequestSpec, TransformerSpec
 from sglang_cachedit_plugin.cache.similarity import residual_sums
 from sglang_cachedit_plugin.cache.step_plan import build_plan
-from sglang_cachedit_plugin.cache.warmup import Rehearsal
+from sglang_cachedit_plugin.cache.warmup import Warmup
 from sglang_cachedit_plugin.config.settings import CacheSettings
 from sglang_cachedit_plugin.report.stats import RequestStats
 
@@ -61,45 +61,45 @@ class Plugin:
 
     def __init__(self, work: Work):
         self.work = work
-        self.backend = ModelBackend(work.modules, lambda name, kwargs: Identity(work.branch, work.step))
-        self.backend.groups = Groups()
-        self.runtime = Runtime(self.backend)
-        self.runtime.mount()
+        self.model = CachedModel(work.modules)
+        self.model.mount()
 
-    def begin(self, knobs: dict[str, Any] | None, steps: int) -> float:
-        """Start a request; milliseconds of the transition."""
-        self.stats = self.backend.stats = RequestStats(backend="native", enabled=knobs is not None)
+    def begin(self, knobs: dict[str, Any] | None, steps: int, **more: Any) -> float:
+        """Start a request, ``more`` as in RequestSpec; milliseconds of the transition."""
+        self.stats = RequestStats(backend="native", enabled=knobs is not None)
         started = time.perf_counter()
         if knobs is None:
-            self.runtime.prepare(None)
+            self.model.prepare(None)
             return 1e3 * (time.perf_counter() - started)
         settings = CacheSettings(**knobs)
         specs = []
         for name, (first, count) in self.work.split(steps).items():
             plan, _ = build_plan(settings, count, preset_mask, first_step=first, total_steps=steps)
             specs.append(TransformerSpec(name=name, settings=settings, plan=plan, first_step=first))
-        self.runtime.prepare(RequestSpec(transformers=tuple(specs)))
+        self.model.prepare(RequestSpec(
+            transformers=tuple(specs), stats=self.stats,
+            identify=lambda name, kwargs: Identity(self.work.branch, self.work.step), **more,
+        ))
         return 1e3 * (time.perf_counter() - started)
 
     def run(self, knobs: dict[str, Any] | None, steps: int) -> tuple[float, int]:
         """One request: seconds and cached forwards."""
         self.begin(knobs, steps)
         seconds = self.work.loop(steps)
-        self.runtime.prepare(None)
+        self.model.prepare(None)
         branches = [b for t in self.stats.transformers.values() for b in t.branches.values()]
         return seconds, sum(len(b.cached) for b in branches)
 
     def warmup(self, knobs: dict[str, Any], steps: int = 2) -> float:
         """A warmup request as the host makes it: a few steps, and what the plugin runs beside them. Seconds."""
-        self.begin(knobs, steps)
-        self.backend.rehearse(Rehearsal(print, compiled=True))
+        self.begin(knobs, steps, warmup=Warmup(print, compiled=True).run)
         seconds = self.work.loop(steps)
-        self.runtime.prepare(None)
+        self.model.prepare(None)
         return seconds
 
     def close(self) -> None:
         """Give the transformers back."""
-        for each in self.backend.mounted.values():
+        for each in self.model.mounted.values():
             each.unmount()
 
 
@@ -347,7 +347,7 @@ def decision(tiny: bool) -> list[dict[str, Any]]:
             len(b.residual_diffs) for t in plugin.stats.transformers.values() for b in t.branches.values()
         )
         rows.append({"what": f"waits for the device in 12 steps, {label}", "waits": waits, "measured": measured})
-        plugin.runtime.prepare(None)
+        plugin.model.prepare(None)
         print(rows[-1], flush=True)
     plugin.begin(None, 12)
     rows.append({"what": "waits for the device in 12 steps, uncached", "waits": _waits(lambda: work.loop(12))})
@@ -362,11 +362,11 @@ def _decision_row(shape: tuple[int, ...], device: str) -> dict[str, float]:
     row = {"kernel_us": _micros(lambda: residual_sums(known, now).tolist())}
     ours = residual_sums(known, now).tolist()
     row["relative_error"] = abs(ours[0] / ours[1] - exact) / exact
-    usable, kernels.usable = kernels.usable, lambda *tensors: False
+    usable, similarity.usable = similarity.usable, lambda *tensors: False
     try:
         row["eager_us"] = _micros(lambda: residual_sums(known, now).tolist())
     finally:
-        kernels.usable = usable
+        similarity.usable = usable
     # As CachedContextManager.similarity of cache-dit 1.5.1.
     row["stock_us"] = _micros(lambda: ((now - known).abs().mean() / known.abs().mean()).item())
     return row

@@ -12,8 +12,8 @@ from torch import nn
 
 from benchmarks.gpu.spread import Spread
 from sglang_cachedit_plugin import adapters
-from sglang_cachedit_plugin.cache.mount import ModelBackend, preset_mask
-from sglang_cachedit_plugin.cache.runtime import Groups, Identity, RequestSpec, Runtime, TransformerSpec
+from sglang_cachedit_plugin.cache.mount import CachedModel, preset_mask
+from sglang_cachedit_plugin.cache.runtime import Groups, Identity, RequestSpec, TransformerSpec
 from sglang_cachedit_plugin.cache.step_plan import build_plan
 from sglang_cachedit_plugin.config.settings import CacheSettings
 from sglang_cachedit_plugin.report.stats import RequestStats
@@ -50,7 +50,7 @@ class HostLayout:
     def _build(self, ulysses: int, ring: int, tp: int, cfg: int) -> None:
         from sglang.multimodal_gen.runtime.distributed import parallel_state as state
 
-        from sglang_cachedit_plugin.integration import sglang_api
+        from sglang_cachedit_plugin.integration import ranks
 
         if state._WORLD is None:
             state.init_distributed_environment(
@@ -66,8 +66,8 @@ class HostLayout:
             sequence_parallel_degree=ulysses * ring, ulysses_degree=ulysses, ring_degree=ring,
             tensor_parallel_degree=tp, classifier_free_guidance_degree=cfg,
         )
-        sglang_api.build_slices()
-        self.groups = sglang_api.groups([], None)
+        ranks.groups_ready()
+        self.groups = ranks.groups([], None)
         self.sp = state.get_sp_group().device_group if ulysses * ring > 1 else None
         self.tp = state.get_tp_group().device_group if tp > 1 else None
 
@@ -84,20 +84,21 @@ class Plugin:
 
     def __init__(self, modules: Mapping[str, nn.Module], groups: Groups):
         self.identity: Identity | None = None
-        self.backend = ModelBackend(modules, lambda name, kwargs: self.identity)
-        self.backend.groups = groups
-        self.runtime = Runtime(self.backend)
+        self.model, self.groups = CachedModel(modules), groups
         self.stats = RequestStats(backend="native", enabled=True)
 
     def begin(self, steps: Mapping[str, tuple[int, int]], settings: Mapping[str, CacheSettings]) -> None:
         """Start a request; ``steps`` are the first step and number of steps of each transformer."""
-        self.stats = self.backend.stats = RequestStats(backend="native", enabled=True)
+        self.stats = RequestStats(backend="native", enabled=True)
         total = max(first + count for first, count in steps.values())
         specs = []
         for name, (first, count) in steps.items():
             plan, _ = build_plan(settings[name], count, preset_mask, first_step=first, total_steps=total)
             specs.append(TransformerSpec(name=name, settings=settings[name], plan=plan, first_step=first))
-        self.runtime.prepare(RequestSpec(transformers=tuple(specs)))
+        self.model.prepare(RequestSpec(
+            transformers=tuple(specs), stats=self.stats, groups=self.groups,
+            identify=lambda name, kwargs: self.identity,
+        ))
 
     def at(self, step: int, branch: str = "cond") -> None:
         """The next forward is that of ``branch`` at ``step``."""
@@ -105,8 +106,8 @@ class Plugin:
 
     def unmount(self) -> None:
         """Give the transformers back."""
-        self.runtime.prepare(None)
-        for transformer in self.backend.mounted.values():
+        self.model.prepare(None)
+        for transformer in self.model.mounted.values():
             transformer.unmount()
 
     def counts(self) -> dict[str, int]:

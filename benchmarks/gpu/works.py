@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.models import Work, build
-from sglang_cachedit_plugin.cache.runtime import Identity
 from sglang_cachedit_plugin.integration import cuda_graphs
 
 STEPS = 12
@@ -176,15 +175,12 @@ def _row(work: Work, extra: dict[str, Any]) -> dict[str, Any]:
     plugin = Plugin(work)
     if runner is not None:
         work.modules = {"transformer": loop}
-        plugin.backend.identify = cuda_graphs.nobody
-        loop.call = cuda_graphs._Around(
-            runner, plugin.backend.mounted["transformer"], lambda name, kwargs: Identity(work.branch, work.step)
-        )
+        loop.call = cuda_graphs.Around(runner, plugin.model.mounted["transformer"])
     row: dict[str, Any] = {"uncached_s": uncached["seconds"]}
     for label, mask in (("all", ALL), ("half", HALF), ("half", HALF)):
-        plugin.begin({**mask, **knobs, "max_warmup_steps": 0}, STEPS)
+        plugin.begin({**mask, **knobs, "max_warmup_steps": 0}, STEPS, around=runner is not None)
         timed, latents = _timed(work, count)
-        plugin.runtime.prepare(None)
+        plugin.model.prepare(None)
         between()
         if label == "all":
             row["exact"] = torch.equal(latents, plain)

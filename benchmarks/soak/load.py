@@ -210,7 +210,8 @@ def ask_plain(plain: httpx.Client, url: str, wish: Wish) -> tuple[int, dict[str,
 def count(report: dict[str, Any], counted: Counter) -> None:
     """Add a report to the numbers that ``/metrics`` must show."""
     cached = any(b["cached"] for t in report["transformers"].values() for b in t["branches"].values())
-    counted[metrics.REQUESTS, ("cached" if cached else "computed") if report["enabled"] else "off"] += 1
+    off = report["reason"] in ("request", "not configured")
+    counted[metrics.REQUESTS, "cached" if cached else "off" if off else "unavailable"] += 1
     if report["enabled"]:
         counted[(metrics.CORRECTED,)] += report["corrector"]["corrected_steps"]
         profile = report["profile"] or metrics.NO_PROFILE

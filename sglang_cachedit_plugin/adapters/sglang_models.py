@@ -15,6 +15,7 @@ _CHUNKED = (
     "it is sampled chunk by chunk in a few steps, and each block's keys and values are what the next chunk reads"
 )
 _TEXTURE = "a UNet with skip connections over its whole depth, in a texture stage with a loop of its own"
+_TOWERS = "its stage walks the blocks of the video and the audio tower itself"
 _NO_DIT = "no diffusion transformer: it runs once a request, outside the denoising loop"
 
 
@@ -31,17 +32,15 @@ NATIVE: dict[str, ModelAdapter] = {
     "FluxTransformer2DModel": _row(
         family="FLUX.1",
         blocks=(
-            _blocks("transformer_blocks", *_TEXT_FIRST, measured="hidden_states"),
-            _blocks("single_transformer_blocks", *_TEXT_FIRST, measured="hidden_states", shares_decision=True),
+            _blocks("transformer_blocks", *_TEXT_FIRST),
+            _blocks("single_transformer_blocks", *_TEXT_FIRST, shares_decision=True),
         ),
         cfg="none", note="with true_cfg_scale one forward for each branch",
     ),
     "Flux2Transformer2DModel": _row(
         family="FLUX.2",
         blocks=(
-            _blocks(
-                "transformer_blocks", *_TEXT_FIRST, measured="hidden_states", materialize="_materialize_gated_residual"
-            ),
+            _blocks("transformer_blocks", *_TEXT_FIRST, materialize="_materialize_gated_residual"),
             _blocks("single_transformer_blocks", "hidden_states", materialize="_materialize_gated_residual"),
         ),
         cfg="none", note="two decisions a step; the undistilled klein-base runs one forward for each branch",
@@ -52,7 +51,7 @@ NATIVE: dict[str, ModelAdapter] = {
     ),
     "QwenImageTransformer2DModel": _row(
         family="Qwen-Image, Qwen-Image-Edit",
-        blocks=(_blocks("transformer_blocks", *_TEXT_FIRST, measured="hidden_states"),),
+        blocks=(_blocks("transformer_blocks", *_TEXT_FIRST),),
     ),
     "QwenImage21Transformer2DModel": _row(
         family="Qwen-Image 2.1", blocks=(_blocks("transformer_blocks", "hidden_states"),)
@@ -64,15 +63,12 @@ NATIVE: dict[str, ModelAdapter] = {
         family="Ming-Image", blocks=(_blocks("layers", "x"),), note="the refiners before the joint trunk always run"
     ),
     "GlmImageTransformer2DModel": _row(family="GLM-Image", blocks=(_blocks("transformer_blocks", *_DOUBLE),)),
-    "SD3Transformer2DModel": _row(
-        family="Stable Diffusion 3",
-        blocks=(_blocks("transformer_blocks", *_TEXT_FIRST, measured="hidden_states"),),
-    ),
+    "SD3Transformer2DModel": _row(family="Stable Diffusion 3", blocks=(_blocks("transformer_blocks", *_TEXT_FIRST),)),
     "LongCatImageTransformer2DModel": _row(
         family="LongCat-Image",
         blocks=(
-            _blocks("transformer_blocks", *_TEXT_FIRST, measured="hidden_states"),
-            _blocks("single_transformer_blocks", *_TEXT_FIRST, measured="hidden_states", shares_decision=True),
+            _blocks("transformer_blocks", *_TEXT_FIRST),
+            _blocks("single_transformer_blocks", *_TEXT_FIRST, shares_decision=True),
         ),
     ),
     "AnimaTransformer3DModel": _row(family="Anima", blocks=(_blocks("transformer_blocks", "hidden_states"),)),
@@ -93,17 +89,15 @@ NATIVE: dict[str, ModelAdapter] = {
         family="LLaDA-Image", blocks=(_blocks("layers", "hidden_states"),),
         note="the refiners before the joint trunk always run",
     ),
-    "LLaDAImageQueryFormerModel": ModelAdapter(family="LLaDA-Image", refused=_NO_DIT),
-    "LLaDAImageTextProjectionModel": ModelAdapter(family="LLaDA-Image", refused=_NO_DIT),
-    "LLaDAImageSigVQModel": ModelAdapter(family="LLaDA-Image", refused=_NO_DIT),
+    "LLaDAImageQueryFormerModel": ModelAdapter(family="LLaDA-Image", unsupported=_NO_DIT),
+    "LLaDAImageTextProjectionModel": ModelAdapter(family="LLaDA-Image", unsupported=_NO_DIT),
+    "LLaDAImageSigVQModel": ModelAdapter(family="LLaDA-Image", unsupported=_NO_DIT),
     "HunyuanImage3ForCausalMM": ModelAdapter(
         family="HunyuanImage 3",
-        refused="its autoregressive stage runs the denoising loop itself and mounts a cache of its own",
+        unsupported="its autoregressive stage runs the denoising loop itself and mounts a cache of its own",
     ),
     "JoyTransformer3DModel": _row(family="JoyImage", blocks=(_blocks("double_blocks", "img", "txt"),)),
-    "JoyImageEditTransformer3DModel": _row(
-        family="JoyImage Edit", blocks=(_blocks("double_blocks", "img", "txt"),)
-    ),
+    "JoyImageEditTransformer3DModel": _row(family="JoyImage Edit", blocks=(_blocks("double_blocks", "img", "txt"),)),
     # video
     "WanTransformer3DModel": _row(
         family="Wan 2.1, Wan 2.2", blocks=(_blocks("blocks", "hidden_states"),), transformers=2
@@ -145,9 +139,7 @@ NATIVE: dict[str, ModelAdapter] = {
     "LingBotWorldTransformer3DModel": _row(
         family="LingBot-World", blocks=(_blocks("blocks", "hidden_states"),), transformers=2
     ),
-    "SanaVideoTransformer3DModel": _row(
-        family="Sana-Video", blocks=(_blocks("transformer_blocks", "hidden_states"),)
-    ),
+    "SanaVideoTransformer3DModel": _row(family="Sana-Video", blocks=(_blocks("transformer_blocks", "hidden_states"),)),
     "SanaVideo2Transformer3DModel": _row(
         family="Sana-Video 2", cfg="batched",
         output_only="every block attends to the outputs of all blocks before it, so the middle cannot be left out",
@@ -156,33 +148,29 @@ NATIVE: dict[str, ModelAdapter] = {
         family="Sana-WM", blocks=(_blocks("blocks", "x"),), cfg="batched", note="the streaming variant is not cached"
     ),
     "SanaWMLTX2VideoRefiner": ModelAdapter(
-        family="Sana-WM refiner", refused="a distilled model of a few steps, sampled in a loop of its own"
+        family="Sana-WM refiner", unsupported="a distilled model of a few steps, sampled in a loop of its own"
     ),
     "HeliosTransformer3DModel": ModelAdapter(
-        family="Helios", refused="its loop says neither the step nor the branch of a forward, and starts anew with "
+        family="Helios", unsupported="its loop says neither the step nor the branch of a forward, and starts anew with "
         "each chunk",
     ),
     "Flux3Transformer": ModelAdapter(
-        family="FLUX.3 action", refused="its stage calls the parts of the model one by one, not its forward"
+        family="FLUX.3 action", unsupported="its stage calls the parts of the model one by one, not its forward"
     ),
-    "WanModel": ModelAdapter(
-        family="MOVA video", refused="its stage walks the blocks of the video and the audio tower itself"
-    ),
-    "WanAudioModel": ModelAdapter(
-        family="MOVA audio", refused="its stage walks the blocks of the video and the audio tower itself"
-    ),
-    "CausalWanTransformer3DModel": ModelAdapter(family="Causal Wan (Self-Forcing)", refused=_CHUNKED),
-    "LongLive2Transformer3DModel": ModelAdapter(family="LongLive 2", refused=_CHUNKED),
-    "CausalLingBotWorldTransformer3DModel": ModelAdapter(family="LingBot-World causal", refused=_CHUNKED),
-    "NomasTransformer3DModel": ModelAdapter(family="Nomas", refused=_CHUNKED),
-    "CosmosDreamsTransformer": ModelAdapter(family="Cosmos-Dreams", refused=_CHUNKED),
-    "Cosmos3SimAutoTransformer": ModelAdapter(family="Cosmos 3 Sim", refused=_CHUNKED),
+    "WanModel": ModelAdapter(family="MOVA video", unsupported=_TOWERS),
+    "WanAudioModel": ModelAdapter(family="MOVA audio", unsupported=_TOWERS),
+    "CausalWanTransformer3DModel": ModelAdapter(family="Causal Wan (Self-Forcing)", unsupported=_CHUNKED),
+    "LongLive2Transformer3DModel": ModelAdapter(family="LongLive 2", unsupported=_CHUNKED),
+    "CausalLingBotWorldTransformer3DModel": ModelAdapter(family="LingBot-World causal", unsupported=_CHUNKED),
+    "NomasTransformer3DModel": ModelAdapter(family="Nomas", unsupported=_CHUNKED),
+    "CosmosDreamsTransformer": ModelAdapter(family="Cosmos-Dreams", unsupported=_CHUNKED),
+    "Cosmos3SimAutoTransformer": ModelAdapter(family="Cosmos 3 Sim", unsupported=_CHUNKED),
     # 3D
     "Hunyuan3D2DiT": _row(
         family="Hunyuan3D 2 shape",
         blocks=(_blocks("double_blocks", "img", "txt"), _blocks("single_blocks", "x")),
         cfg="batched", note="two decisions a step",
     ),
-    "Hunyuan3DPaintUNet": ModelAdapter(family="Hunyuan3D 2 paint", refused=_TEXTURE),
-    "StableDiffusionUNet2DConditionModel": ModelAdapter(family="Hunyuan3D 2 paint", refused=_TEXTURE),
+    "Hunyuan3DPaintUNet": ModelAdapter(family="Hunyuan3D 2 paint", unsupported=_TEXTURE),
+    "StableDiffusionUNet2DConditionModel": ModelAdapter(family="Hunyuan3D 2 paint", unsupported=_TEXTURE),
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+Cfg = Literal["none", "separate", "batched", "paired"]
+
 Ability = Literal["blocks", "output", "none"]
 """What of a class can be left out: its middle blocks, only the whole forward, or nothing."""
 
@@ -13,19 +15,13 @@ Ability = Literal["blocks", "output", "none"]
 class Blocks:
     """One list of blocks.
 
-    Either ``pattern`` or ``streams`` is given.
+    The model's own loop is kept; a hook in place of each block may leave it out.
 
     Args:
         name: attribute path of the list in the transformer, e.g. ``double_blocks`` or ``model.layers``.
-        pattern: cache-dit's forward pattern. Its cached list stands in for the whole loop, so the loop must do
-            nothing but call each block with the same other arguments. 0: the blocks take and return hidden and
-            encoder states; 1: return encoder states first; 2: take both and return hidden states; 3: take and
-            return hidden states.
-        streams: parameters of the block's forward that each block returns anew, in the order of its outputs, the
-            one whose residual is compared first named by ``measured``. The model's own loop is kept and each
-            block is replaced by one that may leave it out: for loops that do more than call the blocks, pass
-            other arguments to each, or have more than two streams.
-        measured: which of ``streams`` the decision looks at; the first by default.
+        streams: parameters of the block's forward that each block returns anew, in the order of its outputs.
+        measured: which of ``streams`` the decision looks at; by default ``hidden_states`` or, without it, the first.
+        returned: those of ``streams`` that the blocks return and do not take.
         shares_decision: the list carries the streams of the one before: one decision holds for both.
         in_place: the blocks write into their inputs.
         materialize: function of the class's own module that makes a tensor of a stream that a block handed on
@@ -36,18 +32,19 @@ class Blocks:
     """
 
     name: str
-    pattern: int | None = None
-    streams: tuple[str, ...] = ()
+    streams: tuple[str, ...]
     measured: str = ""
+    returned: tuple[str, ...] = ()
     shares_decision: bool = False
     in_place: bool = False
     materialize: str = ""
     mirrored: bool = False
 
     def __post_init__(self) -> None:
-        if (self.pattern is None) == (not self.streams):
-            raise ValueError(f"{self.name}: a pattern or streams, one of the two")
-        if self.measured and self.measured not in self.streams:
+        if not self.measured:
+            default = "hidden_states" if "hidden_states" in self.streams else self.streams[0]
+            object.__setattr__(self, "measured", default)
+        if self.measured not in self.streams:
             raise ValueError(f"{self.name}: {self.measured} is none of its streams")
 
 
@@ -63,7 +60,7 @@ class ModelAdapter:
             ``batched`` (one forward for all branches), ``paired`` (a transformer for each branch).
         note: remark for docs/models.md.
         output_only: why the middle blocks cannot be left out. The whole output can still be forecast.
-        refused: why nothing can be left out.
+        unsupported: why nothing can be left out.
         verified: how the tests know: ``run`` (built tiny and run on the CPU), ``structure`` (block lists and
             signatures looked at on the meta device), None (not tested).
     """
@@ -71,14 +68,14 @@ class ModelAdapter:
     family: str
     blocks: tuple[Blocks, ...] = ()
     transformers: int = 1
-    cfg: Literal["none", "separate", "batched", "paired"] = "separate"
+    cfg: Cfg = "separate"
     note: str = ""
     output_only: str = ""
-    refused: str = ""
+    unsupported: str = ""
     verified: Literal["run", "structure"] | None = None
 
     def __post_init__(self) -> None:
-        if sum(map(bool, (self.blocks, self.output_only, self.refused))) != 1:
+        if sum(map(bool, (self.blocks, self.output_only, self.unsupported))) != 1:
             raise ValueError(f"{self.family}: block lists, or why there are none, one of the two")
 
     @property
@@ -94,4 +91,4 @@ class ModelAdapter:
             return f"{self.family}: caches {', '.join(each.name for each in self.blocks)}"
         if self.output_only:
             return f"{self.family}: only forecast: output, blocks are not cached: {self.output_only}"
-        return f"{self.family}: not cached: {self.refused}"
+        return f"{self.family}: not cached: {self.unsupported}"

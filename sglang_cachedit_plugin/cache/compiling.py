@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
-def no_compile(function: Callable[..., Any]) -> Callable[..., Any]:
+def untraced(function: F) -> F:
+    """Keep torch.compile out of ``function`` and of all that it calls."""
+    return cast(F, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+
+
+def no_compile(function: F) -> F:
     """Keep torch.compile out of ``function``, but not out of what it calls.
 
     So the original forward under it compiles to the graphs that it had before.
     """
-    return torch.compiler.disable(function, recursive=False)
+    return cast(F, torch.compiler.disable(function, recursive=False))  # type: ignore[no-untyped-call]
 
 
-def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+def with_own_code(function: Any) -> Any:
     """The same function with a code object of its own.
 
     torch.compile keeps graphs, and its decision to give up on a frame, for each code object. The cached
@@ -39,20 +45,6 @@ def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     copy.__kwdefaults__ = function.__kwdefaults__
     copy.__dict__.update(function.__dict__)
     return copy
-
-
-def untraced(blocks: nn.Module) -> nn.Module:
-    """Keep torch.compile out of cached blocks, but not out of the blocks they call.
-
-    Traced, their loops would unroll into graphs for each F, B and calibrator; so each kind of block is a
-    graph, compiled once, whatever the knobs.
-    """
-    names = {name for cls in type(blocks).__mro__[: -len(nn.Module.__mro__)] for name, each in vars(cls).items()
-             if isinstance(each, types.FunctionType) and not name.startswith("__")}
-    for name in names:
-        method = getattr(blocks, name)
-        blocks.__dict__[name] = no_compile(with_own_code(method))
-    return blocks
 
 
 def _content(cell: types.CellType) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,13 +13,17 @@ import torch
 from ..config.settings import CacheSettings
 from ..report.stats import COND, ErrorStats, RequestStats
 from . import rank_agreement
+from .compiling import untraced
 from .corrector import Corrector
 from .error_control import ErrorControl
 from .forecast import Extrapolator
-from .readings import Reading, relative_error
 from .runtime import Groups, RequestSpec
+from .similarity import Reading, relative_error
 from .solvers import Call, Place, Solver, hooked_scheduler
 from .step_plan import Action
+
+CARRY, CONTROLLED_CARRY = 0.5, 0.75
+"""How far computed outputs follow corrected latents; under an error tolerance forecasts start from them too."""
 
 
 class DenoisingSteps:
@@ -46,7 +50,10 @@ class DenoisingSteps:
         self._solver = solver
         self._settings, self._unfit = settings, False
         self._outputs = Extrapolator(1, depth=3)
-        self._corrector = Corrector(self._outputs, settings.corrector_order, settings.corrector_carry)
+        controlled, carry = settings.error_tolerance is not None, settings.corrector_carry
+        if carry is None:
+            carry = CONTROLLED_CARRY if controlled else CARRY
+        self._corrector = Corrector(self._outputs, settings.corrector_order, carry, keep=controlled)
         self._report = stats.corrector
         if problem := self._solver.problem():
             self._give_up(problem)
@@ -58,6 +65,8 @@ class DenoisingSteps:
             stats.error_control = ErrorStats(settings.error_tolerance)
         self._counted: dict[tuple[str, str], tuple[int, int]] = {}
         self._ran: frozenset[tuple[str, str]] = frozenset()
+        self._combined: frozenset[tuple[str, str]] = frozenset()
+        self._left_out: frozenset[str] = frozenset()
         self._shape: torch.Size | None = None
         self._count, self._last = 0, -1
         self._chosen = asked
@@ -76,20 +85,19 @@ class DenoisingSteps:
         self._chosen = True
         settings, specs = self._settings, () if self.spec is None else self.spec.transformers
         guided = self._groups.cfg_group is not None or len({branch for _, branch in ran}) > 1
-        forecast = settings.forecast == "output" or settings.error_tolerance is not None or settings.calibrator
+        forecast = settings.forecast == "output" or settings.calibrator is not None
         if not self._report.enabled:
             return
         if any(each.weights for each in specs):
             self._report.enabled, self._report.reason = False, "fitted weights were searched without it"
-        elif guided and forecast:
+        elif guided and forecast and settings.error_tolerance is None:
             self._report.enabled, self._report.reason = False, "forecasts under guidance are better left as they are"
 
     def _keep_errors(self) -> None:
         """Hand what error control saw of this loop to the report."""
         if self._control is not None and self._stats.error_control is not None:
             self._settle()
-            self._stats.error_control.errors.update(self._control.errors)
-            self._stats.error_control.passed_on += self._control.passed_on
+            self._stats.error_control.add_loop(self._control.errors, self._control.passed_on)
             if self._control.problem is not None:
                 self._stats.note(f"{self._control.problem}: every step after it was computed")
 
@@ -117,22 +125,28 @@ class DenoisingSteps:
         """Read the scheduler's timesteps now, before the loop: the host waits for the device."""
         self._solver.place(0)
 
-    @torch.compiler.disable
+    @untraced
     def computes(self) -> bool:
         """Whether the step under way is computed, where an error tolerance decides."""
         return self._control is None or self._control.computes(self._count)
 
-    def predict(self, transformer: str, branches: Sequence[str], compute: Callable[[], Any]) -> Any:
+    def predict(
+        self, transformer: str, branches: Sequence[str], compute: Callable[[], Any],
+        reused: Callable[[], Collection[str]] = tuple,
+    ) -> Any:
         """The guided model output of the step under way: computed, or the forecast from those before.
 
         Args:
             transformer: name of the one that would run.
             branches: those of which the output would be combined.
+            reused: after ``compute``, those of them that the host had from an earlier step.
         """
-        ran = frozenset((transformer, branch) for branch in branches)
+        ran = self._combined = frozenset((transformer, branch) for branch in branches)
         cached = ran == self._ran and not self.computes()
         output = self.forecast() if cached else compute()
-        for branch in branches:
+        if not cached:
+            self._left_out = frozenset(reused())
+        for branch in (each for each in branches if each not in self._left_out):
             self._stats.transformers[transformer].branch(branch).record(self._count, cached)
         return output
 
@@ -185,13 +199,21 @@ class DenoisingSteps:
         if not cached:
             self._computed(call, place, index)
         self._count += 1
-        if not self._report.enabled:
-            result = solver.advance(call)
-        else:
-            result = (self._corrector.cached if cached else self._corrector.computed)(solver, call, place)
+        result = self._advance(call, place, cached)
         # The next forward is the peak of the memory: it needs two outputs beside its own.
         self._outputs.evict_oldest()
         return result
+
+    def _advance(self, call: Call, place: Place, cached: bool) -> Any:
+        """The scheduler's step, corrected where the corrector is on."""
+        if not self._report.enabled:
+            return self._solver.advance(call)
+        if not cached:
+            return self._corrector.computed(self._solver, call, place)
+        if self._control is not None:
+            # The transformer forecast from its own outputs; the ones kept here have followed the corrected latents.
+            call = call.with_tensors(self._outputs.predict(place.position), call.sample)
+        return self._corrector.cached(self._solver, call, place)
 
     def _computed(self, call: Call, place: Place, index: int) -> None:
         """Keep a computed output; start measuring how far its forecast was off."""
@@ -203,8 +225,9 @@ class DenoisingSteps:
             if self._control.measures:
                 forecast = self._outputs.predict(place.position)
                 # The output of a stage that runs one sample may have no batch dimension; its latents have.
-                pair = (each.reshape(len(call.sample), -1) for each in (forecast, call.output))
-                error = relative_error(*pair, self._groups.cfg_group or self._groups.forward)
+                batch = len(call.sample)
+                group = self._groups.cfg_group or self._groups.forward
+                error = relative_error(forecast.reshape(batch, -1), call.output.reshape(batch, -1), group)
                 self._error = self._count, self._control.spread(self._count), Reading(error)
             self._control.computed(self._count)
         # The host may reuse the memory of an output, as CUDA graphs do.
@@ -221,7 +244,9 @@ class DenoisingSteps:
                     self._counted[name, branch] = counts
                     ran.append((name, branch))
                     cached = cached or counts[1] != before[1]
-        return cached, frozenset(ran)
+        # Of what a stage has combined, all counts, whatever of it ran in this step.
+        combined, self._combined = self._combined, frozenset()
+        return cached, combined or frozenset(ran)
 
     def _cached_on_all_ranks(self, cached: bool) -> bool:
         """Whether the step counts as cached: under CFG parallel each rank knows its own branch only.
@@ -242,7 +267,7 @@ class DenoisingSteps:
             return False
         if spec.plan.static:
             return Action.CACHE in actions
-        return rank_agreement.any_of(cached, cfg_group)
+        return rank_agreement.any_rank(cached, cfg_group)
 
     def finish(self) -> None:
         """The loop has ended: complete the report. Waits for the device."""

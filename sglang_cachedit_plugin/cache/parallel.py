@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -19,11 +20,6 @@ class ParallelLayout:
     cache-dit's own ``ParallelismConfig`` would be wrong here: with TP and SP together it builds a device mesh
     over the first ranks of the world as soon as it is made, and it is meant to be handed to ``enable_cache``,
     which would spread the transformer again.
-
-    Args:
-        ulysses_size: ranks of Ulysses attention.
-        ring_size: ranks of ring attention.
-        tp_size: ranks of tensor parallelism.
     """
 
     ulysses_size: int = 1
@@ -32,7 +28,6 @@ class ParallelLayout:
 
     @property
     def world_size(self) -> int:
-        """Ranks that share one forward."""
         return self.ulysses_size * self.ring_size * self.tp_size
 
     def strify(self, *args: Any, **kwargs: Any) -> str:
@@ -47,8 +42,7 @@ def tell_parallel(transformer: nn.Module, layout: ParallelLayout) -> None:
     A transformer that cache-dit has spread itself keeps what it says.
     """
     if layout.world_size > 1 and not getattr(transformer, "_is_parallelized", False):
-        transformer._is_parallelized = True
-        transformer._parallelism_config = layout
+        vars(transformer).update(_is_parallelized=True, _parallelism_config=layout)
 
 
 def weight_ranks(modules: Iterable[nn.Module]) -> set[int]:
@@ -79,3 +73,38 @@ def mesh_group(transformer: nn.Module) -> Any:
     if mesh is None or mesh.size() == 1 or mesh.get_coordinate() is None:
         return None
     return mesh.get_group()
+
+
+def first_residual(block: nn.Module | None, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """What the first blocks added to this rank's part.
+
+    Some plans of cache-dit's context parallelism (Wan, Qwen-Image) split at the input of the first block instead of the
+    transformer's: the first block is given the whole sequence and returns this rank's part.
+
+    Args:
+        block: the first block.
+        before: (batch, tokens, dim) of the whole sequence or of the part.
+        after: (batch, tokens of the part, dim).
+    """
+    if before.shape != after.shape:
+        parts = (hook._prepare_cp_input(before, plan) for hook, plan in _splits(block))
+        part = next((part for part in parts if part.shape == after.shape), None)
+        if part is None:
+            # Nobody says how it was split: the states themselves are compared, as cache-dit does.
+            return after
+        before = part
+    return after - before.to(after.device)
+
+
+def _splits(block: nn.Module | None) -> Iterator[tuple[Any, Any]]:
+    registry = getattr(block, "_cache_dit_hook", None)
+    for hook in registry.hooks.values() if registry is not None else ():
+        metadata = getattr(hook, "metadata", None)
+        for plan in metadata.values() if isinstance(metadata, dict) else ():
+            if hasattr(plan, "split_dim") and not getattr(plan, "split_output", False):
+                yield hook, plan
+
+
+def is_respread(block: nn.Module) -> bool:
+    """Whether hooks of cache-dit or diffusers stand around a block: what it returns may have other tokens."""
+    return hasattr(block, "_cache_dit_hook") or hasattr(block, "_diffusers_hook")

@@ -1,14 +1,13 @@
-"""What is mounted against what a request wants: one transition, or none."""
+"""What a request wants of the transformers of a model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
-from typing import Any, Protocol
+from typing import Any
 
 from ..config.settings import CacheSettings
-from ..errors import MountError
+from ..report.stats import RequestStats
 from .step_plan import StepPlan
 
 
@@ -18,6 +17,13 @@ class Identity:
 
     branch: str
     step: int
+
+
+Identify = Callable[[str, Mapping[str, Any]], Identity | None]
+"""(transformer name, keyword arguments of the forward) -> identity, None where the host names none."""
+
+OnForward = Callable[[str, Identity, Any, Any], None]
+"""Told of each computed forward: transformer name, identity, latents that went in, output."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +73,7 @@ class TransformerSpec:
         settings: the settings in force.
         plan: the decision for each of its own steps.
         first_step: the host's number of its first step (the low-noise expert starts late).
-        positions: place of each of the host's steps on the denoising path (timestep or sigma); None:
-            their numbers.
+        timesteps: of each of the host's steps, or their sigmas; None: the numbers of the steps.
         uncond_plan: the plan of the unconditional branch, where it has its own.
         weights: for each of the host's steps that ``plan`` caches, what the last computed outputs count, oldest
             first; empty: those of the extrapolation. They do not hold for a branch with a plan of its own.
@@ -78,7 +83,7 @@ class TransformerSpec:
     settings: CacheSettings
     plan: StepPlan
     first_step: int = 0
-    positions: Sequence[float] | None = None
+    timesteps: Sequence[float] | None = None
     uncond_plan: StepPlan | None = None
     weights: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
 
@@ -91,80 +96,35 @@ class TransformerSpec:
         return self.weights.get(step) if self.plan_of(branch) is self.plan else None
 
     def position(self, step: int) -> float:
-        """Place of the host's step ``step``."""
-        if self.positions is None or not 0 <= step < len(self.positions):
+        """Place of the host's step ``step`` on the denoising path."""
+        if self.timesteps is None or not 0 <= step < len(self.timesteps):
             return float(step)
-        return self.positions[step]
+        return self.timesteps[step]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RequestSpec:
-    """What a request wants of all transformers of a model."""
+    """All that a request wants of the transformers of a model.
+
+    Args:
+        transformers: those that are cached; the others run as they are.
+        stats: the record of what they do.
+        identify: names each forward.
+        groups: the ranks that take part.
+        around: forwards run as they are, and what is cached is cached around what the host makes of them (CUDA
+            graphs); see ``CachedTransformer.run_around``.
+        warmup: runs before each forward with the transformer, the identity and the forward's arguments.
+        on_forward: told of each computed forward.
+    """
 
     transformers: tuple[TransformerSpec, ...]
+    stats: RequestStats
+    identify: Identify
+    groups: Groups = field(default_factory=Groups)
+    around: bool = False
+    warmup: Callable[[Any, Identity, Any, dict[str, Any]], None] | None = None
+    on_forward: OnForward | None = None
 
-
-class Backend(Protocol):
-    """The hands of the runtime: what can be done to the transformers of one model."""
-
-    def mount(self) -> None:
-        """Prepare the transformers once; raises MountError and leaves them untouched."""
-
-    def refresh(self, spec: RequestSpec) -> None:
-        """Empty contexts with the settings of ``spec``; raises MountError for settings that do not fit."""
-
-    def bypass(self) -> None:
-        """Run the original forward; frees all buffers."""
-
-
-class State(Enum):
-    """Where a model stands."""
-
-    UNMOUNTED = "unmounted"
-    BYPASSED = "bypassed"
-    ACTIVE = "active"
-    UNMOUNTABLE = "unmountable"
-
-
-class Runtime:
-    """Brings one model from what it is to what the next request wants."""
-
-    def __init__(self, backend: Backend):
-        self._backend = backend
-        self.state = State.UNMOUNTED
-        self.reason: str | None = None
-
-    def mount(self) -> None:
-        """Mount if not yet tried; afterwards the original forward still runs."""
-        if self.state is State.UNMOUNTED:
-            try:
-                self._backend.mount()
-            except MountError as error:
-                self.state, self.reason = State.UNMOUNTABLE, str(error)
-                raise
-            self.state = State.BYPASSED
-
-    def prepare(self, spec: RequestSpec | None) -> None:
-        """Make the single transition to ``spec``, or to the original forward for None.
-
-        Raises:
-            MountError: the model or the settings cannot be served cached; the original forward runs.
-        """
-        if spec is None:
-            if self.state is State.ACTIVE:
-                self._to_bypass()
-            return
-        if self.state is State.UNMOUNTABLE:
-            raise MountError(self.reason or "the model cannot be cached")
-        self.mount()
-        try:
-            self._backend.refresh(spec)
-        except BaseException:
-            # Some transformers may have been refreshed already: no request runs half cached.
-            self._to_bypass()
-            raise
-        self.state = State.ACTIVE
-
-    def _to_bypass(self) -> None:
-        self._backend.bypass()
-        self.state = State.BYPASSED
+    def of(self, name: str) -> TransformerSpec | None:
+        """What is wanted of the transformer ``name``, None where it runs as it is."""
+        return next((each for each in self.transformers if each.name == name), None)

@@ -8,36 +8,25 @@ cached, with the forecasts asked for. What came of it is dropped, and the reques
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ..config.settings import CacheSettings
 from ..errors import CacheDitError
-from ..report.stats import TransformerStats
+from ..report.stats import RequestStats
 from .compiling import no_compile
-from .runtime import Groups, Identity, TransformerSpec
+from .runtime import Identity, RequestSpec, TransformerSpec
 from .step_plan import StepPlan
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What the forwards of one transformer are served under; see ``CachedTransformer``."""
-
-    spec: TransformerSpec
-    stats: TransformerStats
-    identify: Any
-    groups: Groups
-    on_forward: Any = None
-
-
-class Rehearsal:
+class Warmup:
     """Every way to run a forward, once for each transformer and branch of a warmup request.
 
     Args:
+        warn: told why it broke off; the request goes on.
         compiled: uncached forwards too; where the host compiles, they may be graphs of their own.
-        warn: told why a rehearsal broke off; the request goes on.
     """
 
     def __init__(self, warn: Callable[[str], None], *, compiled: bool):
@@ -52,8 +41,8 @@ class Rehearsal:
             CacheDitError: the mount is wrong and the request is strict, or ranks disagree.
             torch.OutOfMemoryError: the host tries a smaller request then.
         """
-        request = mounted.request()
-        # Ranks that gather weights from one another rehearse at the same time, whatever their branches.
+        request = mounted.request
+        # Ranks that gather weights from one another warm up at the same time, whatever their branches.
         key = (mounted.name, "" if request.groups.gathered else identity.branch)
         if key in self._done:
             return
@@ -61,28 +50,32 @@ class Rehearsal:
         try:
             if self._compiled:
                 mounted.run_original(args, kwargs)
-            for each in _ways(request, blocks=bool(mounted.num_blocks)):
+            for each in _ways(request, request.of(mounted.name), blocks=bool(mounted.num_blocks)):
                 mounted.begin(each)
-                self._steps(mounted, identity.branch, each.spec.plan.num_steps - 1, args, kwargs)
+                last = each.of(mounted.name).plan.num_steps - 1
+                mounted.run(Identity(identity.branch, 0), args, kwargs)
+                mounted.cache.repeat_values(range(1, last))
+                mounted.run(Identity(identity.branch, last), args, kwargs)
         except (CacheDitError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             self._warn(f"warmup of cached steps broke off: {type(error).__name__}: {error}")
         finally:
             mounted.begin(request)
-            mounted.rehearsal = self
-
-    @no_compile
-    def _steps(self, mounted: Any, branch: str, last: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mounted.run(Identity(branch, 0), args, kwargs)
-        mounted.contexts.repeat_values(range(1, last))
-        mounted.run(Identity(branch, last), args, kwargs)
 
 
 @torch.compiler.disable
-def _ways(request: Request, *, blocks: bool) -> list[Request]:
-    """A computed step and a cached one for each forecast that requests with these settings use."""
-    settings = _plain(request.spec.settings)
+def _ways(request: RequestSpec, spec: TransformerSpec, *, blocks: bool) -> list[RequestSpec]:
+    """A computed step and a cached one for each forecast that requests with these settings use.
+
+    The same blocks and forecasts, and a threshold under which equal inputs are cached. Nothing is decided with the
+    other CFG ranks, which may have no such branch, unless they share weights.
+    """
+    settings: CacheSettings = replace(
+        spec.settings, residual_diff_threshold=0.99, max_accumulated_residual_diff_threshold=None,
+        lockstep=False, verify_ranks=False, cfg_diff_compute_separate=True, schedules=None,
+        steps_computation_mask=None, scm_compute_bins=None, scm_cache_bins=None,
+    )
     plans = []
     if blocks:
         last = max(2, settings.dmd_history if settings.calibrator == "dmd" else settings.taylorseer_order + 1)
@@ -91,21 +84,8 @@ def _ways(request: Request, *, blocks: bool) -> list[Request]:
         plans.append(("output", StepPlan(num_steps=2, mask=(1, 0), static=True)))
     return [
         replace(
-            request, stats=TransformerStats(steps=plan.num_steps), on_forward=None,
-            spec=TransformerSpec(name=request.spec.name, settings=replace(settings, forecast=forecast), plan=plan),
+            request, stats=RequestStats(backend="", enabled=True), on_forward=None, warmup=None,
+            transformers=(TransformerSpec(name=spec.name, settings=replace(settings, forecast=forecast), plan=plan),),
         )
         for forecast, plan in plans
     ]
-
-
-def _plain(settings: CacheSettings) -> CacheSettings:
-    """The same blocks and forecasts, and a threshold under which equal inputs are cached.
-
-    Nothing is decided with the other CFG ranks, which may have no such branch, unless they share weights.
-    """
-    return replace(
-        settings, residual_diff_threshold=0.99, max_accumulated_residual_diff_threshold=None, lockstep=False,
-        verify_ranks=False,
-        cfg_diff_compute_separate=True, schedules=None, steps_computation_mask=None,
-        scm_compute_bins=None, scm_cache_bins=None,
-    )

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..errors import SettingError, nearest
+from ..errors import Reason, SettingError, nearest
 from .overrides import Overrides
 from .profiles import BUILT_IN
 from .sources import PROFILE_VARIABLE, FileConfig, Resolved, Source, Value, check_method, read_request, resolve
@@ -143,7 +143,7 @@ class Defaults:
     def _why_off(enable: bool | None, enabled: bool) -> str | None:
         if enabled:
             return None
-        return "request" if enable is False else "not configured"
+        return Reason("request", "request") if enable is False else Reason("not_configured", "not configured")
 
 
 def _named(source: Source, known: Mapping[str, Source]) -> Source:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import SettingError
 from .config_file import unique_keys
+from .settings import ALIASES, KNOBS
 from .sources import BOOL, Source, Value, check_method, profile_name, read_layer, read_request
 
 ORIGIN = "control"
@@ -77,6 +78,31 @@ def read_overrides(raw: Any, *, profiles: Mapping[str, Source] = MappingProxyTyp
     source = replace(read_request(request, origin=ORIGIN, profiles=known), enabled=enabled)
     check_method(source, known[source.profile] if source.profile else None)
     return Overrides(source=source, profiles=own, given=dict(raw))
+
+
+def merged(before: Mapping[str, Any] | None, change: Any) -> Any:
+    """The change in force with a further one in it, as JSON Merge Patch has it (RFC 7396): null takes a setting back.
+
+    Whether the result can be used is left to ``read_overrides``.
+    """
+    if not isinstance(change, Mapping):
+        return change
+    result, change = _flat(before or {}), _flat(change)
+    for key, value in change.items():
+        name = ALIASES.get(key, key)
+        kept = {each: own for each, own in result.items() if ALIASES.get(each, each) != name}
+        if isinstance(value, Mapping) and isinstance(result.get(key), Mapping) and key in ("secondary", "profiles"):
+            value = merged(result[key], value)
+        result = kept if value is None and (name in KNOBS or key in SECTIONS) else kept | {key: value}
+    return result
+
+
+def _flat(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of ``cache_config`` beside the sections, unless there are some already."""
+    nested = raw.get("cache_config")
+    if not isinstance(nested, Mapping) or not set(raw) <= set(SECTIONS):
+        return dict(raw)
+    return {**{key: value for key, value in raw.items() if key != "cache_config"}, **nested}
 
 
 def _profiles(raw: Any) -> dict[str, Source]:

@@ -147,9 +147,10 @@ class CacheSettings:
         2, "int", "Degree of the polynomial through the computed outputs that corrects cached steps.",
         low=1, high=2, env="CORRECTOR_ORDER",
     )
-    corrector_carry: float = _knob(
-        0.5, "float", "How far a computed output follows its corrected latents: 1 keeps the predicted clean latents, 0 "
-        "the output.", low=0.0, high=1.0, env="CORRECTOR_CARRY",
+    corrector_carry: float | None = _knob(
+        None, "float", "How far a computed output follows its corrected latents: 1 keeps the predicted clean latents, "
+        "0 the output. Unset: 0.75 under an error tolerance, otherwise 0.5.", low=0.0, high=1.0, optional=True,
+        env="CORRECTOR_CARRY",
     )
     strict: bool = _knob(
         False, "bool", "Refuse what cannot be cached as asked, instead of going on uncached: 400 on a server.",

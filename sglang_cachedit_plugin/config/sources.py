@@ -29,9 +29,10 @@ from .settings import (
 from .tuned_schedules import TunedSchedule, retired_keys
 
 __all__ = [
-    "BOOL", "CONTROL_KEY_VARIABLE", "ENABLED_VARIABLE", "FILE_SECTIONS", "MAX_FILE_BYTES", "PREFIX", "PROFILE_VARIABLE",
-    "SECONDARY_VARIABLES", "VARIABLES", "FileConfig", "Layer", "Resolved", "Source", "Value", "file_label",
-    "load_file", "read_environment", "read_file", "read_layer", "read_request", "resolve", "unique_keys",
+    "BOOL", "CONTROL_KEY_VARIABLE", "ENABLED_VARIABLE", "FILE_SECTIONS", "LOG_LEVELS", "LOG_VARIABLE", "MAX_FILE_BYTES",
+    "PREFIX", "PROFILE_VARIABLE", "SECONDARY_VARIABLES", "VARIABLES", "FileConfig", "Layer", "Resolved", "Source",
+    "Value", "file_label", "load_file", "read_environment", "read_file", "read_layer", "read_request", "resolve",
+    "unique_keys",
 ]
 
 PREFIX = "SGLANG_CACHE_DIT_"
@@ -39,6 +40,9 @@ ENABLED_VARIABLE = PREFIX + "ENABLED"
 PROFILE_VARIABLE = PREFIX + "PROFILE"
 CONTROL_KEY_VARIABLE = PREFIX + "CONTROL_KEY"
 """Key that changes of a running server need; it is no setting of the cache and is shown nowhere."""
+LOG_VARIABLE = PREFIX + "LOG"
+LOG_LEVELS = ("requests", "changes", "quiet")
+"""What the log says besides warnings: a line a request and a change, a change, nothing."""
 REQUEST = "cache_dit_params"
 """Origin of a request's own settings."""
 MAX_NAME = 200
@@ -159,7 +163,8 @@ def read_environment(
     enabled, profile, warnings = None, None, []
     for variable in sorted(name for name in environ if name.startswith(PREFIX)):
         text = environ[variable]
-        if variable == CONTROL_KEY_VARIABLE:
+        if variable in (CONTROL_KEY_VARIABLE, LOG_VARIABLE):
+            _check_level(variable, text)
             continue
         if variable in (ENABLED_VARIABLE, PROFILE_VARIABLE, *VARIABLES, *SECONDARY_VARIABLES) and not text.strip():
             # Empty is unset: deployments clear a variable that way.
@@ -177,7 +182,8 @@ def read_environment(
         elif variable in host_variables():
             warnings.append(f"{variable} is known to the host but not to this plugin and has no effect")
         else:
-            known = [ENABLED_VARIABLE, PROFILE_VARIABLE, CONTROL_KEY_VARIABLE, *VARIABLES, *SECONDARY_VARIABLES]
+            words = (ENABLED_VARIABLE, PROFILE_VARIABLE, CONTROL_KEY_VARIABLE, LOG_VARIABLE)
+            known = [*words, *VARIABLES, *SECONDARY_VARIABLES]
             raise SettingError(
                 variable, text, "environment", "unknown variable", nearest(variable, known)
             )
@@ -190,6 +196,12 @@ def read_environment(
     )
     check_method(source)
     return source, tuple(warnings)
+
+
+def _check_level(variable: str, text: str) -> None:
+    if variable == LOG_VARIABLE and (word := text.strip()) not in ("", *LOG_LEVELS):
+        allowed = f"expected one of {', '.join(LOG_LEVELS)}"
+        raise SettingError(variable, text, "environment", allowed, nearest(word, LOG_LEVELS))
 
 
 def read_layer(

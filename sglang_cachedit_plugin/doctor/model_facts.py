@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from .. import adapters
-from ..cache import swaps
+from ..cache import block_lists
 from ..errors import CacheDitError, MountError
 
 TRANSFORMERS = ("transformer", "transformer_2")
@@ -162,10 +163,8 @@ def ability(cls: type, empty: nn.Module | None) -> Ability:
         return _from_register(name, cls, empty)
     return Ability(
         cls=name, family=row.family, cfg=row.cfg, output=row.ability != "none",
-        refused=row.output_only or row.refused or None,
-        blocks=tuple(
-            BlockList(name=each.name, count=_count(empty, each.name), pattern=_pattern(each)) for each in row.blocks
-        ),
+        refused=row.output_only or row.unsupported or None,
+        blocks=_lists(row.blocks, empty),
     )
 
 
@@ -174,13 +173,10 @@ def _from_register(name: str, cls: type, empty: nn.Module | None) -> Ability:
     if empty is None or not isinstance(empty, cls):
         return Ability(cls=name, family=None, refused=f"{cls.__name__}: no adapter describes its blocks")
     try:
-        found = swaps.find_blocks(empty)
+        found = block_lists.describe(empty)
     except MountError as error:
         return Ability(cls=name, family=None, refused=str(error))
-    lists = zip(found.blocks_name[0], found.blocks[0], found.forward_pattern[0], strict=True)
-    return Ability(cls=name, family=None, blocks=tuple(
-        BlockList(name=each, count=len(blocks), pattern=pattern.name) for each, blocks, pattern in lists
-    ))
+    return Ability(cls=name, family=None, blocks=_lists(found, empty))
 
 
 def _count(empty: nn.Module | None, path: str) -> int | None:
@@ -190,5 +186,8 @@ def _count(empty: nn.Module | None, path: str) -> int | None:
         return None
 
 
-def _pattern(blocks: adapters.Blocks) -> str:
-    return f"Pattern_{blocks.pattern}" if blocks.pattern is not None else "streams " + ", ".join(blocks.streams)
+def _lists(blocks: Iterable[adapters.Blocks], empty: nn.Module | None) -> tuple[BlockList, ...]:
+    return tuple(
+        BlockList(name=each.name, count=_count(empty, each.name), pattern="streams " + ", ".join(each.streams))
+        for each in blocks
+    )

@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import hooks
 from ..adapters import entry_points
+from ..client import differing
 from ..config import effective, preflight
 from ..config.config_file import file_label
 from ..config.effective import Defaults
@@ -18,7 +19,7 @@ from ..config.preflight import Machine
 from ..config.sources import read_environment, read_file
 from ..errors import CacheDitError, HostContractError
 from ..integration import host_contract, sglang_api
-from ..integration.versions import untried
+from ..integration.host_contract import untried
 
 _GROUP, _NAME = "sglang.multimodal_gen.plugins", "cachedit"
 _PACKAGES = ("sglang", "cache-dit", "torch", "sglang-cachedit-plugin")
@@ -102,21 +103,20 @@ def _settings(
     return settings, described
 
 
-def lines(found: dict[str, Any]) -> list[str]:
-    """``examine``'s result as text."""
-    out = ["versions"]
-    out += [f"  {name:<24} {version or 'not installed'}" for name, version in found["versions"].items()]
-    out.append("hook_points")
-    for point in found["hook_points"]:
-        name = point["target"].removeprefix("sglang.multimodal_gen.runtime.")
-        out.append(f"  {'found' if point['found'] else 'WRONG':<6} {name}")
+def lines(found: dict[str, Any], *, verbose: bool = False) -> list[str]:
+    """``examine``'s result as text: the verdict, what is wrong, what differs from the defaults.
+
+    Args:
+        verbose: also versions, hook points and every setting.
+    """
+    out = ["nothing is wrong" if found["ok"] else f"{len(found['problems'])} wrong"]
+    out += [f"error: {text}" for text in found["problems"]]
+    out += [f"warning: {text}" for text in found["warnings"]]
     if (settings := found["settings"]) is not None:
-        switch = settings["enabled"]
+        switch, own = settings["enabled"], settings["config"] if verbose else differing(settings)
         out += ["settings", f"  {'caching':<40} {'on' if switch['value'] else 'off'} ({switch['origin']})"]
-        out.append(f"  {'profile':<40} {settings['profile'] or 'none'}")
-        for name, entry in settings["config"].items():
-            out.append(f"  {name:<40} {entry['value']} ({entry['origin']})")
-        out.append(f"  {'profiles':<40} {', '.join(settings['profiles'])}")
+        out.append(f"  {'profile':<40} {settings['profile'] or 'none'} of {', '.join(settings['profiles'])}")
+        out += [f"  {name:<40} {entry['value']} ({entry['origin']})" for name, entry in own.items()]
         for section, value in settings["sections"].items():
             keys = value.items() if isinstance(value, dict) else [("", value)]
             out += [f"  {section + ('.' if key else '') + key:<40} {each}" for key, each in keys]
@@ -124,7 +124,11 @@ def lines(found: dict[str, Any]) -> list[str]:
         from . import model_check
 
         out += model_check.lines(found["model"])
-    out += [f"warning: {text}" for text in found["warnings"]]
-    out += [f"error: {text}" for text in found["problems"]]
-    out.append("nothing is wrong" if found["ok"] else f"{len(found['problems'])} wrong")
+    if not verbose:
+        return out
+    out += ["versions", *(f"  {name:<24} {each or 'not installed'}" for name, each in found["versions"].items())]
+    out.append("hook_points")
+    for point in found["hook_points"]:
+        name = point["target"].removeprefix("sglang.multimodal_gen.runtime.")
+        out.append(f"  {'found' if point['found'] else 'WRONG':<6} {name}")
     return out

@@ -1,21 +1,43 @@
-"""Stages of the host with a denoising loop of their own.
+"""What the host's stages do by themselves: denoising loops of their own, settings, refusals.
 
-Most never ask for caching. Where such a loop calls the transformer once for each step and branch, the plugin opens
-the request itself and names the forwards. Otherwise the stage is declined, and the report says why. Others ask,
-but name the step or the branch of a forward in a way of their own.
+Most stages with a loop of their own never ask for caching. Where such a loop calls the transformer once for each step
+and branch, the plugin opens the request itself and names the forwards. Otherwise the stage is declined, and the report
+says why. Others ask, but name the step or the branch of a forward in a way of their own.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from ..cache.runtime import Identity
+from ..cache.runtime import Identify, Identity
+from ..config.settings import KNOBS
+from ..config.sources import Layer, Source, Value
 from ..report.stats import COND, COND_ONLY
 from . import sglang_api
+from .request import WORKER
 
-Identify = Callable[[str, Mapping[str, Any]], Identity | None]
+
+def _by_context(batch: Any) -> Identify:
+    """The host's forward context names the step; the branch is the one that was configured last."""
+
+    def identify(name: str, kwargs: Mapping[str, Any]) -> Identity | None:
+        context = sglang_api.forward_context()
+        if context is None or context.forward_batch is None:
+            return None
+        branch = sglang_api.branch_name(WORKER.active.branch or COND)
+        if branch in (COND, "uncond"):
+            branch = "uncond" if getattr(context.forward_batch, "is_cfg_negative", False) else COND
+        return Identity(branch, int(context.current_timestep))
+
+    return identify
+
+
+def _step() -> int | None:
+    context = sglang_api.forward_context()
+    return None if context is None else int(context.current_timestep)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,29 +52,26 @@ class OwnLoop:
         one_step: each of its requests is one step; caching goes on until the stage unmounts.
     """
 
-    identify: Callable[[Any], Identify] | None = None
+    identify: Callable[[Any], Identify] = _by_context
     refused: str = ""
     asks: bool = False
     refuses: str = ""
     one_step: bool = False
 
 
-def _by_context(batch: Any) -> Identify:
-    """The host's forward context names step and branch."""
-    return lambda name, kwargs: sglang_api.forward_identity()
-
-
-_guided = False
-
-
 def guided(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Around ``Cosmos3DenoisingStage._predict_noise_cfg``: the branches of a step, shared out over the CFG ranks."""
-    global _guided
-    _guided = True
+    active = WORKER.active
+    active.guided = True
     try:
         return original(*args, **kwargs)
     finally:
-        _guided = False
+        active.guided = False
+
+
+def branch_comes(branch: Any, batch: Any) -> None:
+    """Before ``CFGBranch.configure_batch``: the forward of this branch comes next."""
+    WORKER.active.branch = branch.name
 
 
 def _by_cache_key(batch: Any) -> Identify:
@@ -66,11 +85,11 @@ def _by_cache_key(batch: Any) -> Identify:
 
     def identify(name: str, kwargs: Mapping[str, Any]) -> Identity | None:
         nonlocal runs, last
-        step, key = sglang_api.forward_step(), str(kwargs.get("cache_key", ""))
+        step, key = _step(), str(kwargs.get("cache_key", ""))
         if step is None:
             return None
         branch = COND if key in ("cfg_batched", "") else key
-        if not apart or branch != COND or _guided:
+        if not apart or branch != COND or WORKER.active.guided:
             return Identity(branch, step)
         runs, last = runs + (step > last + 1), step
         return Identity(COND_ONLY if runs == 1 else f"{COND_ONLY}_{runs}", step)
@@ -83,11 +102,11 @@ def _by_run(batch: Any) -> Identify:
     prompt = _extra(batch, "comfyui_cond_key")
 
     def identify(name: str, kwargs: Mapping[str, Any]) -> Identity | None:
-        under_way, step = sglang_api.forward_request(), sglang_api.forward_step()
-        if step is None or not same_run(under_way, batch):
+        context = sglang_api.forward_context()
+        if context is None or not same_run(context.forward_batch, batch):
             return None
-        given = _extra(under_way, "comfyui_cond_key")
-        return Identity(COND if given == prompt else str(given), step)
+        given = _extra(context.forward_batch, "comfyui_cond_key")
+        return Identity(COND if given == prompt else str(given), int(context.current_timestep))
 
     return identify
 
@@ -101,36 +120,20 @@ def _extra(batch: Any, name: str) -> Any:
     return (getattr(batch, "extra", None) or {}).get(name)
 
 
-def _by_flag(batch: Any) -> Identify:
-    """Wan-Animate 2: the context names the step, a flag of the forward the branch."""
+def _by(branch: Callable[[Mapping[str, Any]], str]) -> Callable[[Any], Identify]:
+    """The context names the step, and ``branch`` the branch from the forward's keyword arguments."""
 
     def identify(name: str, kwargs: Mapping[str, Any]) -> Identity | None:
-        step = sglang_api.forward_step()
-        return None if step is None else Identity("uncond" if kwargs.get("is_unconditional") else COND, step)
+        step = _step()
+        return None if step is None else Identity(branch(kwargs), step)
 
-    return identify
+    return lambda batch: identify
 
 
 def _by_count(batch: Any) -> Identify:
     """Sana-Video 2: one forward a step for both branches, and nothing names the step."""
-    calls = 0
-
-    def identify(name: str, kwargs: Mapping[str, Any]) -> Identity:
-        nonlocal calls
-        calls += 1
-        return Identity(COND, calls - 1)
-
-    return identify
-
-
-def _by_step(batch: Any) -> Identify:
-    """LTX-2: the context names the step alone; all branches are one forward."""
-
-    def identify(name: str, kwargs: Mapping[str, Any]) -> Identity | None:
-        step = sglang_api.forward_step()
-        return None if step is None else Identity(COND, step)
-
-    return identify
+    steps = itertools.count()
+    return lambda name, kwargs: Identity(COND, next(steps))
 
 
 def _by_remaining(batch: Any) -> Identify:
@@ -138,7 +141,7 @@ def _by_remaining(batch: Any) -> Identify:
     last = num_steps(batch) - 1
 
     def identify(name: str, kwargs: Mapping[str, Any]) -> Identity | None:
-        remaining = sglang_api.forward_step()
+        remaining = _step()
         return None if remaining is None else Identity("uncond" if name == "transformer_2" else COND, last - remaining)
 
     return identify
@@ -149,10 +152,13 @@ _CHUNKS = "it samples chunk by chunk, and what each block keeps is read by the n
 
 OWN_LOOPS: Mapping[str, OwnLoop] = {
     "Cosmos3DenoisingStage": OwnLoop(identify=_by_cache_key),
-    "SanaWMDenoisingStage": OwnLoop(identify=_by_context),
-    "WanAnimate2DenoisingStage": OwnLoop(identify=_by_flag),
+    "SanaWMDenoisingStage": OwnLoop(),
+    "WanAnimate2DenoisingStage": OwnLoop(
+        identify=_by(lambda given: "uncond" if given.get("is_unconditional") else COND)
+    ),
     "SanaVideo2DenoisingStage": OwnLoop(identify=_by_count),
-    "LTX2DenoisingStage": OwnLoop(identify=_by_step, asks=True, refuses="it starts from an image"),
+    # All branches of LTX-2 are one forward.
+    "LTX2DenoisingStage": OwnLoop(identify=_by(lambda given: COND), asks=True, refuses="it starts from an image"),
     "Flux3ImageDenoiseStage": OwnLoop(
         asks=True, refuses="its samples pass each block one by one under Ulysses, or its CFG pair runs as two forwards"
     ),
@@ -204,7 +210,62 @@ def of(cls: type) -> OwnLoop | None:
     return next((OWN_LOOPS[base.__name__] for base in cls.__mro__ if base.__name__ in OWN_LOOPS), None)
 
 
+def makes_base_steps(stage: Any) -> bool:
+    """Whether all steps of a stage whose class is not known here go through ``_predict_noise_with_cfg``."""
+    # Stages that grow the picture have a loop of their own over the base's steps.
+    own_loop = sglang_api.overrides(stage, "forward") and not hasattr(stage, "_run_stage_steps")
+    methods = ("_denoise", "_run_denoising_loop", "_run_denoising_step", "_predict_noise_with_cfg")
+    return not own_loop and not any(sglang_api.overrides(stage, each) for each in methods)
+
+
 def num_steps(batch: Any) -> int:
     """Steps that the loop of ``batch`` takes."""
     timesteps = getattr(batch, "timesteps", None)
     return int(batch.num_inference_steps) if timesteps is None else len(timesteps)
+
+
+CONFIGURES = ("_build_cache_dit_config", "_cache_dit_scm_masks")
+"""Methods with which a stage replaces the settings that it was given."""
+
+
+def refusal(stage: Any) -> str:
+    """Why a request runs uncached that the stage does not want cached."""
+    loop = of(type(stage))
+    when = f": {loop.refuses}" if loop is not None and loop.refuses else ""
+    return f"{type(stage).__name__} keeps this request uncached{when}"
+
+
+def source(stage: Any, steps: int | tuple[int, int], *, wanted: bool) -> Source:
+    """The stage's own settings and wish for the request under way.
+
+    Args:
+        steps: of the transformer, or of the high and the low noise expert.
+        wanted: the stage asks for caching.
+    """
+    origin = f"stage {type(stage).__name__}"
+    enabled = Value(True, origin) if wanted else None
+    if not wanted or not any(sglang_api.overrides(stage, name) for name in CONFIGURES):
+        return Source(enabled=enabled)
+    counts = stage._cache_dit_step_counts(steps)
+    _, policy, *masks = stage._cache_dit_scm_masks(*counts)
+    layers = [
+        _layer(stage, count, mask, policy, bool(second), origin)
+        for second, (count, mask) in enumerate(zip(counts, masks, strict=True))
+    ]
+    return Source(primary=layers[0], secondary=layers[1], enabled=enabled)
+
+
+def _layer(stage: Any, steps: int | None, mask: Any, policy: str, second: bool, origin: str) -> Layer:
+    """The config that the stage builds, where it differs from the one that nobody has touched."""
+    if steps is None:
+        return {}
+    config = stage._build_cache_dit_config(steps, mask, policy, secondary=second)
+    if config == sglang_api.untouched_config(steps):
+        return {}
+    given = {each.name: getattr(config, each.name) for each in fields(config)}
+    return {
+        name: Value(knob.check(name, given[name], origin), origin)
+        for name, knob in KNOBS.items()
+        # The number of steps is the request's, not what a mask was written for.
+        if name != "num_inference_steps" and given.get(name) is not None
+    }

@@ -1,6 +1,6 @@
 """Ranks of the host that share a forward or a decision, and their process groups.
 
-As in host.py, imports of sglang stand inside functions.
+As in ``sglang_api``, imports of sglang stand inside functions.
 """
 
 from __future__ import annotations
@@ -142,8 +142,8 @@ def _connect(group: Any) -> None:
 _layout = _Layout()
 
 
-def build_slices() -> None:
-    """Find the ranks that must agree. Every rank calls this once its model-parallel groups exist.
+def groups_ready(result: Any = None, *args: Any, **kwargs: Any) -> None:
+    """After ``initialize_model_parallel``, on every rank: find the ranks that must agree.
 
     Raises:
         HostContractError: pipeline parallelism, which SGLang Diffusion does not start with.
@@ -206,34 +206,3 @@ def connected(sets: list[list[int]]) -> list[list[int]]:
                 rest.append(component)
         components = [*rest, joined]
     return sorted(sorted(component) for component in components)
-
-
-def is_first_rank() -> bool:
-    """Whether this process speaks for all ranks in the log."""
-    import torch.distributed as dist
-
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def groups_ready(result: Any, *args: Any, **kwargs: Any) -> None:
-    """After ``initialize_model_parallel``."""
-    build_slices()
-
-
-def gather_replica(value: Any) -> list[Any]:
-    """``value`` of every rank of this data-parallel replica, in order of ranks; all of them must call this."""
-    import torch.distributed as dist
-    from sglang.multimodal_gen.runtime.distributed import parallel_state as state
-
-    if not dist.is_initialized() or (group := state.get_replica_group()).world_size == 1:
-        return [value]
-    everyone: list[Any] = [None] * group.world_size
-    dist.all_gather_object(everyone, value, group=group.cpu_group)
-    return everyone
-
-
-def rank() -> int:
-    """This process's rank, 0 without ranks."""
-    import torch.distributed as dist
-
-    return dist.get_rank() if dist.is_initialized() else 0

@@ -1,4 +1,4 @@
-"""Everything that is asked of SGLang: identity of a forward, versions, and what host_ranks.py says of its ranks.
+"""What is asked of SGLang, but for the layout of its ranks: see ``ranks``.
 
 Imports of sglang stand inside functions: the plugin is loaded in processes that must not import the runtime early.
 """
@@ -11,33 +11,16 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from ..cache.runtime import Identity
 from ..config.preflight import Machine
 from ..report.stats import COND
-from .ranks import (
-    build_slices,
-    connected,
-    ensure_one_replica,
-    gather_replica,
-    groups,
-    groups_ready,
-    is_first_rank,
-    layout,
-    rank,
-)
-from .versions import version
+from .host_contract import version as version
 
-__all__ = [
-    "answer", "branch_comes", "branch_name", "build_slices", "connected", "ensure_one_replica", "explicit_flags",
-    "forget_branch", "forward_identity", "forward_request", "forward_step", "gather_replica", "groups",
-    "groups_ready", "is_first_rank", "known_variables", "layout", "logger", "machine", "overrides",
-    "prefer_regional_compile", "publishes_metrics", "rank", "runs_branches_apart", "serves_nobody", "size_of",
-    "tell_replicas", "transformer_classes", "untouched_config", "version",
-]
 
-_BRANCH_NAMES = {"conditional": COND, "unconditional": "uncond"}
+def hook_registry() -> tuple[Any, Any]:
+    """The host's registry of hooks, and its types of hooks."""
+    from sglang.multimodal_gen.runtime.platforms.plugins import HookRegistry, HookType
 
-_branch_name: str | None = None
+    return HookRegistry, HookType
 
 
 def known_variables() -> Collection[str]:
@@ -62,19 +45,14 @@ def machine() -> Machine:
 def transformer_classes(model_path: str) -> set[str]:
     """Classes of the transformers of a model in diffusers format; empty where its index is not on this machine."""
     index = Path(model_path) / "model_index.json"
-    if not index.is_file():
-        from huggingface_hub import try_to_load_from_cache
-
-        try:
-            cached = try_to_load_from_cache(model_path, "model_index.json")
-        except ValueError:
-            return set()
-        if not isinstance(cached, str):
-            return set()
-        index = Path(cached)
     try:
+        if not index.is_file():
+            from huggingface_hub import try_to_load_from_cache
+
+            # What it gives for a file that is not there is no path.
+            index = Path(try_to_load_from_cache(model_path, "model_index.json"))
         components = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, TypeError, ValueError):
         return set()
     found = (components.get(name) for name in ("transformer", "transformer_2")) if isinstance(components, dict) else ()
     return {each[1] for each in found if isinstance(each, list) and len(each) == 2 and isinstance(each[1], str)}
@@ -92,46 +70,16 @@ def explicit_flags(server_args: Any) -> dict[str, Any]:
     }
 
 
-def forget_branch() -> None:
-    """No branch was named for what comes next."""
-    global _branch_name
-    _branch_name = None
-
-
-def forward_identity() -> Identity | None:
-    """Branch and step of the forward under way, None outside the host's denoising loop."""
+def forward_context() -> Any:
+    """The host's context of the forward under way, None outside its denoising loops."""
     from sglang.multimodal_gen.runtime.managers.forward_context import get_forward_context_or_none
 
-    context = get_forward_context_or_none()
-    if context is None or context.forward_batch is None:
-        return None
-    negative = bool(getattr(context.forward_batch, "is_cfg_negative", False))
-    name = "uncond" if negative else COND
-    named = None if _branch_name is None else branch_name(_branch_name)
-    if named is not None and named not in (COND, "uncond"):
-        name = named
-    return Identity(branch=name, step=int(context.current_timestep))
+    return get_forward_context_or_none()
 
 
 def branch_name(own: str) -> str:
     """Our name of a branch that the host calls ``own``."""
-    return _BRANCH_NAMES.get(own, own)
-
-
-def forward_step() -> int | None:
-    """Step of the forward under way, None outside the host's denoising loops."""
-    from sglang.multimodal_gen.runtime.managers.forward_context import get_forward_context_or_none
-
-    context = get_forward_context_or_none()
-    return None if context is None else int(context.current_timestep)
-
-
-def forward_request() -> Any:
-    """The request of the forward under way, None outside the host's denoising loops."""
-    from sglang.multimodal_gen.runtime.managers.forward_context import get_forward_context_or_none
-
-    context = get_forward_context_or_none()
-    return None if context is None else context.forward_batch
+    return {"conditional": COND, "unconditional": "uncond"}.get(own, own)
 
 
 def runs_branches_apart() -> bool:
@@ -168,6 +116,11 @@ def size_of(batch: Any) -> tuple[int, ...] | None:
     return (width, height, frames) if isinstance(frames, int) and frames > 1 else (width, height)
 
 
+def timesteps_of(owner: Any) -> tuple[float, ...]:
+    """Timesteps of a request, a context or a scheduler."""
+    return tuple(float(each) for each in owner.timesteps.flatten().tolist())
+
+
 def prefer_regional_compile(server_args: Any, module: Any) -> bool:
     """Whether to compile the repeated blocks of ``module`` only, because nobody chose otherwise.
 
@@ -189,12 +142,6 @@ def logger() -> Any:
     from sglang.multimodal_gen.runtime.utils.logging_utils import init_logger
 
     return init_logger("sglang_cachedit_plugin")
-
-
-def branch_comes(branch: Any, batch: Any) -> None:
-    """Before ``CFGBranch.configure_batch``: remember the branch whose forward comes next."""
-    global _branch_name
-    _branch_name = branch.name
 
 
 async def tell_replicas(message: Any) -> list[Any]:
@@ -225,3 +172,29 @@ def publishes_metrics() -> bool:
     from sglang.multimodal_gen.runtime.observability.metrics import get_metrics
 
     return get_metrics() is not None
+
+
+def rank() -> int:
+    """This process's rank, 0 without ranks."""
+    import torch.distributed as dist
+
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for all ranks in the log."""
+    import torch.distributed as dist
+
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def gather_replica(value: Any) -> list[Any]:
+    """``value`` of every rank of this data-parallel replica, in order of ranks; all of them must call this."""
+    import torch.distributed as dist
+    from sglang.multimodal_gen.runtime.distributed import parallel_state as state
+
+    if not dist.is_initialized() or (group := state.get_replica_group()).world_size == 1:
+        return [value]
+    everyone: list[Any] = [None] * group.world_size
+    dist.all_gather_object(everyone, value, group=group.cpu_group)
+    return everyone

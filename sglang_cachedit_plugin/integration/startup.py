@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -11,7 +12,7 @@ from ..config import effective, preflight
 from ..config.config_file import file_label
 from ..config.sources import FileConfig, read_environment, read_file
 from ..errors import SettingError, one_line
-from . import sglang_api
+from . import log, sglang_api
 
 
 def fail(error: SettingError) -> None:
@@ -20,8 +21,9 @@ def fail(error: SettingError) -> None:
     raise SystemExit(2)
 
 
-def _warn(text: str) -> None:
-    print(f"cache-dit: warning: {one_line(text)}", file=sys.stderr, flush=True)
+def warn(text: str) -> None:
+    """One line on stderr."""
+    print(f"cache-dit: warning: {text}", file=sys.stderr, flush=True)
 
 
 def read_settings() -> None:
@@ -31,7 +33,7 @@ def read_settings() -> None:
     except SettingError as error:
         fail(error)
     for warning in warnings:
-        _warn(warning)
+        warn(one_line(warning))
     effective.install(replace(effective.current(), environment=environment))
 
 
@@ -42,10 +44,38 @@ class ReadFile(str):
 
 
 def before_launch(server_args: Any, *args: Any, **kwargs: Any) -> None:
-    """Before workers start: leave with status 2 where ``--cache-dit-config`` is not valid, else hand it on read."""
+    """Before workers start: check the settings, and say what they are."""
+    check(server_args)
+    if log.wanted("changes") and multiprocessing.parent_process() is None and (line := start_line()):
+        # The host sets its log up later.
+        print(line, file=sys.stderr, flush=True)
+
+
+def start_line() -> str | None:
+    """Whether requests are cached and where that comes from; None where nothing of the cache was set at all."""
+    current = effective.current()
+    environment, given = current.environment, current.file.given
+    variables = len([*environment.primary, *environment.secondary])
+    variables += sum(each is not None for each in (environment.enabled, environment.profile))
+    if not given and not variables:
+        return None
+    origin, profile = current.switch.origin, current.decide(None, None).resolved.profile
+    parts = ["on" if current.enabled else "off"]
+    if current.enabled and profile:
+        parts.append(f"profile {profile}")
+    elif not current.enabled:
+        parts.append("nothing switches it on" if origin == "default" else f"{origin} says no")
+    if given:
+        parts.append(f"from {file_label(given)}")
+    told = f"; {variables} variable{'s' * (variables > 1)} from the environment" if variables else ""
+    return one_line(f"cache-dit: {', '.join(parts)}{told}")
+
+
+def check(server_args: Any) -> None:
+    """Leave with status 2 where ``--cache-dit-config`` is not valid, else hand it on read."""
     try:
         for warning in ensure_file(server_args, anew=True):
-            _warn(warning)
+            warn(one_line(warning))
         effective.current().check_profiles()
     except SettingError as error:
         fail(error)
@@ -67,8 +97,7 @@ def _leave_out_graphs(server_args: Any) -> None:
     # Imported here: graphs bring torch, and this module is loaded while plugins register.
     from . import cuda_graphs
 
-    resolved = effective.current().decide(None, None).resolved
-    if not (cuda_graphs.fits(resolved.primary) and cuda_graphs.fits(resolved.secondary)):
+    if not cuda_graphs.fits(effective.current().decide(None, None)):
         server_args.enable_breakable_cuda_graph = False
         sglang_api.logger().info(
             "cache-dit: breakable CUDA graphs are left out, all requests are cached; --enable-breakable-cuda-graph "

@@ -10,6 +10,8 @@ import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from .reasons import NOT_WANTED
+
 STEPS = "sglang_cache_dit_steps_total"
 REQUESTS = "sglang_cache_dit_requests_total"
 DIFFS = "sglang_cache_dit_residual_diff"
@@ -18,8 +20,9 @@ CORRECTED = "sglang_cache_dit_corrected_steps_total"
 COMPUTED = "sglang_cache_dit_computed_steps"
 BUCKETS = (0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.12, 0.16, 0.2, 0.24, 0.3, 0.4, 0.5, 0.75, 1.0)
 STEP_BUCKETS = (2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 50, 75, 100)
-OUTCOMES = ("cached", "computed", "off", "failed", "refused")
-"""Some steps cached; enabled, all steps computed; caching off; an exception; 400 for its cache settings."""
+AGREE = "sglang_cache_dit_workers_agree"
+OUTCOMES = ("cached", "off", "unavailable", "refused", "failed")
+"""Some steps cached; not wanted; wanted, and nothing was cached; 400 for its cache settings; an exception."""
 MAX_SERIES = 32
 """Most pairs of transformer and branch, and most profiles, that get numbers of their own; a series once made is never
 given back."""
@@ -34,12 +37,13 @@ class _Instruments(NamedTuple):
     nans: Any
     corrected: Any
     computed: Any
+    agree: Any
 
 
 @functools.cache
 def instruments() -> _Instruments:
     """The counters of this process, made on first use."""
-    from prometheus_client import Counter, Histogram
+    from prometheus_client import Counter, Gauge, Histogram
 
     where = ("transformer", "branch")
     return _Instruments(
@@ -49,15 +53,16 @@ def instruments() -> _Instruments:
         Counter(NANS, "Residual differences that were NaN or infinite.", where),
         Counter(CORRECTED, "Cached steps that the corrector set right."),
         Histogram(COMPUTED, "Computed steps of a request with caching.", ("profile",), buckets=STEP_BUCKETS),
+        Gauge(AGREE, "1: all workers hold the server's settings, 0: they do not.", multiprocess_mode="mostrecent"),
     )
 
 
 def outcome(report: Mapping[str, Any]) -> str:
     """One of ``OUTCOMES`` for a request that a worker served."""
     if not report["enabled"]:
-        return "off"
+        return "off" if NOT_WANTED.issuperset(report["reason_codes"]) else "unavailable"
     branches = (b for t in report["transformers"].values() for b in t["branches"].values())
-    return "cached" if any(branch["cached"] for branch in branches) else "computed"
+    return "cached" if any(branch["cached"] for branch in branches) else "unavailable"
 
 
 _branches: set[tuple[str, ...]] = set()
@@ -95,6 +100,11 @@ def observe(report: Mapping[str, Any], *, requests: int = 1, ended: str | None =
             for diff in steps["residual_diffs"].values():
                 diffs.observe(diff)
             nans.inc(steps["nan_diffs"])
+
+
+def agree(consistent: bool) -> None:
+    """Whether all workers hold the settings of the HTTP process, which is the one that says so."""
+    instruments().agree.set(consistent)
 
 
 def refused() -> None:

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..errors import one_line
+from ..errors import Reason, one_line, reason_of
+from .reasons import codes_of
 
 COND = "cond"
 COND_ONLY = "cond_only"
@@ -97,13 +98,28 @@ class ErrorStats:
 
     Args:
         tolerance: the error that was allowed.
-        errors: relative error of the forecast at each computed step where there was one.
-        passed_on: estimated error that the cached steps passed on to the latents, summed over the loop.
+        errors: relative error of the forecast at each computed step where there was one; the steps of a further loop or
+            stage are named after it.
+        passed_on: estimated error that the cached steps passed on to the latents, summed over all loops.
+        loops: how many there were.
     """
 
     tolerance: float
-    errors: dict[int, float] = field(default_factory=dict)
+    errors: dict[int | str, float] = field(default_factory=dict)
     passed_on: float = 0.0
+    loops: int = 0
+
+    def add_loop(self, errors: Mapping[int, float], passed_on: float) -> None:
+        """Add what was seen in a denoising loop."""
+        self.loops += 1
+        first = self.loops == 1
+        self.errors |= {step if first else f"loop {self.loops}: {step}": error for step, error in errors.items()}
+        self.passed_on += passed_on
+
+    def add_stage(self, stage: str, other: ErrorStats) -> None:
+        """Add what was seen in a further denoising stage."""
+        self.errors |= {f"{stage}: {step}": error for step, error in other.errors.items()}
+        self.passed_on += other.passed_on
 
     def as_dict(self) -> dict[str, Any]:
         """The form of the report."""
@@ -148,11 +164,13 @@ class RequestStats:
         self.denoising_s += other.denoising_s
         self.refused = self.refused or other.refused
         for note in other.notes:
-            self.note(f"{stage}: {note}")
+            self.note(reason_of(note, "other").after(stage))
         if other.enabled and self.enabled:
             self.corrector.add(stage, other.corrector)
         elif other.enabled:
             self.corrector = other.corrector
+        if self.error_control is not None and other.error_control is not None:
+            self.error_control.add_stage(stage, other.error_control)
         self.error_control = self.error_control or other.error_control
         if other.enabled and not self.enabled:
             first, self.reason, self.enabled = self.reason, None, True
@@ -160,10 +178,11 @@ class RequestStats:
             if first is not None:
                 self.note(first)
         elif other.reason not in (None, self.reason):
+            further = reason_of(other.reason, "other").after(stage)
             if self.enabled:
-                self.note(f"{stage}: {other.reason}")
+                self.note(further)
             else:
-                self.reason = f"{self.reason}; {stage}: {other.reason}"
+                self.reason = Reason(codes_of([self.reason])[0], f"{self.reason}; {further}")
 
     def diffs(self) -> list[float]:
         """All measured differences, sorted."""
@@ -179,6 +198,7 @@ class RequestStats:
         return {
             "enabled": self.enabled,
             "reason": self.why(),
+            "reason_codes": codes_of(self.reasons()),
             "backend": self.backend,
             "profile": self.profile,
             "config": dict(self.config),
@@ -190,31 +210,44 @@ class RequestStats:
             "transformers": {name: t.as_dict() for name, t in self.transformers.items()},
         }
 
-    def why(self) -> str | None:
-        """Why caching is off or limited, None where nothing held it back."""
+    def reasons(self) -> list[str]:
+        """Why caching is off or limited, each with its code; empty where nothing held it back."""
         if self.reason is not None:
-            return self.reason
-        notes = list(self.notes)
+            return [self.reason]
+        found = list(self.notes)
         for name, transformer in self.transformers.items():
-            notes += [f"{name}: {note}" for note in (*transformer.notes, *transformer.remarks.values())]
+            notes = (*transformer.notes, *transformer.remarks.values())
+            found += [reason_of(note, "branches").after(name) for note in notes]
             if nans := sum(branch.nan_diffs for branch in transformer.branches.values()):
-                notes.append(f"{name}: {nans} residual differences were NaN, these steps were computed")
-        return "; ".join(notes) or None
+                text = f"{name}: {nans} residual differences were NaN, these steps were computed"
+                found.append(Reason("nan_diffs", text))
+        return found
 
-    def lines(self) -> list[str]:
-        """Log lines: the summary, and the reason where caching was limited."""
+    def why(self) -> str | None:
+        """The same as one sentence, None where nothing held caching back."""
+        return "; ".join(self.reasons()) or None
+
+    def line(self, request: str = "", ended: str = "") -> str:
+        """The log line.
+
+        Args:
+            request: its id.
+            ended: how a request that was not served ended, ``failed`` or ``refused``.
+        """
         computed, cached = self.count("computed"), self.count("cached")
-        lines = []
-        if self.enabled and self.transformers:
-            parts = [f"{computed + cached} steps", f"{computed} computed", f"{cached} cached (cond)"]
+        why, codes = self.why(), ", ".join(codes_of(self.reasons()))
+        if not self.enabled:
+            said = f"{ended or 'off'} [{codes}]: {why}"
+        else:
+            parts = [ended] if ended else []
+            parts += [f"{computed + cached} steps", f"{computed} computed", f"{cached} cached (cond)"]
             if diffs := self.diffs():
                 parts.append(f"diffs p50 {percentile(diffs, 50):.2f} p95 {percentile(diffs, 95):.2f}")
             if self.corrector.corrected_steps:
                 parts.append(f"{self.corrector.corrected_steps} corrected")
-            lines.append("cache-dit: " + ", ".join([*parts, f"denoising {self.denoising_s:.2f} s"]))
-        if reason := self.why():
-            lines.append(one_line(f"cache-dit: {'limited' if self.enabled else 'off'}: {reason}"))
-        return lines
+            said = ", ".join([*parts, f"denoising {self.denoising_s:.2f} s"])
+            said += f"; limited [{codes}]: {why}" if why else ""
+        return one_line(": ".join(filter(None, ["cache-dit", request, said])))
 
 
 def reports_of(result: Any) -> list[dict[str, Any]]:

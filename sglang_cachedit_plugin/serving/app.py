@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..integration import startup
-from . import answers, control, generate, page, requests, validation
+from ..integration import log, startup
+from . import control, generate, page, responses, state, validation
 
 
 def create(original: Callable[..., Any], server_args: Any, **options: Any) -> Any:
@@ -15,11 +15,13 @@ def create(original: Callable[..., Any], server_args: Any, **options: Any) -> An
     Args:
         options: of the host, which differ between its versions.
     """
-    startup.before_launch(server_args)
-    requests.counting = bool(server_args.enable_metrics)
-    answers.declare_field()
+    startup.check(server_args)
+    responses.declare()
     app = original(server_args, **options)
+    log.leave_out_refusals()
+    state.install(app, state.ServerState(counting=bool(server_args.enable_metrics)))
     app.add_exception_handler(RuntimeError, validation.answer)
     for router in (control.router, page.router, generate.router):
         app.include_router(router)
+    page.serve_documents(app, responses.describe_requests)
     return app

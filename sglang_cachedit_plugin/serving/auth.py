@@ -28,23 +28,34 @@ def check(request: Request) -> None:
     """Let a change pass, or answer 401 (key missing or wrong) or 403 (no key, and not from this machine)."""
     key = required_key(request.app.state.server_args)
     if key is None:
-        if not _is_local(request):
-            raise HTTPException(403, f"without {CONTROL_KEY_VARIABLE} only clients on the server's machine may do this")
+        if (why := _elsewhere(request)) is not None:
+            raise HTTPException(
+                403, f"{why}: without {CONTROL_KEY_VARIABLE} only clients on the server's machine may do this; set it "
+                "there, and send it as the header Authorization: Bearer KEY"
+            )
         return
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    given = request.headers.get("authorization", "")
+    scheme, _, token = given.partition(" ")
     # Both are compared as bytes: compare_digest takes no other text than ASCII.
     if scheme.lower() != "bearer" or not hmac.compare_digest(token.strip().encode(), key.encode()):
-        raise HTTPException(401, "the control key is missing or wrong", headers={"WWW-Authenticate": "Bearer"})
+        wrong = "has another key or form" if given else "is missing"
+        detail = f"the header Authorization {wrong}, expected: Bearer KEY with the server's control key"
+        raise HTTPException(401, detail, headers={"WWW-Authenticate": "Bearer"})
 
 
-def _is_local(request: Request) -> bool:
-    """A client on this machine: not behind a proxy, and no web page of another origin in its browser."""
+def _elsewhere(request: Request) -> str | None:
+    """Why a client is not one of this machine, None where it is: it came through a proxy, or is a web page of another
+    origin in a browser of this machine.
+    """
     if request.client is None or not _is_loopback(request.client.host):
-        return False
-    if any(name in _PROXIED or name.startswith("x-forwarded-") for name in request.headers):
-        return False
+        return f"the client is at {request.client.host if request.client else 'an unknown address'}"
+    for name in request.headers:
+        if name in _PROXIED or name.startswith("x-forwarded-"):
+            return f"the header {name.title()} says that a proxy sent this"
     origin = request.headers.get("origin")
-    return origin is None or _is_loopback(urlsplit(origin).hostname or "")
+    if origin is not None and not _is_loopback(urlsplit(origin).hostname or ""):
+        return "the header Origin says that a web page of another server sent this"
+    return None
 
 
 def _is_loopback(name: str) -> bool:

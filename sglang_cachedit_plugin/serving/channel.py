@@ -12,12 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..cache.mount import describe_models
 from ..config import effective
 from ..config.effective import Defaults
 from ..config.overrides import Overrides, read_overrides
 from ..errors import CacheDitError, one_line
 from ..integration import sglang_api, startup
+from ..integration.request import describe_models
 
 
 @dataclass

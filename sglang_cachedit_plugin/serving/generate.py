@@ -16,9 +16,10 @@ from typing import Any
 from fastapi import APIRouter, HTTPException, Request
 
 from ..errors import SettingError, nearest, one_line, refusal_in
-from . import answers
+from ..integration.request import WARMUP
+from . import responses
 from .generate_models import TEXTS, GenerateRequest, GenerateResponse
-from .validation import RESPONSES, OneLineRoute
+from .validation import RESPONSES, LoggedError, OneLineRoute, misplaced
 
 router = APIRouter(tags=["cache_dit"], route_class=OneLineRoute)
 
@@ -49,6 +50,8 @@ async def generate(body: GenerateRequest, raw_request: Request) -> GenerateRespo
         folder = resources.enter_context(temp_dir_if_disabled(None))
         request_id = generate_request_id()
         batch = _prepare(request_id, body, arguments | {"seed": seed}, folder, video, raw_request)
+        if body.warmup:
+            batch.extra[WARMUP] = True
         outputs, result = await _run(batch, video, resources)
     return GenerateResponse(
         seed=seed, width=batch.width, height=batch.height, num_inference_steps=batch.num_inference_steps,
@@ -71,6 +74,8 @@ def fit(
     given = {name: getattr(body, name) for name in body.model_fields_set & set(GenerateRequest.model_fields)}
     arguments = {name: value for name, value in given.items() if name not in _HANDLED and value is not None}
     arguments["generator_device"] = body.generator_device
+    if (error := misplaced(body.model_extra or {}, extra)) is not None:
+        raise HTTPException(status_code=400, detail=str(error))
     notes = []
     for name in ("num_frames", "fps"):
         if name in arguments and not video:
@@ -210,7 +215,8 @@ async def _run(batch: Any, video: bool, resources: AsyncExitStack) -> tuple[list
         paths, result = await process_generation_batch(async_scheduler_client, batch, scheduler_batches=group)
     except (RuntimeError, TimeoutError) as error:
         if (reason := refusal_in(str(error))) is not None:
-            raise HTTPException(status_code=400, detail=reason) from None
+            # The worker has logged it.
+            raise LoggedError(status_code=400, detail=reason) from None
         raise HTTPException(status_code=500, detail=one_line(error)) from None
     return await asyncio.to_thread(_encoded, getattr(result, "output_image_bytes", None) or paths), result
 
@@ -226,7 +232,7 @@ def _common(request_id: str, result: Any, *, counted: bool) -> dict[str, Any]:
     from sglang.multimodal_gen.runtime.entrypoints.openai.utils import add_common_data_to_response
 
     if not counted:
-        return {"id": request_id, "cache_stats": answers.report_of(result)}
+        return {"id": request_id, "cache_stats": responses.report_of(result)}
     common = add_common_data_to_response({}, request_id=request_id, result=result)
     found = {name: common.get(name) for name in ("id", "inference_time_s", "peak_memory_mb")}
-    return found | {"cache_stats": common.get(answers.FIELD)}
+    return found | {"cache_stats": common.get(responses.FIELD)}

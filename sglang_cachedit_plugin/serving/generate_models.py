@@ -30,7 +30,7 @@ class GenerateRequest(BaseModel):
         strict=True,
         json_schema_extra={"example": {
             "prompt": "A beautiful sunset over the ocean", "width": 1024, "height": 1024, "num_inference_steps": 28,
-            "guidance_scale": 3.5, "seed": 42, "enable_cache_dit": True, "profile": "balanced",
+            "guidance_scale": 3.5, "seed": 42, "enable_cache_dit": True, "cache_dit_params": {"profile": "balanced"},
         }},
     )
 
@@ -53,7 +53,7 @@ class GenerateRequest(BaseModel):
     enable_cache_dit: bool | None = Field(None, description="Whether to cache; the server decides where left out.")
     cache_dit_params: dict[str, Any] | None = Field(None, description="Any cache setting, `secondary`, `profile`.")
     profile: str | None = Field(None, description="Shorthand for `cache_dit_params.profile`.")
-    warmup: bool = Field(False, description="Run the request for its shape only: no pictures, not in the totals.")
+    warmup: bool = Field(False, description="Run the request for its shape only: no pictures, not counted.")
 
 
 class GenerateResponse(BaseModel):

@@ -64,6 +64,13 @@ class Workers(BaseModel):
     consistent: bool
 
 
+class Changed(BaseModel):
+    """What a setting was before a change, and what it is now."""
+
+    before: Any
+    now: Any
+
+
 class State(BaseModel):
     """Settings of requests that say nothing, what is mounted, and totals."""
 
@@ -74,6 +81,7 @@ class State(BaseModel):
     control: dict[str, Any] | None = Field(description="The change in force as it was sent; null at start-up settings.")
     workers: Workers | None = Field(description="Null until the workers have answered once.")
     totals: Totals
+    changed: dict[str, Changed] | None = Field(None, description="What this PUT, PATCH or DELETE changed; else null.")
 
 
 class Refusal(BaseModel):
@@ -107,13 +115,25 @@ Profile = _knobs("CacheDitProfile", "A named set of settings.", secondary=(Secon
 Knobs = _knobs("CacheDitKnobs", "Settings of the cache.")
 Change = _knobs(
     "CacheDitChange",
-    "New defaults of the server; they replace the change before as a whole. Settings stand here or in cache_config.",
+    "New defaults of the server. Settings stand here or in cache_config.",
     enabled=(bool | None, Field(default=None, description="Whether requests that say nothing are cached.")),
     profile=(str | None, Field(default=None, description="Profile of requests that name none.")),
     cache_config=(Knobs | None, Field(default=None, description="Settings, in place of those beside it.")),
     secondary=(Secondary | None, Field(default=None, description="Settings of the second transformer.")),
     profiles=(dict[str, Profile] | None, Field(default=None, description="Profiles that requests may name.")),
 )
+
+
+Params = _knobs(
+    "CacheDitParams", "Settings of one request.", secondary=(Secondary | None, None),
+    profile=(str | None, Field(default=None, description="Profile: quality, balanced, fast, or one of the server's.")),
+)
+
+
+def request_fields() -> dict[str, Any]:
+    """JSON schemas of the fields that requests for pictures and videos may carry."""
+    switch = {"type": "boolean", "description": "Whether to cache; the server decides where left out."}
+    return {"enable_cache_dit": switch, "cache_dit_params": schema(Params)}
 
 
 def schema(model: type[BaseModel]) -> dict[str, Any]:

@@ -153,6 +153,14 @@ def test_every_handler_is_below_the_table_and_takes_what_its_kind_gives(point):
         assert tuple(inspect.signature(handler).parameters) == point.parameters
 
 
+def test_each_method_of_the_mixin_takes_the_place_of_the_hosts_of_the_same_name():
+    methods = {name for name in vars(native.CacheDitDenoisingMixin) if not name.startswith("__")}
+    assert methods == {
+        point.target.rpartition(".")[2] for point in hooks.HOOK_POINTS
+        if point.handler.startswith("integration.native:CacheDitDenoisingMixin.")
+    }
+
+
 def test_hooks_are_registered_under_the_hosts_kinds(registry):
     _, hook_type = registry
     calls = []

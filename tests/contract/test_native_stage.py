@@ -22,7 +22,8 @@ from sglang_cachedit_plugin.config.sources import read_file
 from sglang_cachedit_plugin.errors import RefusedError, refusal_in
 from sglang_cachedit_plugin.integration import cuda_graphs, diffusers, native
 from sglang_cachedit_plugin.integration.native import CacheDitDenoisingMixin
-from sglang_cachedit_plugin.serving import requests
+from sglang_cachedit_plugin.integration.request import WORKER
+from sglang_cachedit_plugin.serving import validation
 from tests.unit.blocks import DIM, TOKENS, TinyDiT, known_classes
 
 STEPS = 6
@@ -49,7 +50,7 @@ def stage():
     )
     with known_classes():
         yield stage
-    native._open.clear()
+    WORKER.active.sessions.clear()
 
 
 def batch(**params) -> SimpleNamespace:
@@ -70,7 +71,7 @@ def test_paired_transformers_have_the_same_steps_and_contexts_of_their_own(stage
                 request.is_cfg_negative = negative
                 with set_forward_context(current_timestep=step, attn_metadata=None, forward_batch=request):
                     module(torch.full((1, TOKENS, DIM), float(step + 10 * negative)))
-    (_, session), *_ = native._open
+    session, *_ = WORKER.active.sessions
     report = session.close().as_dict()
     cached = [step for step, computed in enumerate(MASK) if not computed]
     assert report["transformers"]["transformer"]["branches"]["cond"]["cached"] == cached
@@ -82,7 +83,7 @@ def test_outside_the_loop_the_original_runs(stage):
     plain = stage.transformer(torch.ones(1, TOKENS, DIM))
     CacheDitDenoisingMixin._maybe_enable_cache_dit(stage, STEPS, batch())
     assert torch.equal(stage.transformer(torch.ones(1, TOKENS, DIM)), plain)
-    (_, session), *_ = native._open
+    session, *_ = WORKER.active.sessions
     assert session.close().as_dict()["transformers"]["transformer"]["branches"] == {}
 
 
@@ -216,7 +217,7 @@ def test_a_mask_of_another_length_in_a_request_is_refused(stage, params, line):
     request = asking(params)
     assert refusal_of(stage, request) == line
     assert request.extra["cache_dit"]["reason"] == line
-    assert not native._open
+    assert not WORKER.active.sessions
 
 
 @pytest.mark.parametrize(("params", "line"), [
@@ -254,7 +255,7 @@ def experts(monkeypatch) -> None:
 def test_the_hosts_own_requests_and_further_stages_take_a_mask_of_another_length(stage, fields):
     request = asking({"steps_computation_mask": [1, 0, 1]}, **fields)
     CacheDitDenoisingMixin._maybe_enable_cache_dit(stage, STEPS, request)
-    (_, session), *_ = native._open
+    session, *_ = WORKER.active.sessions
     assert "the mask has 3 entries" in session.stats.as_dict()["reason"]
 
 
@@ -263,7 +264,7 @@ def test_a_request_that_was_checked_under_an_earlier_change_is_refused(stage, mo
     params = {"profile": "mine"}
     line = "profile = 'mine' (cache_dit_params): expected one of: balanced, fast, quality"
     monkeypatch.setattr(effective, "_current", first)
-    requests.check("r1", cache_dit_params=params)
+    validation.check("r1", cache_dit_params=params)
     monkeypatch.setattr(effective, "_current", first.with_overrides(Overrides()).with_overrides(Overrides()))
     assert refusal_of(stage, asking(params)) == line
     with pytest.raises(RefusedError, match=re.escape(line)):
@@ -273,6 +274,6 @@ def test_a_request_that_was_checked_under_an_earlier_change_is_refused(stage, mo
 def test_a_model_nobody_describes_runs_uncached_with_the_reason_or_fails_with_strict(stage):
     stage.transformer_2 = torch.nn.Linear(2, 2)
     CacheDitDenoisingMixin._maybe_enable_cache_dit(stage, STEPS, batch())
-    assert "Linear" in native._open[-1][1].close().as_dict()["reason"]
+    assert "Linear" in WORKER.active.sessions[-1].close().as_dict()["reason"]
     with pytest.raises(Exception, match="Linear"):
         CacheDitDenoisingMixin._maybe_enable_cache_dit(stage, STEPS, batch(strict=True))

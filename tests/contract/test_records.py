@@ -16,7 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from sglang_cachedit_plugin import hooks, plugin
-from sglang_cachedit_plugin.integration import host_contract, versions
+from sglang_cachedit_plugin.integration import host_contract
 from tests.contract import records
 
 RECORDS = json.loads(records.FILE.read_text())
@@ -26,7 +26,7 @@ OFFLINE = ("tune", "bench", "demo", "doctor")
 
 
 def test_the_table_of_versions_is_what_was_recorded():
-    assert {name: set(found) for name, found in versions.TRIED.items()} == {
+    assert {name: set(found) for name, found in host_contract.TRIED.items()} == {
         "sglang": set(RECORDS["sglang"]), "cache-dit": set(RECORDS["cache_dit"]),
     }
 
@@ -34,7 +34,7 @@ def test_the_table_of_versions_is_what_was_recorded():
 def test_the_package_can_be_installed_beside_every_version_of_the_table():
     project = tomllib.loads((records.PACKAGE.parent / "pyproject.toml").read_text())["project"]
     bounds = {each.name: each.specifier for each in map(Requirement, project["dependencies"])}
-    for library, tried in versions.TRIED.items():
+    for library, tried in host_contract.TRIED.items():
         assert [version for version in tried if version not in bounds[library]] == []
 
 
@@ -98,7 +98,7 @@ def unknown_host(monkeypatch, tmp_path):
     """A host of a version that nobody tried; what is registered lies in ``calls``."""
     own = metadata.version
     calls: list = []
-    monkeypatch.setattr(versions.metadata, "version", lambda name: "0.6.1" if name == "sglang" else own(name))
+    monkeypatch.setattr(host_contract.metadata, "version", lambda name: "0.6.1" if name == "sglang" else own(name))
     root = copied_host(tmp_path)
     monkeypatch.setattr(hooks, "host_root", lambda: root)
     monkeypatch.setattr(hooks, "register", lambda *_: calls.append("registered"))

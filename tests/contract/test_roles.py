@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 
 from sglang_cachedit_plugin.errors import RefusedError, SettingError
-from sglang_cachedit_plugin.integration import offline, sglang_api
-from sglang_cachedit_plugin.integration.session import add_report, publish
+from sglang_cachedit_plugin.integration import request as offline
+from sglang_cachedit_plugin.integration import sglang_api
+from sglang_cachedit_plugin.integration.request import add_report, attach
 from sglang_cachedit_plugin.report.stats import RequestStats, TransformerStats
-from sglang_cachedit_plugin.serving import answers, control
+from sglang_cachedit_plugin.serving import responses, state
 
 
 def stats() -> RequestStats:
@@ -29,9 +30,9 @@ def request_of_the_host(monkeypatch):
     from sglang.multimodal_gen.runtime.pipelines_core import Req
 
     monkeypatch.setattr(sglang_api, "is_first_rank", lambda: False)
-    monkeypatch.setattr(control, "totals", control.Totals())
+    monkeypatch.setattr(state, "_current", state.ServerState())
     request = Req(sampling_params=SamplingParams(prompt="a", request_id="r1"))
-    publish(request, stats(), print)
+    attach(request, stats())
     return request
 
 
@@ -40,21 +41,21 @@ def test_a_denoisers_report_is_in_the_answer_of_the_head(request_of_the_host):
 
     _, scalars = extract_transfer_fields(request_of_the_host)
     message = json.loads(json.dumps({"request_id": "r1", "scalar_fields": scalars}))
-    answers.remember(object(), message, "denoiser")
+    responses.remember(object(), message, "denoiser")
     decoded = SimpleNamespace(metrics=None, metrics_list=None)
-    assert answers.add_report({}, {}, "r2", decoded) == {}
-    assert answers.add_report({}, {}, "r1", decoded)["cache_dit"] == json.loads(json.dumps(stats().as_dict()))
-    assert answers.add_report({}, {}, "r1", decoded) == {}
-    assert control.totals.cached_steps == 1
+    assert responses.add_report({}, {}, "r2", decoded) == {}
+    assert responses.add_report({}, {}, "r1", decoded)["cache_dit"] == json.loads(json.dumps(stats().as_dict()))
+    assert responses.add_report({}, {}, "r1", decoded) == {}
+    assert state.current().totals.cached_steps == 1
 
 
 def test_reports_that_nobody_asks_for_are_forgotten(monkeypatch):
-    monkeypatch.setattr(answers, "_apart", {})
-    for number in range(answers._MOST_APART + 5):
-        answers.remember(None, {"request_id": str(number), "scalar_fields": {"_extra_cache_dit": {}}}, "denoiser")
-    answers.remember(None, {"request_id": "without", "scalar_fields": None}, "encoder")
-    assert len(answers._apart) == answers._MOST_APART
-    assert "0" not in answers._apart and str(answers._MOST_APART + 4) in answers._apart
+    monkeypatch.setattr(state, "_current", state.ServerState())
+    for number in range(state.MOST_APART + 5):
+        responses.remember(None, {"request_id": str(number), "scalar_fields": {"_extra_cache_dit": {}}}, "denoiser")
+    responses.remember(None, {"request_id": "without", "scalar_fields": None}, "encoder")
+    assert len(state.current().apart) == state.MOST_APART
+    assert "0" not in state.current().apart and str(state.MOST_APART + 4) in state.current().apart
 
 
 def test_metrics_that_came_as_a_dictionary_keep_the_report(request_of_the_host):
@@ -62,9 +63,9 @@ def test_metrics_that_came_as_a_dictionary_keep_the_report(request_of_the_host):
 
     sent = add_report(request_of_the_host.metrics.to_dict(), request_of_the_host.metrics)
     data = json.loads(json.dumps(sent))
-    restored = answers.restore(_deserialize_request_metrics(data), data)
+    restored = responses.restore(_deserialize_request_metrics(data), data)
     assert restored.cache_dit["cached_steps"] == 1
-    assert answers.restore(None, None) is None
+    assert responses.restore(None, None) is None
 
 
 @pytest.mark.parametrize(

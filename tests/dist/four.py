@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from sglang_cachedit_plugin.integration import sglang_api, ranks
+from sglang_cachedit_plugin.integration import ranks
 from sglang_cachedit_plugin.cache import parallel
 from sglang_cachedit_plugin.errors import MountError
 from sglang_cachedit_plugin.cache.runtime import Groups
@@ -53,7 +53,7 @@ def _layout(name: str):
             world_size=dist.get_world_size(), rank=dist.get_rank(), local_rank=dist.get_rank(), backend="gloo"
         )
     state.initialize_model_parallel(**LAYOUTS[name], backend="gloo")
-    sglang_api.groups_ready(None)
+    ranks.groups_ready(None)
     try:
         yield
     finally:
@@ -88,14 +88,14 @@ def every_layout(rank: int) -> dict[str, dict[str, Any]]:
     batch = SimpleNamespace(raw_latent_shape=(1, 20, 8))
     for name in LAYOUTS:
         with _layout(name):
-            groups = sglang_api.groups([_stage()], batch)
+            groups = ranks.groups([_stage()], batch)
             cut = _run(
                 groups, lambda step, g=groups: _whole(step).chunk(g.sp_ranks, dim=1)[g.sp_rank], verify_ranks=True
             )
             found[name] = _named(groups) | {
-                "joint": _named(sglang_api.groups([_stage()], batch, joint=True)),
-                "main rank": _named(sglang_api.groups([_stage("MAIN_RANK_ONLY"), _stage()], batch)),
-                "layout": sglang_api.layout().strify(),
+                "joint": _named(ranks.groups([_stage()], batch, joint=True)),
+                "main rank": _named(ranks.groups([_stage("MAIN_RANK_ONLY"), _stage()], batch)),
+                "layout": ranks.layout().strify(),
                 "report": cut,
             }
     found["whole"] = _run(Groups(), _whole)
@@ -107,14 +107,14 @@ def one_forward_over_cfg_ranks(rank: int) -> dict[str, dict[str, Any]]:
     found = {}
     for name in ("replicas 2 x CFG 2", "CFG 2 x TP 2"):
         with _layout(name), state.use_sequence_parallel_group(state.get_cfg_sequence_parallel_group()):
-            found[name] = _named(sglang_api.groups([_stage("SEQUENCE_PARALLEL_OVER_CFG_RANKS")], SimpleNamespace()))
+            found[name] = _named(ranks.groups([_stage("SEQUENCE_PARALLEL_OVER_CFG_RANKS")], SimpleNamespace()))
     return found
 
 
 def idle_replica(rank: int) -> dict[str, Any]:
     """The first replica serves a request; the second one waits for nothing and nobody waits for it."""
     with _layout("replicas 2 x SP 2"):
-        groups = sglang_api.groups([_stage()], SimpleNamespace())
+        groups = ranks.groups([_stage()], SimpleNamespace())
         if rank >= 2:
             return {"report": None, "collectives": 0}
         with collectives() as counts:
@@ -125,7 +125,7 @@ def idle_replica(rank: int) -> dict[str, Any]:
 def cfg_with_shards(rank: int) -> dict[str, Any]:
     """Two branches on two ranks each, in lockstep."""
     with _layout("CFG 2 x SP 2"):
-        groups = sglang_api.groups([_stage()], SimpleNamespace())
+        groups = ranks.groups([_stage()], SimpleNamespace())
         branch = ("cond", "uncond")[groups.cfg_rank]
         found = {}
         for name in ("off", "on"):
@@ -184,7 +184,7 @@ def fsdp(rank: int) -> dict[str, Any]:
     with _layout("CFG 2 x SP 2"):
         for name, shape in {"over the branches": (1, 4), "within a branch": (2, 2)}.items():
             model = spread(*shape)
-            groups = sglang_api.groups([_stage()], batch, modules=[model])
+            groups = ranks.groups([_stage()], batch, modules=[model])
             found[name] = {"gathered": groups.gathered, "weights": sorted(parallel.weight_ranks([model]))}
     with _layout("replicas 2 x SP 2"):
         found["over replicas"] = _declined(modules=[spread(1, 4)])
@@ -193,7 +193,7 @@ def fsdp(rank: int) -> dict[str, Any]:
 
 def _declined(**arguments: Any) -> str:
     try:
-        sglang_api.groups([_stage()], SimpleNamespace(), **arguments)
+        ranks.groups([_stage()], SimpleNamespace(), **arguments)
     except MountError as error:
         return str(error)
     return "served"
@@ -216,7 +216,7 @@ def mesh_over_replicas(rank: int) -> list[str]:
     with _layout("replicas 2 x SP 2"):
         for group in (dist.group.WORLD, state.get_sp_group().device_group, None):
             try:
-                sglang_api.ensure_one_replica(group)
+                ranks.ensure_one_replica(group)
                 messages.append("")
             except ValueError as error:
                 messages.append(str(error))
@@ -226,7 +226,7 @@ def mesh_over_replicas(rank: int) -> list[str]:
 def steps_of_branches_with_shards(rank: int) -> dict[str, Any]:
     """Two branches on two ranks each, latents cut over the two."""
     with _layout("CFG 2 x SP 2"):
-        groups, cfg = sglang_api.groups([_stage()], SimpleNamespace()), state.get_cfg_group().device_group
+        groups, cfg = ranks.groups([_stage()], SimpleNamespace()), state.get_cfg_group().device_group
         own = steps.start().chunk(2, dim=1)[groups.sp_rank].clone()
         return {
             "sp_rank": groups.sp_rank,

@@ -159,7 +159,7 @@ def _live(history: History, rank: int, rig: Rig, shards: int) -> None:
             elif name == "again" and mine:
                 forwards = 2
             elif name == "forget":
-                rig.mounted.forget()
+                rig.mounted.refresh(rig.mounted.request)
             elif name == "round":
                 step = 0
         whole = torch.cat([sample(f"{branch} {each}", step, 0.03 * (each + 1)) for each in range(shards)], 1)

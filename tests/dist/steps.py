@@ -10,7 +10,7 @@ from torch.distributed import distributed_c10d
 
 from sglang_cachedit_plugin.cache.denoising_steps import DenoisingSteps
 from sglang_cachedit_plugin.cache.solvers import Solver
-from sglang_cachedit_plugin.cache.runtime import Groups, RequestSpec
+from sglang_cachedit_plugin.cache.runtime import Groups
 from sglang_cachedit_plugin.config.settings import CacheSettings
 from sglang_cachedit_plugin.report.stats import RequestStats, TransformerStats
 from tests.unit.blocks import DIM, Rig
@@ -97,7 +97,7 @@ def cached(groups: Groups, latents: torch.Tensor, cfg: Any = None, **knobs: Any)
     rig.begin(STEPS, groups=groups, verify_ranks=False, **{"residual_diff_threshold": 0.2, **knobs})
     loop = _Loop(groups, {})
     loop.stats.transformers["transformer"] = rig.stats
-    loop.steps.spec = RequestSpec(transformers=(rig.mounted.contexts.spec,))
+    loop.steps.spec = rig.mounted.request
 
     def step(number: int, sigma: float, latents: torch.Tensor) -> torch.Tensor:
         branch = "cond" if cfg is None else BRANCHES[groups.cfg_rank]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sglang_cachedit_plugin.integration.sglang_api import connected
+from sglang_cachedit_plugin.integration.ranks import connected
 from sglang_cachedit_plugin.cache.runtime import Groups
 
 from tests.dist import world

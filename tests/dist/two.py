@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
-from sglang_cachedit_plugin.cache import rank_agreement
+from sglang_cachedit_plugin.cache import mount, rank_agreement
 from sglang_cachedit_plugin.config.effective import Defaults
 from sglang_cachedit_plugin.errors import MountError
-from sglang_cachedit_plugin.cache.mount import ModelBackend
-from sglang_cachedit_plugin.cache.runtime import Groups, Runtime
-from sglang_cachedit_plugin.integration.session import Session
+from sglang_cachedit_plugin.cache.mount import CachedModel
+from sglang_cachedit_plugin.cache.runtime import Groups
+from sglang_cachedit_plugin.integration.request import Facts, Session
 from sglang_cachedit_plugin.cache.similarity import reduced_differences, residual_difference, residual_sums
 from tests.unit.blocks import Rig, TinyDiT, sample
 
@@ -262,16 +264,15 @@ def fault_on_one_rank(rank: int) -> dict:
 
 def mount_on_one_rank(rank: int) -> tuple[bool, str | None, str]:
     """Whether a request is cached, why not, and how the model stands."""
-    backend = ModelBackend({"transformer": TinyDiT()}, lambda name, kwargs: None)
-    backend.groups = Groups(forward=_world())
-    if rank == 1:
-        def fail() -> None:
-            raise MountError("no such blocks")
-
-        backend.mount = fail
-    session, runtime = Session("native", Defaults().decide(True, None)), Runtime(backend)
-    session.open(runtime, backend, {"transformer": (0, 6)}, None)
-    return session.stats.enabled, session.stats.reason, runtime.state.name
+    model = CachedModel({"transformer": TinyDiT()})
+    facts = Facts(
+        steps={"transformer": (0, 6)}, identify=lambda name, kwargs: None, groups=Groups(forward=_world())
+    )
+    session = Session("native", Defaults().decide(True, None))
+    broken = mock.patch.object(mount, "CachedTransformer", side_effect=MountError("no such blocks"))
+    with broken if rank == 1 else nullcontext():
+        session.open(model, facts)
+    return session.stats.enabled, session.stats.reason, model.state.name
 
 
 def joint_decision(rank: int) -> dict:

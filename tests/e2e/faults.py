@@ -93,7 +93,7 @@ def wrapped(faults: Faults, place: str, own: Any) -> Any:
 
 def prepare(result: Any, worker: Any, *args: Any, **kwargs: Any) -> None:
     """After the worker has loaded its model: make the places."""
-    from sglang_cachedit_plugin.cache import decisions, forecast, kernels, similarity
+    from sglang_cachedit_plugin.cache import branch_cache, forecast, similarity
 
     faults = worker.faults = Faults(Path(os.environ[FOLDER]))
     pipe = getattr(worker.pipeline, "diffusers_pipe", None)
@@ -102,10 +102,10 @@ def prepare(result: Any, worker: Any, *args: Any, **kwargs: Any) -> None:
     )
     transformer.transformer_blocks[0].register_forward_hook(lambda block, args, output: faults.visit("block", output))
     vae.decode = wrapped(faults, "vae", vae.decode)
-    decisions.residual_difference = wrapped(faults, "similarity", decisions.residual_difference)
+    branch_cache.residual_difference = wrapped(faults, "similarity", branch_cache.residual_difference)
     forecast.Extrapolator.predict = wrapped(faults, "forecast", forecast.Extrapolator.predict)
     # On a CPU the kernel's place is where it would be asked for.
-    similarity.kernels.usable = wrapped(faults, "kernel", kernels.usable)
+    similarity.usable = wrapped(faults, "kernel", similarity.usable)
     # What is alive now stays; only what comes later is looked through after each request.
     gc.collect()
     gc.freeze()

@@ -49,7 +49,7 @@ def _fail_at(worker: Any, step: int) -> Any:
     from sglang_cachedit_plugin.integration import sglang_api
 
     def fail(*args: Any) -> None:
-        if sglang_api.forward_identity().step == step:
+        if sglang_api.forward_context().current_timestep == step:
             raise RuntimeError("this block fails")
 
     # The first block runs on cached steps too.

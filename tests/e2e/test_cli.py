@@ -87,11 +87,12 @@ def test_the_main_job_draws_a_picture_and_says_what_was_cached(good_runs, name):
     run = runs[name]
     assert run.returncode == 0, run.stderr[-3000:]
     assert list((folder / name).glob("*.png"))
-    found = re.findall(r"cache-dit: (\d+) steps, (\d+) computed, (\d+) cached \(cond\)", run.stdout + run.stderr)
+    found = re.findall(r"cache-dit: \S+: (\d+) steps, (\d+) computed, (\d+) cached \(cond\)", run.stdout + run.stderr)
     assert len(found) == 1
     steps, computed, cached = map(int, found[0])
     assert steps == 12 and computed + cached == 12 and cached > 0
     assert "cache-dit enabled" not in run.stdout + run.stderr
+    assert len(re.findall(r"cache-dit: on(?:, from cache.yaml|; \d variables from the environment)", run.stderr)) == 1
     row = re.findall(r"^transformer +cond +(\d+) +(\d+) +\d\.\d{3}", run.stdout + run.stderr, re.MULTILINE)
     assert row == [(str(computed), str(cached))]
 

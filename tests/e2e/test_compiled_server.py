@@ -96,4 +96,4 @@ def test_requests_of_the_warmup_are_no_requests_in_the_metrics(served):
     """The host draws one of its own for torch.compile, under no other name than that of a real one."""
     totals = [line for line in served.metrics.splitlines() if line.startswith("sglang_cache_dit_requests_total")]
     assert sum(float(line.rsplit(" ", 1)[1]) for line in totals) == len(KNOBS), totals
-    assert len(re.findall(r"cache-dit: (?:off: request|\d+ steps)", served.log)) == len(KNOBS)
+    assert len(re.findall(r"cache-dit: \S+: (?:off \[request\]|\d+ steps)", served.log)) == len(KNOBS)

@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from benchmarks.soak.load import Load, ask_plain, differences, scrape
+from sglang_cachedit_plugin import cli
 from tests.e2e.conftest import ROOT, image_server
 
 ADDRESS = "/v1/cache_dit"
@@ -62,6 +63,27 @@ def test_caching_and_profiles_are_switched_while_the_server_runs(server, control
     httpx.delete(control, timeout=60).raise_for_status()
     gone = httpx.post(f"{server}/v1/images/generations", json=PICTURE | {"cache_dit_params": {"profile": "mine"}})
     assert gone.status_code == 400
+
+
+def test_the_command_changes_one_thing_and_the_log_says_it(server, control, capsys):
+    assert cli.main(["set", "enabled=false", "--url", f"{server}/v1"]) == 0
+    assert cli.main(["set", "residual_diff_threshold=0.5", "--url", server]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{server}: enabled True -> False", f"{server}: residual_diff_threshold 0.24 -> 0.5",
+    ]
+    off = picture(server)["cache_dit"]
+    assert (off["enabled"], off["reason_codes"]) == (False, ["not_configured"])
+    assert cli.main(["status", "--url", server]) == 0
+    assert "caching off (control)" in capsys.readouterr().out
+    assert cli.main(["reset", "--url", server]) == 0
+    assert f"{server}: enabled False -> True" in capsys.readouterr().out
+
+
+def test_a_warmup_is_counted_nowhere(server):
+    before, totals = scrape(server), httpx.get(server + ADDRESS).json()["totals"]
+    body = {"prompt": "a", "width": 64, "height": 64, "num_inference_steps": 4, "warmup": True}
+    assert httpx.post(f"{server}/generate", json=body, timeout=120).json()["cache_stats"]["enabled"]
+    assert (scrape(server), httpx.get(server + ADDRESS).json()["totals"]) == (before, totals)
 
 
 def test_a_bad_change_leaves_everything_as_it_was(server, control):

@@ -62,7 +62,7 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float:
 def counts(runs, recipe: str) -> tuple[int, int, int]:
     """Steps, computed and cached of the report; it is written once, whatever the number of ranks."""
     done = runs[0][recipe]
-    found = re.findall(r"cache-dit: (\d+) steps, (\d+) computed, (\d+) cached \(cond\)", done.stdout + done.stderr)
+    found = re.findall(r"cache-dit: \S+: (\d+) steps, (\d+) computed, (\d+) cached \(cond\)", done.stdout + done.stderr)
     assert len(found) == 1
     return tuple(map(int, found[0]))
 

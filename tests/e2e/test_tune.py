@@ -24,7 +24,7 @@ def start(folder) -> Forked:
         "sglang-cachedit", "tune", "--model-path", DEMO,
         "--prompts", folder / "prompts.txt", "--steps", STEPS, "--size", "128x128", "--budget", BUDGET,
         "--tune-limit", "2", "--heldout-limit", "1", "--evaluations", "1", "--work", folder / "work",
-        "--shares", "0.5", "--report", folder / "report", "--out", folder / "tuned.yaml", "--peers", "plain",
+        "--shares", "0.5", "--report", folder / "report", "--out", folder / "tuned.yaml", "--baselines", "plain",
         "--server", "attention_backend=torch_sdpa",
         *(f"--request={name}={value}" for name, value in GUIDED.items()),
     ]

@@ -12,10 +12,10 @@ from torch import nn
 
 from sglang_cachedit_plugin import adapters
 from sglang_cachedit_plugin.cache.mount import CachedTransformer, preset_mask
-from sglang_cachedit_plugin.cache.runtime import Groups, Identity, TransformerSpec
+from sglang_cachedit_plugin.cache.runtime import Groups, Identity, RequestSpec, TransformerSpec
 from sglang_cachedit_plugin.cache.step_plan import build_plan
 from sglang_cachedit_plugin.config.settings import CacheSettings
-from sglang_cachedit_plugin.report.stats import TransformerStats
+from sglang_cachedit_plugin.report.stats import RequestStats, TransformerStats
 
 DIM, TOKENS = 8, 5
 
@@ -76,12 +76,13 @@ class TwoListsDiT(nn.Module):
 
 ROWS = {
     "TinyDiT": adapters.ModelAdapter(
-        family="tiny", blocks=(adapters.Blocks(name="transformer_blocks", pattern=3),)
+        family="tiny", blocks=(adapters.Blocks(name="transformer_blocks", streams=("hidden_states",)),)
     ),
     "TwoListsDiT": adapters.ModelAdapter(
         family="tiny",
         blocks=(
-            adapters.Blocks(name="transformer_blocks", pattern=3), adapters.Blocks(name="single_blocks", pattern=3)
+            adapters.Blocks(name="transformer_blocks", streams=("hidden_states",)),
+            adapters.Blocks(name="single_blocks", streams=("hidden_states",)),
         ),
     ),
 }
@@ -106,6 +107,12 @@ def sample(branch: str, step: int, scale: float = 0.15) -> torch.Tensor:
     return start + scale * step * drift
 
 
+def wanted(spec: TransformerSpec, stats: TransformerStats, identify: Any, **more: Any) -> RequestSpec:
+    """What a request wants of one transformer."""
+    record = RequestStats(backend="test", enabled=True, transformers={spec.name: stats})
+    return RequestSpec(transformers=(spec,), stats=record, identify=identify, **more)
+
+
 class Rig:
     """A mounted model that a test drives: it says the identity of each forward itself."""
 
@@ -123,15 +130,15 @@ class Rig:
         return self.identity
 
     def begin(self, num_steps: int, positions: tuple[float, ...] | None = None, first_step: int = 0,
-              groups: Groups | None = None, **knobs: Any) -> Rig:
+              groups: Groups | None = None, warmup: Any = None, **knobs: Any) -> Rig:
         """Start a request; knobs as in CacheSettings."""
         settings = CacheSettings(**{"max_warmup_steps": 1, **knobs})
         plan, _ = build_plan(settings, num_steps, preset_mask, first_step=first_step)
         spec = TransformerSpec(
-            name=self.mounted.name, settings=settings, plan=plan, first_step=first_step, positions=positions
+            name=self.mounted.name, settings=settings, plan=plan, first_step=first_step, timesteps=positions
         )
         self.stats = TransformerStats(steps=num_steps)
-        self.mounted.refresh(spec, self.stats, self._identify, groups)
+        self.mounted.refresh(wanted(spec, self.stats, self._identify, groups=groups or Groups(), warmup=warmup))
         return self
 
     @torch.no_grad()

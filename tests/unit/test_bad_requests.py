@@ -14,7 +14,7 @@ from sglang_cachedit_plugin.config.overrides import MAX_BYTES
 from sglang_cachedit_plugin.config.settings import ALIASES, KNOBS
 from sglang_cachedit_plugin.config.sources import PREFIX, SECONDARY_VARIABLES, VARIABLES
 from sglang_cachedit_plugin.integration import sglang_api, startup
-from sglang_cachedit_plugin.serving import requests
+from sglang_cachedit_plugin.serving import validation
 from tests.unit.test_control import ADDRESS, client, replicas, start_up
 
 __all__ = ["replicas", "start_up"]
@@ -99,7 +99,7 @@ def test_any_request_is_taken_or_answered_with_400(enable, params):
     before = effective.current()
     refusal = None
     try:
-        requests.check("id", enable_cache_dit=enable, cache_dit_params=params)
+        validation.check("id", enable_cache_dit=enable, cache_dit_params=params)
     except HTTPException as error:
         refusal = error
     assert effective.current() is before

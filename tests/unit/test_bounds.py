@@ -11,10 +11,11 @@ from prometheus_client import REGISTRY
 from sglang_cachedit_plugin.config.effective import Defaults
 from sglang_cachedit_plugin.config.overrides import read_overrides
 from sglang_cachedit_plugin.integration import native
+from sglang_cachedit_plugin.integration.request import WORKER, ActiveRequest
 from sglang_cachedit_plugin.report import metrics
 from sglang_cachedit_plugin.report.stats import RequestStats, TransformerStats
-from sglang_cachedit_plugin.serving import answers
-from sglang_cachedit_plugin.serving.history import LENGTH, History
+from sglang_cachedit_plugin.serving import responses, state
+from sglang_cachedit_plugin.serving.state import LENGTH, History
 
 REPORT = {"enabled": True, "computed_steps": 1, "cached_steps": 1, "config": {"a": 1}}
 
@@ -29,11 +30,11 @@ def test_the_page_keeps_the_last_reports_only_and_of_them_no_settings():
 
 
 def test_reports_that_nobody_fetches_are_dropped(monkeypatch):
-    monkeypatch.setattr(answers, "_apart", {})
-    for number in range(2 * answers._MOST_APART):
-        answers.remember(None, {"request_id": str(number), "scalar_fields": {"_extra_cache_dit": REPORT}}, None)
-    assert len(answers._apart) == answers._MOST_APART
-    assert str(2 * answers._MOST_APART - 1) in answers._apart
+    monkeypatch.setattr(state, "_current", state.ServerState())
+    for number in range(2 * state.MOST_APART):
+        responses.remember(None, {"request_id": str(number), "scalar_fields": {"_extra_cache_dit": REPORT}}, None)
+    assert len(state.current().apart) == state.MOST_APART
+    assert str(2 * state.MOST_APART - 1) in state.current().apart
 
 
 def test_profiles_of_one_change_stay_known_for_the_next_one_only():
@@ -98,18 +99,18 @@ def test_a_request_that_fails_at_its_end_too_leaves_nothing_open(monkeypatch):
     class Session:
         recording = None
 
-        def __init__(self, name):
-            self.name = name
+        def __init__(self, name, owner):
+            self.name, self.owner = name, owner
 
         def close(self, device):
             closed.append((self.name, device.type))
             raise RuntimeError(self.name)
 
     def original(stage, batch, server_args):
-        native._open.extend((stage, Session(name)) for name in ("outer", "inner"))
+        WORKER.active.sessions.extend(Session(name, stage) for name in ("outer", "inner"))
         raise ValueError("the request's own")
 
     with pytest.raises(RuntimeError):
         native.run_stage(original, Stage(), SimpleNamespace(), None)
     assert closed == [("inner", "cpu"), ("outer", "cpu")]
-    assert native._open == [] == native._running
+    assert WORKER.active == ActiveRequest()

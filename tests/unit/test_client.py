@@ -172,7 +172,8 @@ def test_a_file_that_cannot_be_written_is_one_line(run, tmp_path):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--size", "64"], ["--size", "0x64"], ["--steps", "-1"], ["--cache-param", "x"], ["--repeat", "0"],
+    [["--size", "x64"], ["--size", "0x64"], ["--output", "a.bmp"],
+     ["--steps", "-1"], ["--cache-param", "x"], ["--repeat", "0"],
      ["--cache", "--no-cache"], ["--seed", "x"]],
 )
 def test_bad_options_are_status_2(run, arguments):

@@ -10,11 +10,11 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from torch._dynamo.utils import counters
 
 from sglang_cachedit_plugin.cache.denoising_steps import DenoisingSteps
-from sglang_cachedit_plugin.cache.mount import ModelBackend, preset_mask
-from sglang_cachedit_plugin.cache.runtime import Groups, Identity, RequestSpec, Runtime, TransformerSpec
+from sglang_cachedit_plugin.cache.mount import CachedModel, preset_mask
+from sglang_cachedit_plugin.cache.runtime import Groups, Identity, RequestSpec, TransformerSpec
 from sglang_cachedit_plugin.cache.solvers import Solver
 from sglang_cachedit_plugin.cache.step_plan import StepPlan, build_plan
-from sglang_cachedit_plugin.cache.warmup import Rehearsal
+from sglang_cachedit_plugin.cache.warmup import Warmup
 from sglang_cachedit_plugin.config.settings import CacheSettings
 from sglang_cachedit_plugin.report.stats import RequestStats
 
@@ -43,32 +43,35 @@ class Model:
             num_attention_heads=2, joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=(4, 6, 6),
         ).eval()
         self.step = 0
-        self.backend = ModelBackend({"transformer": self.module}, lambda name, kwargs: Identity("cond", self.step))
-        self.runtime = Runtime(self.backend)
+        self.model = CachedModel({"transformer": self.module})
+
+    def wanted(self, spec: TransformerSpec, stats: RequestStats, **more) -> RequestSpec:
+        return RequestSpec(
+            transformers=(spec,), stats=stats, identify=lambda name, kwargs: Identity("cond", self.step), **more
+        )
 
     def request(self, knobs: dict | None, tokens: int = 16) -> tuple[torch.Tensor, RequestStats]:
-        stats = self.backend.stats = RequestStats(backend="native", enabled=knobs is not None)
+        stats = RequestStats(backend="native", enabled=knobs is not None)
         spec = None
         if knobs is not None:
             settings = CacheSettings(**{"max_warmup_steps": 4, **knobs})
             plan, _ = build_plan(settings, STEPS, preset_mask)
-            spec = RequestSpec(transformers=(TransformerSpec(name="transformer", settings=settings, plan=plan),))
-        self.runtime.prepare(spec)
+            spec = self.wanted(TransformerSpec(name="transformer", settings=settings, plan=plan), stats)
+        self.model.prepare(spec)
         output = self.loop(tokens)
-        self.runtime.prepare(None)
+        self.model.prepare(None)
         return output, stats
 
     def warmup(self, knobs: dict, *, rehearsed: bool = True) -> RequestStats:
         """A request of one step, as the host makes for its warmup."""
-        stats = self.backend.stats = RequestStats(backend="native", enabled=True)
+        stats = RequestStats(backend="native", enabled=True)
         settings = CacheSettings(**knobs)
         plan, _ = build_plan(settings, 1, preset_mask)
         spec = TransformerSpec(name="transformer", settings=settings, plan=plan)
-        self.runtime.prepare(RequestSpec(transformers=(spec,)))
-        if rehearsed:
-            self.backend.rehearse(Rehearsal(pytest.fail, compiled=True))
+        warmup = Warmup(pytest.fail, compiled=True).run if rehearsed else None
+        self.model.prepare(self.wanted(spec, stats, warmup=warmup))
         self.loop(steps=1)
-        self.runtime.prepare(None)
+        self.model.prepare(None)
         return stats
 
     @torch.no_grad()
@@ -97,20 +100,20 @@ class Stepped(Model):
     def request(self, knobs: dict | None, tokens: int = 16) -> tuple[torch.Tensor, RequestStats]:
         self.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
         self.scheduler.set_timesteps(STEPS)
-        stats = self.backend.stats = RequestStats(backend="diffusers", enabled=True)
+        stats = RequestStats(backend="diffusers", enabled=True)
         settings = CacheSettings(**{"max_warmup_steps": 2, **knobs})
         self.steps = DenoisingSteps(Solver(self.scheduler, self.scheduler.step), settings, stats, Groups())
         plan, _ = build_plan(settings, STEPS, preset_mask)
         if settings.error_tolerance is not None:
             settings = replace(settings, forecast="output")
             plan = StepPlan(num_steps=STEPS, static=True, computes=self.steps.computes)
-        spec = RequestSpec(transformers=(TransformerSpec(name="transformer", settings=settings, plan=plan),))
-        self.runtime.prepare(spec)
+        spec = self.wanted(TransformerSpec(name="transformer", settings=settings, plan=plan), stats)
+        self.model.prepare(spec)
         self.steps.spec = spec
         with self.steps.in_place():
             output = self.loop(tokens)
         self.steps.finish()
-        self.runtime.prepare(None)
+        self.model.prepare(None)
         return output, stats
 
     def advance(self, velocity: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
@@ -146,7 +149,7 @@ def test_off_after_being_mounted_runs_the_graphs_of_never_mounted(compile_it):
     torch._dynamo.reset()
     counters.clear()
     model = Model()
-    model.runtime.mount()
+    model.model.mount()
     compile_it(model.module)
     first, _ = model.request(None)
     assert graphs() == unmounted
@@ -161,7 +164,7 @@ def test_off_after_being_mounted_runs_the_graphs_of_never_mounted(compile_it):
 @pytest.mark.parametrize("compile_it", [compile_whole, compile_blocks])
 def test_twenty_requests_compile_nothing_after_the_first_two(compile_it):
     model = Model()
-    model.runtime.mount()
+    model.model.mount()
     compile_it(model.module)
     model.request(None)
     _, stats = model.request(REQUESTS[1])
@@ -176,7 +179,7 @@ def test_twenty_requests_compile_nothing_after_the_first_two(compile_it):
 @pytest.mark.parametrize("compile_it", [compile_whole, compile_blocks])
 def test_corrector_and_error_control_compile_nothing_after_the_first_requests(compile_it):
     model, eager = Stepped(), Stepped()
-    model.runtime.mount()
+    model.model.mount()
     compile_it(model.module)
     requests = [{"residual_diff_threshold": 0.9}, *({"error_tolerance": value} for value in (0.0, 0.1, 1000.0))]
     for knobs in requests[:2]:
@@ -194,11 +197,11 @@ def test_corrector_and_error_control_compile_nothing_after_the_first_requests(co
 def test_after_a_warmup_of_one_step_no_request_compiles_anything(compile_it):
     fresh, model = Model(), Model()
     expected = [fresh.request(knobs)[0] for knobs in (None, *REQUESTS)]
-    model.runtime.mount()
+    model.model.mount()
     compile_it(model.module)
     stats = model.warmup({"enable_taylorseer": True, "forecast": "output"})
     assert (stats.count("computed"), stats.count("cached")) == (1, 0)
-    assert model.backend.buffer_bytes() == 0
+    assert model.model.buffer_bytes() == 0
     warm = graphs()
     for knobs, picture in zip((None, *REQUESTS), expected, strict=True):
         got, stats = model.request(knobs)
@@ -210,7 +213,7 @@ def test_after_a_warmup_of_one_step_no_request_compiles_anything(compile_it):
 def test_the_hosts_own_warmup_step_would_not_do():
     """Shows that the test above can fail."""
     model = Model()
-    model.runtime.mount()
+    model.model.mount()
     compile_whole(model.module)
     model.warmup({}, rehearsed=False)
     warm = graphs()
@@ -220,7 +223,7 @@ def test_the_hosts_own_warmup_step_would_not_do():
 
 def test_a_compiled_cached_step_equals_the_eager_one():
     eager, compiled = Model(), Model()
-    compiled.runtime.mount()
+    compiled.model.mount()
     compile_blocks(compiled.module)
     for knobs in REQUESTS:
         expected, _ = eager.request(knobs)
@@ -230,7 +233,7 @@ def test_a_compiled_cached_step_equals_the_eager_one():
 
 def test_blocks_compile_without_a_break():
     model = Model()
-    model.runtime.mount()
+    model.model.mount()
     compile_blocks(model.module)
     model.request(REQUESTS[1])
     assert not counters["graph_break"]

@@ -105,7 +105,7 @@ def test_uncond_reuses_its_own_residual_even_when_told_to_cache_blindly():
     assert not torch.equal(cached, wrong.run("cond", 1, sample("uncond", 1)))
 
 
-@pytest.mark.parametrize(("first", "last"), [(1, 0), (2, 1), (3, 3), (1, 5)])
+@pytest.mark.parametrize(("first", "last"), [(1, 0), (2, 1), (3, 2), (1, 4)])
 def test_a_static_mask_runs_exactly_its_blocks(first, last):
     mask = (1, 1, 0, 0, 0, 1, 0, 1)
     rig = Rig().begin(
@@ -118,6 +118,15 @@ def test_a_static_mask_runs_exactly_its_blocks(first, last):
     assert rig.stats.branches["cond"] == BranchStats(computed=[0, 1, 5, 7], cached=[2, 3, 4, 6])
 
 
+def test_first_and_last_blocks_that_leave_no_middle_compute_every_step():
+    rig = Rig().begin(
+        4, Fn_compute_blocks=3, Bn_compute_blocks=3, steps_computation_mask=(1, 0, 0, 0),
+        steps_computation_policy="static",
+    )
+    assert [rig.run_counted("cond", step) for step in range(4)] == [EVERY] * 4
+    assert rig.stats.branches["cond"] == BranchStats(computed=[0, 1, 2, 3])
+
+
 def test_two_block_lists_both_skip():
     rig = Rig(TwoListsDiT()).begin(2, steps_computation_mask=(1, 0), steps_computation_policy="static")
     assert len(rig.run_counted("cond", 0)) == 8
@@ -127,8 +136,8 @@ def test_two_block_lists_both_skip():
 
 def test_a_step_is_cached_only_where_every_list_was():
     rig = Rig(TwoListsDiT()).begin(2, residual_diff_threshold=0.5)
-    rig.mounted.contexts.on_decision = decisions = []
-    rig.mounted.contexts.on_decision = decisions.append
+    decisions: list[bool] = []
+    rig.mounted.cache.on_decision = decisions.append
     original = rig.model.single_blocks[0].forward
     rig.run("cond", 0)
     rig.model.single_blocks[0].forward = lambda hidden_states: original(hidden_states) * 3

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
-from sglang_cachedit_plugin.cache.mount import ModelBackend, preset_mask
+from sglang_cachedit_plugin.cache.mount import CachedModel, preset_mask
 from sglang_cachedit_plugin.cache.runtime import RequestSpec, TransformerSpec
 from sglang_cachedit_plugin.cache.step_plan import build_plan
 from sglang_cachedit_plugin.config.settings import CacheSettings
@@ -200,19 +202,13 @@ def test_a_residual_that_moves_linearly_over_uneven_positions_is_met_exactly(cal
         assert max(errors) < 1e-4
 
 
-def backend_with(modules: dict) -> ModelBackend:
-    rigs = {}
-    backend = ModelBackend(modules, lambda name, kwargs: rigs["identity"])
-    backend.stats = RequestStats(backend="native", enabled=True)
-    backend.set_identity = lambda identity: rigs.update(identity=identity)
-    return backend
-
-
-def request(modules: dict, **knobs) -> RequestSpec:
+def request(modules: dict, now: dict, **knobs) -> RequestSpec:
+    """``now["identity"]`` is the next forward's."""
     settings = CacheSettings(**{"max_warmup_steps": 1, **knobs})
     plan, _ = build_plan(settings, 4, preset_mask)
     return RequestSpec(
-        transformers=tuple(TransformerSpec(name=name, settings=settings, plan=plan) for name in modules)
+        transformers=tuple(TransformerSpec(name=name, settings=settings, plan=plan) for name in modules),
+        stats=RequestStats(backend="native", enabled=True), identify=lambda name, kwargs: now["identity"],
     )
 
 
@@ -221,38 +217,35 @@ def test_bypass_frees_every_tensor(calibrator):
     rig = Rig().begin(4, **CALIBRATORS[calibrator], **ALWAYS)
     run_all(rig, 4)
     run_all(rig, 4, "uncond")
-    contexts = rig.mounted.contexts
-    held = list(contexts._cached_context_manager.values())
-    assert len(held) == 2
-    assert any(isinstance(buffer, torch.Tensor) for buffer in held[0].buffers.values())
+    assert len(rig.mounted.cache._states) == 2
+    kept = [weakref.ref(state.middle["hidden_states"].latest) for state in rig.mounted.cache._states.values()]
+    assert all(residual() is not None for residual in kept)
     rig.mounted.bypass()
-    assert not contexts._cached_context_manager
-    assert contexts.current_context is None
+    assert all(residual() is None for residual in kept)
+    assert rig.mounted.buffer_bytes() == 0
 
 
 def test_one_transformer_that_cannot_be_mounted_unmounts_the_other():
     modules = {"transformer": TinyDiT(), "transformer_2": torch.nn.Linear(2, 2)}
-    backend = backend_with(modules)
+    model = CachedModel(modules)
     with pytest.raises(Exception, match="Linear"):
-        backend.mount()
-    assert not backend.mounted
+        model.mount()
+    assert not model.mounted
     assert "forward" not in modules["transformer"].__dict__
 
 
 def test_the_bytes_held_are_those_of_two_hidden_states():
     from sglang_cachedit_plugin.cache.runtime import Identity
 
-    modules = {"transformer": TinyDiT()}
-    backend = backend_with(modules)
-    backend.mount()
-    backend.refresh(request(modules, **ALWAYS))
-    assert backend.buffer_bytes() == 0
-    backend.set_identity(Identity("cond", 0))
+    modules, now = {"transformer": TinyDiT()}, {"identity": Identity("cond", 0)}
+    model = CachedModel(modules)
+    model.prepare(request(modules, now, **ALWAYS))
+    assert model.buffer_bytes() == 0
     with torch.no_grad():
         modules["transformer"](sample("cond", 0))
-    assert backend.buffer_bytes() == 2 * sample("cond", 0).numel() * 4
-    backend.bypass()
-    assert backend.buffer_bytes() == 0
+    assert model.buffer_bytes() == 2 * sample("cond", 0).numel() * 4
+    model.prepare(None)
+    assert model.buffer_bytes() == 0
     assert isinstance(modules["transformer"].transformer_blocks[0], Block)
 
 
@@ -263,16 +256,15 @@ def test_what_a_calibrator_or_an_output_forecast_holds_is_counted_too():
     for name, knobs in {
         "plain": {}, "taylorseer": {"enable_taylorseer": True}, "output": {"forecast": "output"},
     }.items():
-        modules = {"transformer": TinyDiT()}
-        backend = backend_with(modules)
-        backend.mount()
-        backend.refresh(request(modules, max_warmup_steps=3, **knobs))
+        modules, now = {"transformer": TinyDiT()}, {}
+        model = CachedModel(modules)
+        model.prepare(request(modules, now, max_warmup_steps=3, **knobs))
         for step in range(3):
-            backend.set_identity(Identity("cond", step))
+            now["identity"] = Identity("cond", step)
             with torch.no_grad():
                 modules["transformer"](sample("cond", step))
-        held[name] = backend.buffer_bytes() // (sample("cond", 0).numel() * 4)
-        backend.bypass()
-        assert backend.buffer_bytes() == 0
+        held[name] = model.buffer_bytes() // (sample("cond", 0).numel() * 4)
+        model.prepare(None)
+        assert model.buffer_bytes() == 0
     # First and middle residual; TaylorSeer 1 keeps two middle residuals; the output forecast two outputs.
     assert held == {"plain": 2, "taylorseer": 3, "output": 4}

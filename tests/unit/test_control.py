@@ -7,16 +7,18 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
+from prometheus_client import REGISTRY
 
 from sglang_cachedit_plugin.config import effective
 from sglang_cachedit_plugin.config.effective import Defaults
-from sglang_cachedit_plugin.config.overrides import MAX_BYTES, read_overrides
+from sglang_cachedit_plugin.config.overrides import MAX_BYTES
 from sglang_cachedit_plugin.config.settings import KNOBS
 from sglang_cachedit_plugin.config.sources import CONTROL_KEY_VARIABLE, read_file
 from sglang_cachedit_plugin.integration import sglang_api
-from sglang_cachedit_plugin.serving import channel, control
+from sglang_cachedit_plugin.report import metrics
+from sglang_cachedit_plugin.serving import channel, control, state
 
 ADDRESS = "/v1/cache_dit"
 SERVER_ARGS = SimpleNamespace(cache_dit_config=None, backend="sglang")
@@ -72,9 +74,8 @@ def start_up(monkeypatch):
     monkeypatch.setattr(effective, "_current", Defaults(file=read_file({"cache_config": {"max_warmup_steps": 3}})))
     monkeypatch.setattr(sglang_api, "answer", lambda output, error=None: SimpleNamespace(output=output, error=error))
     monkeypatch.setattr(sglang_api, "gather_replica", lambda value: [value])
-    monkeypatch.setattr(control, "workers", control.Workers())
-    monkeypatch.setattr(control, "totals", control.Totals())
-    monkeypatch.setattr(control, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(state, "_current", state.ServerState())
+    monkeypatch.setattr(state, "PATIENCE_S", 0.2)
 
 
 @pytest.fixture
@@ -87,6 +88,7 @@ def replicas(monkeypatch):
 def client(address: str = "127.0.0.1", disagg: object = None, **server_args) -> TestClient:
     app = FastAPI()
     app.state.server_args, app.state.disagg_server = SimpleNamespace(**server_args), disagg
+    state.install(app, state.current())
     app.include_router(control.router)
     return TestClient(app, client=(address, 5000))
 
@@ -102,7 +104,7 @@ def test_a_change_reaches_every_replica_and_delete_takes_it_back(replicas):
     assert state["workers"]["consistent"] and len(state["workers"]["replicas"]) == 2
     assert [own.decide(None, None).enabled for own in replicas.own] == [False, False]
     again = client().delete(ADDRESS).json()
-    assert {k: v for k, v in again.items() if k != "workers"} == {k: v for k, v in start.items() if k != "workers"}
+    assert {**again, "workers": None, "changed": None} == {**start, "workers": None}
     assert {own.fingerprint() for own in replicas.own} == {effective.current().fingerprint()}
 
 
@@ -111,6 +113,69 @@ def test_a_change_replaces_the_one_before(replicas):
     state = client().put(ADDRESS, json={"Fn_compute_blocks": 2}).json()
     assert state["config"]["max_warmup_steps"]["value"] == 3
     assert state["enabled"]["value"] is True
+
+
+def test_a_patch_changes_one_thing_and_keeps_the_rest(replicas):
+    client().put(ADDRESS, json={
+        "enabled": False, "cache_config": {"scm_preset": "fast"}, "secondary": {"max_warmup_steps": 2},
+    })
+    state = client().patch(ADDRESS, json={"max_warmup_steps": 6, "secondary": {"Fn_compute_blocks": 2}}).json()
+    assert state["control"] == {
+        "enabled": False, "scm_preset": "fast", "max_warmup_steps": 6,
+        "secondary": {"max_warmup_steps": 2, "Fn_compute_blocks": 2},
+    }
+    assert state["changed"]["max_warmup_steps"] == {"before": 3, "now": 6} and "enabled" not in state["changed"]
+    # Null takes back, whatever the setting was called.
+    state = client().patch(ADDRESS, json={"enabled": None, "steps_computation_mask": None}).json()
+    assert state["enabled"]["value"] is True and state["config"]["steps_computation_mask"]["value"] is None
+    assert {own.fingerprint() for own in replicas.own} == {effective.current().fingerprint()}
+    refused = client().patch(ADDRESS, json={"max_warmup_stepz": None})
+    assert refused.status_code == 400 and "did you mean" in refused.json()["detail"]
+
+
+@pytest.fixture
+def said(monkeypatch):
+    lines = []
+    monkeypatch.setattr(sglang_api, "logger", lambda: SimpleNamespace(info=lines.append, error=lines.append))
+    return lines
+
+
+def test_a_change_says_who_changed_what(replicas, said):
+    changed = client().put(ADDRESS, json={"enabled": False, "max_warmup_steps": 6}).json()["changed"]
+    assert changed == {"enabled": {"before": True, "now": False}, "max_warmup_steps": {"before": 3, "now": 6}}
+    client().put(ADDRESS, json={"enabled": False, "max_warmup_steps": 6})
+    client().delete(ADDRESS)
+    client("10.0.0.9").delete(ADDRESS)
+    client().put(ADDRESS, json={"max_warmup_stepz": 1})
+    assert client().get(ADDRESS).json()["changed"] is None
+    start = f"cache-dit: {{}} {ADDRESS} from {{}}"
+    assert said == [
+        start.format("PUT", "127.0.0.1") + ": enabled True -> False, max_warmup_steps 3 -> 6",
+        start.format("PUT", "127.0.0.1") + ": nothing changed",
+        start.format("DELETE", "127.0.0.1") + ": enabled False -> True, max_warmup_steps 6 -> 3",
+        start.format("DELETE", "10.0.0.9")
+        + f" refused (403): the client is at 10.0.0.9: without {CONTROL_KEY_VARIABLE} only clients on the "
+        "server's machine may do this; set it there, and send it as the header Authorization: Bearer KEY",
+        start.format("PUT", "127.0.0.1")
+        + " refused (400): max_warmup_stepz = 1 (control): unknown key; did you mean 'max_warmup_steps'?",
+    ]
+
+
+def test_workers_that_could_not_be_brought_back_are_on_the_metrics(replicas, monkeypatch):
+    made = state.ServerState(counting=True)
+    monkeypatch.setattr(state, "_current", made)
+
+    def agree() -> float | None:
+        return REGISTRY.get_sample_value(metrics.AGREE)
+
+    client().put(ADDRESS, json={"max_warmup_steps": 6})
+    assert agree() == 1.0
+    replicas.broken = {1}
+    assert client().put(ADDRESS, json={"max_warmup_steps": 9}).status_code == 503
+    assert agree() == 0.0
+    replicas.broken = set()
+    client().delete(ADDRESS)
+    assert agree() == 1.0
 
 
 def test_where_a_replica_fails_all_keep_the_old_settings(replicas):
@@ -174,12 +239,16 @@ def test_what_workers_said_before_a_change_is_not_shown_after_it(monkeypatch, la
     made = Unordered(2, late)
     monkeypatch.setattr(sglang_api, "tell_replicas", made.tell)
 
+    app = FastAPI()
+    state.install(app, state.current())
+    asked = Request({"type": "http", "method": "PUT", "path": ADDRESS, "headers": [], "client": None, "app": app})
+
     async def both():
-        await asyncio.gather(control._install(read_overrides({"max_warmup_steps": 6})), control.workers.ask())
+        await asyncio.gather(control._install(asked, {"max_warmup_steps": 6}), state.current().workers.ask())
 
     asyncio.run(both())
     assert [message["do"] for message in made.messages] == ["show", "set"]
-    assert control.workers.describe()["consistent"]
+    assert state.current().workers.describe()["consistent"]
 
 
 def test_a_change_that_arrives_after_a_later_one_is_not_made(replicas):
@@ -209,7 +278,7 @@ def test_roles_that_run_apart_are_not_changed(replicas):
     assert replicas.messages == []
 
 
-CHANGES = [("PUT", {"content": b"{}"}), ("DELETE", {})]
+CHANGES = [("PUT", {"content": b"{}"}), ("PATCH", {"content": b"{}"}), ("DELETE", {})]
 
 
 @pytest.mark.parametrize(("method", "body"), CHANGES)
@@ -224,6 +293,7 @@ def test_a_key_is_needed_where_there_is_one(replicas, monkeypatch, method, body,
     for given in ("", "Bearer", "Bearer secre", "Basic secret", "secret"):
         refused = guarded.request(method, ADDRESS, headers={"Authorization": given}, **body)
         assert (refused.status_code, refused.headers["www-authenticate"]) == (401, "Bearer")
+        assert "the header Authorization " + ("has another" if given else "is missing") in refused.json()["detail"]
         assert "secret" not in refused.text
     assert replicas.messages == []
     good = {"Authorization": "Bearer secret"}
@@ -247,14 +317,16 @@ def test_a_key_is_needed_where_there_is_one(replicas, monkeypatch, method, body,
     ],
 )
 def test_without_a_key_only_this_machine_may_change_anything(replicas, method, body, address, headers, status):
-    assert client(address).request(method, ADDRESS, headers=headers, **body).status_code == status
+    answer = client(address).request(method, ADDRESS, headers=headers, **body)
+    assert answer.status_code == status
+    assert status == 200 or f"the header {next(iter(headers), 'Authorization')}" in answer.json()["detail"]
     assert client(address).get(ADDRESS).status_code == 200
 
 
 def test_openapi_describes_all_of_it():
     document = client().get("/openapi.json").json()
     methods = document["paths"][ADDRESS]
-    assert set(methods) == {"get", "put", "delete"}
+    assert set(methods) == {"get", "put", "patch", "delete"}
     body = methods["put"]["requestBody"]["content"]["application/json"]["schema"]
     assert set(KNOBS) | {"enabled", "profile", "cache_config", "secondary", "profiles"} <= set(body["properties"])
     assert "$defs" not in json.dumps(body)

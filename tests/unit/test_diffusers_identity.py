@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FluxTransf
 
 from sglang_cachedit_plugin.config.effective import Defaults
 from sglang_cachedit_plugin.integration.diffusers import PipelineCache
-from sglang_cachedit_plugin.integration.session import Session
+from sglang_cachedit_plugin.integration.request import Session
 
 STEPS = 6
 MASK = [1, 1, 0, 1, 0, 1]
@@ -78,8 +78,8 @@ def serve(pipe: Pipe, style: str, **run: int) -> tuple[torch.Tensor, dict]:
     cache = PipelineCache(pipe)
     with cache.request(session, STEPS):
         latents = pipe.run(style, **run)
-        spec = cache.backend.mounted["transformer"].contexts.spec
-    assert spec.positions == tuple(pipe.scheduler.timesteps[run.get("first", 0):].tolist())
+        spec = cache.mounted["transformer"].cache.spec
+    assert spec.timesteps == tuple(pipe.scheduler.timesteps[run.get("first", 0):].tolist())
     return latents, session.close().as_dict()
 
 

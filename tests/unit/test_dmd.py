@@ -27,7 +27,7 @@ def fill(values, spacing, **options):
     for index, value in enumerate(values):
         theirs.current_step = index * spacing
         theirs.update(value)
-        ours.update(index * spacing, -float(index * spacing), value)
+        ours.update(-float(index * spacing), value, index * spacing)
     return ours, theirs
 
 
@@ -36,7 +36,7 @@ def fill(values, spacing, **options):
 def test_equals_cache_dit(name, ahead):
     ours, theirs = fill(series(ROOTS[name], 6), spacing=2)
     theirs.current_step = 10 + ahead
-    torch.testing.assert_close(ours.predict(10 + ahead, 0.0), theirs.approximate(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.predict(0.0, step=10 + ahead), theirs.approximate(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ROOTS)
@@ -44,14 +44,14 @@ def test_exact_on_sums_of_exponentials(name):
     values = series(ROOTS[name], 9)
     ours, _ = fill(values[:6], spacing=1)
     for ahead in (1, 2, 3):
-        torch.testing.assert_close(ours.predict(5 + ahead, 0.0), values[5 + ahead], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours.predict(0.0, step=5 + ahead), values[5 + ahead], rtol=1e-4, atol=1e-5)
 
 
 def test_batch_items_do_not_mix():
     values = series(ROOTS["damped"], 6)
     alone, _ = fill([value[:1] for value in values], spacing=1)
     together, _ = fill(values, spacing=1)
-    torch.testing.assert_close(together.predict(7, 0.0)[:1], alone.predict(7, 0.0))
+    torch.testing.assert_close(together.predict(0.0, step=7)[:1], alone.predict(0.0, step=7))
 
 
 def test_tokens_of_a_packed_tensor_share_one_decomposition(monkeypatch):
@@ -63,10 +63,10 @@ def test_tokens_of_a_packed_tensor_share_one_decomposition(monkeypatch):
     batched, _ = fill(values, spacing=1)
     packed = DMDForecaster(6)
     for index, value in enumerate(values):
-        packed.update(index, -float(index), value[0])
-    expected = batched.predict(7, 0.0)
+        packed.update(-float(index), value[0], index)
+    expected = batched.predict(0.0, step=7)
     assert len(fits) == 1
-    forecast = packed.predict(7, 0.0)
+    forecast = packed.predict(0.0, step=7)
     assert len(fits) == 2
     assert torch.equal(forecast, expected[0])
 
@@ -75,31 +75,31 @@ def test_rank_keeps_the_strongest_modes():
     values = series(ROOTS["three"], 6)
     ours, theirs = fill(values, spacing=1, rank=1)
     theirs.current_step = 7
-    torch.testing.assert_close(ours.predict(7, 0.0), theirs.approximate(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(ours.predict(0.0, step=7), theirs.approximate(), rtol=1e-3, atol=1e-4)
 
 
 def test_few_values_are_a_line_on_the_real_spacing():
     ours = DMDForecaster(6)
     slope, start = torch.tensor([[1.0, -2.0]]), torch.tensor([[3.0, 4.0]])
     for step, position in ((0, 1000.0), (1, 900.0)):
-        ours.update(step, position, start + slope * position)
-    torch.testing.assert_close(ours.predict(3, 650.0), start + slope * 650.0)
+        ours.update(position, start + slope * position, step)
+    torch.testing.assert_close(ours.predict(650.0, step=3), start + slope * 650.0)
 
 
 def test_a_change_of_spacing_starts_the_window_anew():
     values = series(ROOTS["damped"], 6)
     ours = DMDForecaster(6)
     for step, value in zip([0, 1, 2, 3, 4, 7], values, strict=True):
-        ours.update(step, -float(step), value)
+        ours.update(-float(step), value, step)
     line = values[5] + (values[5] - values[4]) / 3
-    torch.testing.assert_close(ours.predict(8, -8.0), line, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.predict(-8.0, step=8), line, rtol=1e-4, atol=1e-5)
 
 
 def test_not_finite_values_repeat_the_newest():
     values = series(ROOTS["damped"], 5)
     values[1][0, 0, 0] = float("nan")
     ours, _ = fill(values, spacing=1)
-    forecast = ours.predict(5, 0.0)
+    forecast = ours.predict(0.0, step=5)
     torch.testing.assert_close(forecast[0], values[4][0])
     assert forecast[1].isfinite().all()
 
@@ -107,7 +107,7 @@ def test_not_finite_values_repeat_the_newest():
 def test_holds_the_values_and_nothing_else():
     values = series(ROOTS["damped"], 8)
     ours, _ = fill(values, spacing=1)
-    ours.predict(9, 0.0)
+    ours.predict(0.0, step=9)
     assert ours.held_bytes() == 6 * values[0].numel() * 4
     ours.evict_oldest()
     assert ours.held_bytes() == 5 * values[0].numel() * 4
@@ -130,8 +130,8 @@ def test_room_made_before_every_value_costs_nothing_but_the_oldest():
     for count in range(1, 9):
         plain, roomy = DMDForecaster(6), DMDForecaster(6)
         for step, value in enumerate(values[:count]):
-            plain.update(step, -float(step), value)
+            plain.update(-float(step), value, step)
             roomy.evict_oldest()
-            roomy.update(step, -float(step), value)
+            roomy.update(-float(step), value, step)
         assert roomy.held_bytes() == plain.held_bytes()
-        torch.testing.assert_close(roomy.predict(count, -float(count)), plain.predict(count, -float(count)))
+        torch.testing.assert_close(roomy.predict(-float(count), step=count), plain.predict(-float(count), step=count))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -13,14 +12,15 @@ from cache_dit.distributed.core._hooks import HookRegistry, ModelHook
 from torch import nn
 
 from sglang_cachedit_plugin.cache.mount import CachedTransformer
+from sglang_cachedit_plugin.cache.parallel import first_residual
 from sglang_cachedit_plugin.cache.runtime import Identity, TransformerSpec
-from sglang_cachedit_plugin.cache.sequence_parallel import first_residual
 from sglang_cachedit_plugin.cache.step_plan import build_plan
 from sglang_cachedit_plugin.config.settings import CacheSettings
 from sglang_cachedit_plugin.errors import CacheDitError
 from sglang_cachedit_plugin.integration import cache_dit_sections, diffusers
+from sglang_cachedit_plugin.integration.request import WORKER
 from sglang_cachedit_plugin.report.stats import TransformerStats
-from tests.unit.blocks import DIM, Rig, TinyDiT, known_classes, sample
+from tests.unit.blocks import DIM, Rig, TinyDiT, known_classes, sample, wanted
 from tests.unit.test_mount import chroma, inputs
 
 
@@ -93,11 +93,11 @@ def serve(mounted: CachedTransformer, seen: list, threshold: float = 1.0) -> Non
         seen.append(kwargs["encoder_hidden_states"])
         return Identity("cond", next(step))
 
-    mounted.refresh(TransformerSpec(name="transformer", settings=settings, plan=plan), TransformerStats(4), identify)
+    spec = TransformerSpec(name="transformer", settings=settings, plan=plan)
+    mounted.refresh(wanted(spec, TransformerStats(4), identify))
 
 
-def test_hooks_stand_around_the_patches_of_single_models():
-    """Chroma's blocks and forward are replaced by cache-dit while it caches; a split must still see every call."""
+def test_hooks_around_the_model_and_a_block_see_every_call():
     outputs = {}
     for hooked in (False, True):
         torch.manual_seed(0)
@@ -177,14 +177,14 @@ def test_ranks_that_share_a_picture_draw_its_noise_on_the_cpu(monkeypatch, asked
     """The host would take the rank's own device, where nothing promises equal noise."""
     params = SimpleNamespace(enable_cache_dit=None, cache_dit_params=None)
     batch = SimpleNamespace(sampling_params=params, generator_device=asked, is_warmup=False)
-    cache = SimpleNamespace(spread=spread, modules={})
-    monkeypatch.setattr(diffusers, "_pipes", {None: cache})
-    monkeypatch.setattr(diffusers, "publish", lambda *args, **kwargs: None)
-    monkeypatch.setattr(diffusers, "_request", lambda *args: nullcontext())
+    pipe = nn.Identity()
+    cache = WORKER.models[pipe] = diffusers.PipelineCache(pipe)
+    cache.spread = spread
     monkeypatch.setattr(diffusers.sglang_api, "logger", lambda: SimpleNamespace(info=print))
+    monkeypatch.setattr(diffusers.sglang_api, "publishes_metrics", lambda: False)
     seen = []
     diffusers.execute(
-        lambda stage, batch, server_args: seen.append(batch.generator_device), SimpleNamespace(diffusers_pipe=None),
+        lambda stage, batch, server_args: seen.append(batch.generator_device), SimpleNamespace(diffusers_pipe=pipe),
         batch, None,
     )
     assert seen == [device]

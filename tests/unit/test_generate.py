@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from sglang_cachedit_plugin import client
-from sglang_cachedit_plugin.serving import answers, control, generate, history, page
+from sglang_cachedit_plugin.serving import generate, page, responses, state
 from sglang_cachedit_plugin.serving.generate_models import GenerateRequest
 
 TAKEN = frozenset({"prompt", "guidance_scale", "num_frames"})
@@ -66,12 +66,9 @@ def test_a_profile_is_a_cache_parameter():
 
 
 @pytest.fixture
-def app(monkeypatch):
-    monkeypatch.setattr(control, "totals", control.Totals())
-    fresh = history.History()
-    for module in (page, answers):
-        monkeypatch.setattr(module, "history", fresh)
+def app():
     app = FastAPI()
+    state.install(app, state.ServerState())
     for router in (page.router, generate.router):
         app.include_router(router)
     return app
@@ -111,7 +108,7 @@ def report(cached=4, **changes):
 def test_the_last_fifty_requests_are_kept_and_news_are_counted_from_a_number(app):
     result = type("Result", (), {"metrics": type("Metrics", (), {"cache_dit": report()})()})()
     for number in range(60):
-        answers.add_report({}, {}, f"id-{number}", result)
+        responses.add_report({}, {}, f"id-{number}", result)
     ask = TestClient(app)
     everything = ask.get("/v1/cache_dit/requests").json()
     assert [entry["n"] for entry in everything["requests"]] == list(range(11, 61))
@@ -127,15 +124,15 @@ def test_the_last_fifty_requests_are_kept_and_news_are_counted_from_a_number(app
 
 
 def test_outputs_that_ran_by_themselves_are_one_request():
-    ring = history.History()
+    ring = state.History()
     ring.add("id", report() | {"outputs": [report(), report(5)]})
     [entry] = ring.since(0)["requests"]
     assert entry["outputs"] == 2 and "outputs" not in entry["report"]
 
 
 def test_the_speed_up_is_a_bound_and_none_without_steps():
-    assert history.speed_up(7, 5) == pytest.approx(12 / 7, abs=1e-3)
-    assert history.speed_up(0, 0) is None
+    assert state.speed_up(7, 5) == pytest.approx(12 / 7, abs=1e-3)
+    assert state.speed_up(0, 0) is None
 
 
 def test_the_page_is_one_file_and_its_policy_lets_nothing_else_in(app):

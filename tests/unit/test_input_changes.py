@@ -21,7 +21,7 @@ from sglang_cachedit_plugin.cache.mount import preset_mask
 from sglang_cachedit_plugin.cache.runtime import Identity, TransformerSpec
 from sglang_cachedit_plugin.cache.step_plan import build_plan
 from sglang_cachedit_plugin.config.settings import CacheSettings
-from tests.unit.blocks import DIM, Rig, TinyDiT, known_classes
+from tests.unit.blocks import DIM, Rig, TinyDiT, known_classes, wanted
 
 STEPS = 8
 STATIC = {"steps_computation_mask": (1, 1, 0, 0, 0, 1, 0, 0), "steps_computation_policy": "static"}
@@ -53,7 +53,7 @@ def _known() -> Iterator[None]:
         family="gated", blocks=(Blocks(name="transformer_blocks", streams=("hidden_states",)),)
     )
     adapters.NATIVE["WithText"] = ModelAdapter(
-        family="listed", blocks=(Blocks(name="transformer_blocks", pattern=3),)
+        family="listed", blocks=(Blocks(name="transformer_blocks", streams=("hidden_states",)),)
     )
     with known_classes():
         yield
@@ -181,10 +181,8 @@ def test_fitted_weights_are_not_used_once_a_change_had_a_step_computed_that_the_
         rig = Served()
         knobs = CacheSettings(**STATIC, forecast="output", forecast_order=0, max_warmup_steps=0)
         plan, _ = build_plan(knobs, STEPS, preset_mask)
-        rig.mounted.refresh(
-            TransformerSpec(name="transformer", settings=knobs, plan=plan, weights={6: (2.0,), 7: (2.0,)}),
-            rig.stats, rig._identify,
-        )
+        spec = TransformerSpec(name="transformer", settings=knobs, plan=plan, weights={6: (2.0,), 7: (2.0,)})
+        rig.mounted.refresh(wanted(spec, rig.stats, rig._identify))
         return [rig.forward("cond", step, FORMS[step >= change_at]) for step in range(STEPS)]
 
     on_schedule, off_schedule = outputs(change_at=5), outputs(change_at=4)
@@ -202,7 +200,8 @@ def test_around_a_graph_a_change_of_the_input_is_computed_too():
 
     for step in range(STEPS):
         inputs = FORMS[step >= 3].inputs("cond", step)
-        output = rig.mounted.run_around(replay, Identity("cond", step), (), inputs)
+        rig.identity = Identity("cond", step)
+        output = rig.mounted.run_around(replay, (), inputs)
         assert output.shape == inputs["hidden_states"].shape
     assert calls == [2, 2, 1, 1]
     assert (rig.stats.branch("cond").computed, rig.stats.branch("cond").cached) == ([0, 1, 3, 5], [2, 4, 6, 7])

@@ -80,7 +80,7 @@ class Refused(nn.Module):
 @pytest.fixture
 def worker(tmp_path, monkeypatch):
     pytest.importorskip("sglang")
-    refused = next(row for row in NATIVE.values() if row.refused)
+    refused = next(row for row in NATIVE.values() if row.unsupported)
     monkeypatch.setitem(NATIVE, "Refused", refused)
     path = tmp_path / "strict.yaml"
     path.write_text("cache_config: {strict: true}\n")

@@ -1,4 +1,4 @@
-"""Mounting diffusers' own transformers through cache-dit's register: FLUX (two lists as one) and Qwen-Image."""
+"""Mounting diffusers' own transformers: one list, two lists as one, two decisions."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from diffusers import (
     WanTransformer3DModel,
 )
 
+from sglang_cachedit_plugin.cache.block_lists import describe
 from sglang_cachedit_plugin.cache.mount import CachedTransformer, preset_mask
 from sglang_cachedit_plugin.cache.runtime import Identity, TransformerSpec
 from sglang_cachedit_plugin.cache.step_plan import build_plan
-from sglang_cachedit_plugin.cache.swaps import find_blocks
 from sglang_cachedit_plugin.config.settings import CacheSettings
 from sglang_cachedit_plugin.errors import MountError
 from sglang_cachedit_plugin.report.stats import TransformerStats
+from tests.unit.blocks import wanted
 
 STEPS = 4
 
@@ -120,7 +121,7 @@ class Mounted:
         plan, _ = build_plan(settings, STEPS, preset_mask)
         stats = TransformerStats(steps=STEPS)
         spec = TransformerSpec(name="transformer", settings=settings, plan=plan)
-        self.mounted.refresh(spec, stats, lambda name, kwargs: self.identity)
+        self.mounted.refresh(wanted(spec, stats, lambda name, kwargs: self.identity))
         return stats
 
 
@@ -202,10 +203,10 @@ def test_an_offload_hook_goes_on_working(build):
 def test_a_mount_that_fails_late_leaves_the_original_forward(monkeypatch):
     model = widened(flux)
 
-    def fails(chain, block):
+    def fails(shared, block):
         raise MountError("a block of another kind")
 
-    monkeypatch.setattr("sglang_cachedit_plugin.cache.block_hooks.Chain.gate", fails)
+    monkeypatch.setattr("sglang_cachedit_plugin.cache.block_hooks.SharedBlockState.hook", fails)
     with pytest.raises(MountError, match="a block of another kind"):
         CachedTransformer("transformer", model)
     assert "forward" not in model.__dict__
@@ -213,7 +214,7 @@ def test_a_mount_that_fails_late_leaves_the_original_forward(monkeypatch):
 
 def test_a_class_nobody_describes_is_named():
     with pytest.raises(MountError, match=r"^Linear: "):
-        find_blocks(torch.nn.Linear(2, 2))
+        describe(torch.nn.Linear(2, 2))
 
 
 def test_a_class_whose_output_alone_can_be_forecast_is_refused_with_the_reason():
@@ -222,7 +223,7 @@ def test_a_class_whose_output_alone_can_be_forecast_is_refused_with_the_reason()
     model = type("SanaVideo2Transformer3DModel", (torch.nn.Module,), {})()
     row = adapters.NATIVE["SanaVideo2Transformer3DModel"]
     with pytest.raises(MountError, match=f"^SanaVideo2Transformer3DModel: {re.escape(row.output_only)}$"):
-        find_blocks(model)
+        describe(model)
     assert row.describe().endswith(row.output_only)
 
 

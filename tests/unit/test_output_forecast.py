@@ -9,14 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_cachedit_plugin.cache.contexts import Identity
 from sglang_cachedit_plugin.cache.mount import CachedTransformer, preset_mask
-from sglang_cachedit_plugin.cache.output_forecast import OutputHistory
-from sglang_cachedit_plugin.cache.runtime import TransformerSpec
+from sglang_cachedit_plugin.cache.output_cache import OutputHistory
+from sglang_cachedit_plugin.cache.runtime import Identity, TransformerSpec
 from sglang_cachedit_plugin.cache.step_plan import StepPlan, build_plan
 from sglang_cachedit_plugin.config.settings import CacheSettings
 from sglang_cachedit_plugin.report.stats import TransformerStats
-from tests.unit.blocks import Rig, TinyDiT, known_classes
+from tests.unit.blocks import Rig, TinyDiT, known_classes, wanted
 
 MASK = (1, 1, 1, 0, 1, 0, 0, 1)
 POSITIONS = (1000.0, 960.0, 900.0, 850.0, 700.0, 550.0, 300.0, 100.0)
@@ -50,8 +49,8 @@ def run(transformer, settings: CacheSettings, forwards=None, **spec):
     now = {}
     stats = TransformerStats(steps=len(MASK))
     plan, _ = build_plan(settings, len(MASK), preset_mask)
-    spec = TransformerSpec(name="transformer", settings=settings, plan=plan, positions=POSITIONS, **spec)
-    mounted.refresh(spec, stats, lambda name, kwargs: now["identity"])
+    spec = TransformerSpec(name="transformer", settings=settings, plan=plan, timesteps=POSITIONS, **spec)
+    mounted.refresh(wanted(spec, stats, lambda name, kwargs: now["identity"]))
     calls = []
     handles = [
         block.register_forward_pre_hook(lambda *_: calls.append(now["identity"].step))
@@ -92,6 +91,15 @@ def test_the_dynamic_threshold_runs_the_first_block_to_decide(transformer):
     _, stats, calls = run(transformer, settings)
     assert stats.branches["cond"].cached == [3, 5, 7]
     assert [calls.count(step) for step in range(8)] == [4, 4, 4, 1, 4, 1, 4, 1]
+
+
+def test_the_limit_of_cached_steps_holds_for_measured_outputs(transformer):
+    settings = CacheSettings(
+        residual_diff_threshold=1.0, max_warmup_steps=1, max_continuous_cached_steps=-1, max_cached_steps=2,
+        forecast="output",
+    )
+    _, stats, _ = run(transformer, settings)
+    assert stats.branches["cond"].cached == [1, 2]
 
 
 def test_branches_have_histories_of_their_own(transformer):

@@ -10,12 +10,12 @@ from torch import nn
 
 from sglang_cachedit_plugin import adapters
 from sglang_cachedit_plugin.adapters import Blocks, ModelAdapter
-from sglang_cachedit_plugin.cache.mount import ModelBackend
-from sglang_cachedit_plugin.cache.mount_check import ChainProbe
-from sglang_cachedit_plugin.cache.runtime import Identity, Runtime
+from sglang_cachedit_plugin.cache.mount import CachedModel
+from sglang_cachedit_plugin.cache.mount_check import BlockProbe
+from sglang_cachedit_plugin.cache.runtime import Identity
 from sglang_cachedit_plugin.config.effective import Defaults
 from sglang_cachedit_plugin.errors import MountError
-from sglang_cachedit_plugin.integration.session import Session
+from sglang_cachedit_plugin.integration.request import Facts, Session
 
 STEPS, SIZE, DIM = 5, 4, 8
 
@@ -73,20 +73,6 @@ class Probed(nn.Module):
         return hidden_states
 
 
-class Listed(nn.Module):
-    """For a row with a pattern: the stand-in is one block."""
-
-    def __init__(self, kind=Block):
-        super().__init__()
-        self.blocks = nn.ModuleList(kind(seed) for seed in range(SIZE))
-
-    def forward(self, hidden_states):
-        hidden_states = hidden_states + 0.0
-        for block in self.blocks:
-            hidden_states = block(hidden_states)
-        return hidden_states
-
-
 class Served:
     """Requests to one model through a session."""
 
@@ -94,8 +80,7 @@ class Served:
         monkeypatch.setitem(adapters.NATIVE, type(model).__name__, row)
         self.model, self.step = model, 0
         self.plain = [self.forward(step) for step in range(STEPS)]
-        self.backend = ModelBackend({"transformer": model}, lambda name, kwargs: Identity("cond", self.step))
-        self.runtime = Runtime(self.backend)
+        self.cached = CachedModel({"transformer": model})
 
     @torch.no_grad()
     def forward(self, step: int) -> torch.Tensor:
@@ -106,7 +91,9 @@ class Served:
     def request(self, **knobs) -> tuple[list[torch.Tensor], dict]:
         wanted = {"steps_computation_mask": [1, 0, 1, 0, 0], "scm_policy": "static", "max_warmup_steps": 0, **knobs}
         session = Session("native", Defaults().decide(True, wanted))
-        session.open(self.runtime, self.backend, {"transformer": (0, STEPS)}, None)
+        session.open(self.cached, Facts(
+            steps={"transformer": (0, STEPS)}, identify=lambda name, kwargs: Identity("cond", self.step)
+        ))
         try:
             return [self.forward(step) for step in range(STEPS)], session.stats.as_dict()
         finally:
@@ -116,40 +103,34 @@ class Served:
         return all(torch.equal(*pair) for pair in zip(outputs, self.plain, strict=True))
 
 
-GATED = ModelAdapter(family="test", blocks=(Blocks(name="blocks", streams=("hidden_states",)),))
-LISTED = ModelAdapter(family="test", blocks=(Blocks(name="blocks", pattern=3),))
+ROW = ModelAdapter(family="test", blocks=(Blocks(name="blocks", streams=("hidden_states",)),))
 
 
-@pytest.mark.parametrize(("model", "row"), [(Probed, GATED), (Listed, LISTED)])
 @pytest.mark.parametrize("edges", [(1, 0), (1, 2), (2, 1)])
-def test_blocks_that_keep_the_rules_are_cached_from_the_first_step_on(model, row, edges, monkeypatch):
-    served = Served(model(), row, monkeypatch)
+def test_blocks_that_keep_the_rules_are_cached_from_the_first_step_on(edges, monkeypatch):
+    served = Served(Probed(), ROW, monkeypatch)
     for _ in range(2):
         outputs, _ = served.request(Fn_compute_blocks=edges[0], Bn_compute_blocks=edges[1])
         assert served.report["reason"] is None
         assert served.report["transformers"]["transformer"]["branches"]["cond"]["cached"] == [1, 3, 4]
         assert [torch.equal(*pair) for pair in zip(outputs, served.plain, strict=True)] == [1, 0, 1, 0, 0]
-    assert not served.backend.mounted["transformer"].probe.due(*edges)
+    assert not served.cached.mounted["transformer"].probe.due(*edges)
 
 
 BROKEN = [
-    (lambda: Probed(InPlace), GATED, "block 0 overwrites its input hidden_states"),
-    (lambda: Probed(Hidden), GATED, "is overwritten before its residual is made"),
-    (lambda: Probed(Same), GATED, "returned in its own place"),
-    (lambda: Probed(Wider), GATED, r"block 0 makes \(1, 4, 8\) of hidden_states \(1, 3, 8\)"),
-    (lambda: Probed(order=[3, 2, 1, 0]), GATED, "block 3 runs first"),
-    (lambda: Probed(order=[0, 1, 1, 2, 3]), GATED, "block 1 runs after block 1"),
-    (lambda: Probed(order=[]), GATED, "none of its blocks ran"),
-    (lambda: Listed(InPlace), LISTED, "block 0 overwrites its input hidden_states"),
-    (lambda: Listed(Hidden), LISTED, "is overwritten before its residual is made"),
-    (lambda: Listed(Wider), LISTED, r"block 0 makes \(1, 4, 8\) of hidden_states \(1, 3, 8\)"),
-    (lambda: Probed(), LISTED, "its blocks are not as declared: IndexError"),
+    (lambda: Probed(InPlace), "block 0 overwrites its input hidden_states"),
+    (lambda: Probed(Hidden), "is overwritten before its residual is made"),
+    (lambda: Probed(Same), "returned in its own place"),
+    (lambda: Probed(Wider), r"block 0 makes \(1, 4, 8\) of hidden_states \(1, 3, 8\)"),
+    (lambda: Probed(order=[3, 2, 1, 0]), "block 3 runs first"),
+    (lambda: Probed(order=[0, 1, 1, 2, 3]), "block 1 runs after block 1"),
+    (lambda: Probed(order=[]), "none of its blocks ran"),
 ]
 
 
-@pytest.mark.parametrize(("model", "row", "reason"), BROKEN)
-def test_a_broken_rule_switches_caching_off_with_the_reason(model, row, reason, monkeypatch):
-    served = Served(model(), row, monkeypatch)
+@pytest.mark.parametrize(("model", "reason"), BROKEN)
+def test_a_broken_rule_switches_caching_off_with_the_reason(model, reason, monkeypatch):
+    served = Served(model(), ROW, monkeypatch)
     for _ in range(2):
         outputs, _ = served.request()
         assert served.is_plain(outputs)
@@ -159,14 +140,13 @@ def test_a_broken_rule_switches_caching_off_with_the_reason(model, row, reason, 
 
 
 def test_the_first_request_reports_the_steps_that_it_computed(monkeypatch):
-    served = Served(Probed(InPlace), GATED, monkeypatch)
+    served = Served(Probed(InPlace), ROW, monkeypatch)
     served.request()
     assert served.report["transformers"]["transformer"]["branches"]["cond"]["computed"] == list(range(STEPS))
 
 
-@pytest.mark.parametrize(("model", "row"), [(Probed, GATED), (Listed, LISTED)])
-def test_strict_makes_it_an_error(model, row, monkeypatch):
-    served = Served(model(InPlace), row, monkeypatch)
+def test_strict_makes_it_an_error(monkeypatch):
+    served = Served(Probed(InPlace), ROW, monkeypatch)
     with pytest.raises(MountError, match="overwrites its input"):
         served.request(strict=True)
     with pytest.raises(MountError, match="overwrites its input"):
@@ -183,7 +163,7 @@ def test_a_row_that_says_so_may_overwrite(monkeypatch):
 
 
 def test_a_request_that_fails_by_itself_says_nothing_about_the_mount(monkeypatch):
-    served = Served(Probed(), GATED, monkeypatch)
+    served = Served(Probed(), ROW, monkeypatch)
     own = served.model.blocks[2].forward
     served.model.blocks[2].forward = lambda hidden_states: own(hidden_states) @ torch.zeros(3, 3)
     with pytest.raises(RuntimeError):
@@ -196,7 +176,7 @@ def test_a_request_that_fails_by_itself_says_nothing_about_the_mount(monkeypatch
 @pytest.mark.parametrize("failing", range(SIZE))
 def test_an_error_that_does_not_come_back_costs_one_request(failing, monkeypatch):
     """The model alone gets through, but nothing was seen that the description has wrong."""
-    served = Served(Probed(), GATED, monkeypatch)
+    served = Served(Probed(), ROW, monkeypatch)
     fails_once(served.model.blocks[failing])
     outputs, _ = served.request()
     assert served.is_plain(outputs)
@@ -206,7 +186,7 @@ def test_an_error_that_does_not_come_back_costs_one_request(failing, monkeypatch
 
 
 def test_an_error_that_comes_back_is_the_description_s(monkeypatch):
-    served = Served(Probed(), GATED, monkeypatch)
+    served = Served(Probed(), ROW, monkeypatch)
     for _ in range(2):
         fails_once(served.model.blocks[2])
         served.request()
@@ -226,15 +206,15 @@ def fails_once(block):
 
 
 def test_a_new_number_of_first_blocks_is_looked_at_again(monkeypatch):
-    served = Served(Probed(), GATED, monkeypatch)
+    served = Served(Probed(), ROW, monkeypatch)
     served.request()
-    assert served.backend.mounted["transformer"].probe.due(2, 0)
+    assert served.cached.mounted["transformer"].probe.due(2, 0)
     served.request(Fn_compute_blocks=2)
-    assert not served.backend.mounted["transformer"].probe.due(2, 0)
+    assert not served.cached.mounted["transformer"].probe.due(2, 0)
 
 
 def test_inference_tensors_have_no_count_of_writes_and_are_compared(monkeypatch):
-    served = Served(Probed(InPlace), GATED, monkeypatch)
+    served = Served(Probed(InPlace), ROW, monkeypatch)
     with torch.inference_mode():
         outputs, _ = served.request()
     assert served.is_plain(outputs)
@@ -243,12 +223,12 @@ def test_inference_tensors_have_no_count_of_writes_and_are_compared(monkeypatch)
 
 def test_nothing_is_read_from_the_device_before_the_end():
     """Tensors of the meta device raise when their values are read."""
-    probe = ChainProbe("blocks", 2, (1, 2), ("hidden_states",), "hidden_states")
+    probe = BlockProbe(Blocks(name="blocks", streams=("hidden_states",)), (1, 2))
     hidden = torch.empty(1, 3, DIM, device="meta")
     for index in range(2):
-        probe.enter(index, {"hidden_states": hidden})
+        probe.enter("blocks", index, {"hidden_states": hidden})
         hidden = hidden + 1
-        probe.leave(index, hidden)
+        probe.leave("blocks", index, hidden)
     assert probe.finish() is None
     assert [flag.device.type for _, flag in probe.flags] == ["meta", "meta"]
 
@@ -258,17 +238,17 @@ def test_nothing_is_read_from_the_device_before_the_end():
     ((1, 4, DIM), (1, 2, DIM), False), ((1, 4, DIM), (4, DIM), False),
 ])
 def test_one_text_may_serve_several_pictures(given, returned, right):
-    probe = ChainProbe("blocks", 2, (1, 2), ("encoder_hidden_states",), "encoder_hidden_states")
-    probe.enter(0, {"encoder_hidden_states": torch.zeros(given)})
-    probe.leave(0, torch.zeros(returned))
+    probe = BlockProbe(Blocks(name="blocks", streams=("encoder_hidden_states",)), (1, 2))
+    probe.enter("blocks", 0, {"encoder_hidden_states": torch.zeros(given)})
+    probe.leave("blocks", 0, torch.zeros(returned))
     assert (probe.finish() is None) == right
 
 
 def test_a_flag_of_the_device_is_read_when_the_request_ends(monkeypatch):
     """A picture already cached: the request is told, the next ones are not cached."""
-    served = Served(Probed(), GATED, monkeypatch)
-    served.runtime.mount()
-    probe = served.backend.mounted["transformer"].probe
+    served = Served(Probed(), ROW, monkeypatch)
+    served.cached.mount()
+    probe = served.cached.mounted["transformer"].probe
     probe._flags.append(("blocks: hidden_states is overwritten", torch.tensor(True)))
     served.request()
     assert served.report["cached_steps"] == 3

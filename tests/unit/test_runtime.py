@@ -5,23 +5,29 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from sglang_cachedit_plugin.cache.runtime import RequestSpec, Runtime, State, TransformerSpec
+from sglang_cachedit_plugin.cache import mount
+from sglang_cachedit_plugin.cache.mount import CachedModel, State
+from sglang_cachedit_plugin.cache.runtime import RequestSpec, TransformerSpec
 from sglang_cachedit_plugin.cache.step_plan import StepPlan
 from sglang_cachedit_plugin.config.settings import CacheSettings
 from sglang_cachedit_plugin.errors import MountError
+from sglang_cachedit_plugin.report.stats import RequestStats
 
 
 def spec(steps: int = 4) -> RequestSpec:
     each = TransformerSpec(name="transformer", settings=CacheSettings(), plan=StepPlan(num_steps=steps))
-    return RequestSpec(transformers=(each,))
+    return RequestSpec(
+        transformers=(each,), stats=RequestStats(backend="native", enabled=True), identify=lambda name, kwargs: None
+    )
 
 
 FIRST, SECOND = spec(4), spec(8)
 
 
 class Recorder:
-    """Notes what is done to it, and holds whether requests would run cached."""
+    """Stands for the model's one transformer: notes what is done to it, and holds whether requests would run cached."""
 
     def __init__(self):
         self.events: list[object] = []
@@ -29,14 +35,15 @@ class Recorder:
         self.mount_error: Exception | None = None
         self.refresh_error: Exception | None = None
 
-    def mount(self) -> None:
+    def mount(self, name: str, module: nn.Module, pipe: object) -> Recorder:
         self.events.append("mount")
         if self.mount_error:
             raise self.mount_error
+        return self
 
     def refresh(self, spec: RequestSpec) -> None:
         self.events.append(spec)
-        self.cached = True  # as a backend that fails after its first transformer
+        self.cached = True  # as a transformer that fails once it has begun
         if self.refresh_error:
             raise self.refresh_error
 
@@ -45,9 +52,19 @@ class Recorder:
         self.cached = False
 
 
+def model_of(backend: Recorder, monkeypatch: pytest.MonkeyPatch) -> CachedModel:
+    monkeypatch.setattr(mount, "CachedTransformer", backend.mount)
+    return CachedModel({"transformer": nn.Identity()})
+
+
 @pytest.fixture
 def backend():
     return Recorder()
+
+
+@pytest.fixture
+def runtime(backend, monkeypatch):
+    return model_of(backend, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -61,16 +78,14 @@ def backend():
         ([None, FIRST, None], ["mount", FIRST, "bypass"]),
     ],
 )
-def test_transitions(backend, requests, events):
-    runtime = Runtime(backend)
+def test_transitions(backend, runtime, requests, events):
     for request in requests:
         runtime.prepare(request)
         assert backend.cached == (request is not None)
     assert backend.events == events
 
 
-def test_mounting_early_leaves_the_original_forward(backend):
-    runtime = Runtime(backend)
+def test_mounting_early_leaves_the_original_forward(backend, runtime):
     runtime.mount()
     runtime.mount()
     assert runtime.state is State.BYPASSED
@@ -80,9 +95,8 @@ def test_mounting_early_leaves_the_original_forward(backend):
     assert backend.events == ["mount", FIRST]
 
 
-def test_a_model_that_cannot_be_mounted_is_tried_once_and_its_reason_kept(backend):
+def test_a_model_that_cannot_be_mounted_is_tried_once_and_its_reason_kept(backend, runtime):
     backend.mount_error = MountError("no adapter describes its blocks")
-    runtime = Runtime(backend)
     for _ in range(3):
         with pytest.raises(MountError, match="no adapter describes its blocks"):
             runtime.prepare(FIRST)
@@ -92,9 +106,8 @@ def test_a_model_that_cannot_be_mounted_is_tried_once_and_its_reason_kept(backen
     assert runtime.reason == "no adapter describes its blocks"
 
 
-def test_a_mount_that_breaks_is_tried_again(backend):
+def test_a_mount_that_breaks_is_tried_again(backend, runtime):
     backend.mount_error = RuntimeError("out of memory")
-    runtime = Runtime(backend)
     with pytest.raises(RuntimeError):
         runtime.prepare(FIRST)
     backend.mount_error = None
@@ -104,8 +117,7 @@ def test_a_mount_that_breaks_is_tried_again(backend):
 
 @pytest.mark.parametrize("error", [MountError("F + B exceed the blocks"), RuntimeError("broken")])
 @pytest.mark.parametrize("before", [[], [FIRST], [FIRST, None]])
-def test_a_refresh_that_fails_runs_the_original_forward(backend, before, error):
-    runtime = Runtime(backend)
+def test_a_refresh_that_fails_runs_the_original_forward(backend, runtime, before, error):
     for request in before:
         runtime.prepare(request)
     backend.events.clear()
@@ -128,7 +140,12 @@ FAULTS = st.sampled_from([None, MountError, OSError])
 @given(st.lists(st.tuples(REQUESTS, FAULTS)))
 def test_after_any_history_cached_is_what_was_last_asked_for(history):
     backend = Recorder()
-    runtime = Runtime(backend)
+    with pytest.MonkeyPatch.context() as patch:
+        live(history, backend, model_of(backend, patch))
+    assert backend.events.count("mount") <= 1
+
+
+def live(history: list, backend: Recorder, runtime: CachedModel) -> None:
     for request, fault in history:
         backend.refresh_error = fault("x") if fault else None
         failed = False
@@ -138,12 +155,11 @@ def test_after_any_history_cached_is_what_was_last_asked_for(history):
             failed = True
         assert failed == (request is not None and fault is not None)
         assert backend.cached == (runtime.state is State.ACTIVE) == (request is not None and not failed)
-    assert backend.events.count("mount") <= 1
 
 
 def test_a_position_is_the_hosts_or_the_step_itself():
     each = TransformerSpec(
-        name="t", settings=CacheSettings(), plan=StepPlan(num_steps=2), positions=(900.0, 500.0)
+        name="t", settings=CacheSettings(), plan=StepPlan(num_steps=2), timesteps=(900.0, 500.0)
     )
     assert [each.position(step) for step in (0, 1, 2, -1)] == [900.0, 500.0, 2.0, -1.0]
     assert FIRST.transformers[0].position(3) == 3.0

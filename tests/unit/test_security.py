@@ -19,7 +19,7 @@ from sglang_cachedit_plugin.errors import SettingError
 from sglang_cachedit_plugin.integration import sglang_api, startup
 from sglang_cachedit_plugin.report import metrics
 from sglang_cachedit_plugin.report.stats import RequestStats, TransformerStats
-from sglang_cachedit_plugin.serving import auth, control, generate, page, requests, validation
+from sglang_cachedit_plugin.serving import auth, control, generate, page, state, validation
 from sglang_cachedit_plugin.serving.generate_models import TEXTS, GenerateRequest
 from tests.unit.test_control import ADDRESS, client, replicas, start_up
 
@@ -31,6 +31,7 @@ FORGED = 'x\n2026-11-21 INFO all is well\r\x1b[2J\u2028"} 9\\'
 def app() -> FastAPI:
     made = FastAPI()
     made.state.server_args, made.state.disagg_server = SimpleNamespace(), None
+    state.install(made, state.ServerState())
     for router in (control.router, page.router, generate.router):
         made.include_router(router)
     return made
@@ -100,7 +101,7 @@ def test_a_body_that_is_made_to_hurt_is_400_in_one_line(body):
 def test_settings_in_settings_in_settings_are_400_in_one_line():
     deep = json.loads('{"a":' * 900 + "1" + "}" * 900)
     with pytest.raises(generate.HTTPException) as caught:
-        requests.check("id", cache_dit_params=deep)
+        validation.check("id", cache_dit_params=deep)
     assert caught.value.status_code == 400 and caught.value.detail.isprintable() and len(caught.value.detail) <= 2000
 
 
@@ -151,7 +152,9 @@ def test_a_line_of_the_log_stays_one_line(replicas, monkeypatch, capsys):
     stats = RequestStats(backend="native", enabled=True, notes=[FORGED])
     stats.transformers[FORGED] = TransformerStats(steps=1, notes=[FORGED])
     logged = []
-    logger = SimpleNamespace(error=lambda text, *values: logged.append(text % values))
+    logger = SimpleNamespace(
+        error=lambda text, *values: logged.append(text % values), info=lambda text: logged.append(text)
+    )
     monkeypatch.setattr(sglang_api, "logger", lambda: logger)
 
     async def tell(message):
@@ -161,13 +164,13 @@ def test_a_line_of_the_log_stays_one_line(replicas, monkeypatch, capsys):
     answer = client().put(ADDRESS, json={})
     monkeypatch.setattr(startup, "ensure_file", lambda server_args, anew: (FORGED,))
     capsys.readouterr()  # what libraries log of the request is not asked about
-    startup.before_launch(SimpleNamespace(cache_dit_config=None, enable_breakable_cuda_graph=False))
+    startup.check(SimpleNamespace(cache_dit_config=None, enable_breakable_cuda_graph=False))
     printed = capsys.readouterr().err.removesuffix("\n").split("\n")
     [warned] = [line for line in printed if "all is well" in line or line.startswith("cache-dit")]
     assert answer.status_code == 503
     error = SettingError(FORGED, FORGED, FORGED, FORGED)
-    lines = [stats.lines()[1], *logged, warned, answer.json()["detail"], str(error)]
-    assert len(lines) == 5
+    lines = [stats.line(FORGED), *logged, warned, answer.json()["detail"], str(error)]
+    assert len(lines) == 6
     for line in lines:
         assert line.isprintable() and "all is well" in line
 

@@ -12,7 +12,7 @@ from sglang_cachedit_plugin.config import effective
 from sglang_cachedit_plugin.config.effective import Defaults
 from sglang_cachedit_plugin.config.sources import read_file
 from sglang_cachedit_plugin.errors import RefusedError, SettingError
-from sglang_cachedit_plugin.serving import answers, control, requests, validation
+from sglang_cachedit_plugin.serving import responses, state, validation
 
 
 def report(enabled=True, computed=7, cached=5):
@@ -26,33 +26,33 @@ def result(*reports, single=None):
 
 @pytest.fixture
 def totals(monkeypatch):
-    fresh = control.Totals()
-    monkeypatch.setattr(control, "totals", fresh)
-    return fresh
+    fresh = state.ServerState()
+    monkeypatch.setattr(state, "_current", fresh)
+    return fresh.totals
 
 
 def test_the_report_is_added_to_the_answer(totals):
-    assert answers.add_report({"id": "a"}, {}, "a", result(single=report())) == {"id": "a", "cache_dit": report()}
-    assert totals == control.Totals(cached_requests=1, computed_steps=7, cached_steps=5)
+    assert responses.add_report({"id": "a"}, {}, "a", result(single=report())) == {"id": "a", "cache_dit": report()}
+    assert totals == state.Totals(cached_requests=1, computed_steps=7, cached_steps=5)
 
 
 @pytest.mark.parametrize("empty", [result(), result(None), SimpleNamespace(), SimpleNamespace(metrics=object())])
 def test_without_a_report_the_answer_stays(totals, empty):
     answer = {"id": "a"}
-    assert answers.add_report(answer, {}, "a", empty) is answer
-    assert totals == control.Totals()
+    assert responses.add_report(answer, {}, "a", empty) is answer
+    assert totals == state.Totals()
 
 
 def test_outputs_that_ran_one_by_one_are_listed(totals):
     first, second = report(), report(computed=8, cached=4)
-    answer = answers.add_report({}, {}, request_id="a", result=result(first, None, second))
+    answer = responses.add_report({}, {}, request_id="a", result=result(first, None, second))
     assert answer["cache_dit"] == first | {"outputs": [first, second]}
-    assert totals == control.Totals(cached_requests=1, computed_steps=15, cached_steps=9)
+    assert totals == state.Totals(cached_requests=1, computed_steps=15, cached_steps=9)
 
 
 def test_uncached_answers_are_counted_apart(totals):
-    answers.add_report({}, {}, "a", result(report(enabled=False, computed=12, cached=0)))
-    assert totals == control.Totals(uncached_requests=1, computed_steps=12)
+    responses.add_report({}, {}, "a", result(report(enabled=False, computed=12, cached=0)))
+    assert totals == state.Totals(uncached_requests=1, computed_steps=12)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_uncached_answers_are_counted_apart(totals):
 )
 def test_a_bad_request_is_400_in_one_line(fields, parts):
     with pytest.raises(HTTPException) as caught:
-        requests.check("id", prompt="a", **fields)
+        validation.check("id", prompt="a", **fields)
     assert caught.value.status_code == 400
     assert "\n" not in caught.value.detail
     for part in parts:
@@ -79,9 +79,9 @@ def test_a_bad_request_is_400_in_one_line(fields, parts):
 def test_a_good_request_passes_with_the_files_profiles(monkeypatch):
     monkeypatch.setattr(effective, "_current", Defaults(file=read_file({"profiles": {"draft": {}}})))
     for name in ("draft", "fast"):
-        assert requests.check("id", enable_cache_dit=True, cache_dit_params={"profile": name}) is None
-    assert requests.check("id", enable_cache_dit=None, cache_dit_params=None) is None
-    assert requests.check("id") is None
+        assert validation.check("id", enable_cache_dit=True, cache_dit_params={"profile": name}) is None
+    assert validation.check("id", enable_cache_dit=None, cache_dit_params=None) is None
+    assert validation.check("id") is None
 
 
 def test_a_refusal_of_the_worker_is_400_and_any_other_error_stays():

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sglang_cachedit_plugin.errors import Reason
 from sglang_cachedit_plugin.report.stats import (
     BranchStats,
     CorrectorStats,
@@ -35,7 +36,7 @@ def finished() -> RequestStats:
 def test_the_report_has_the_fixed_form():
     report = finished().as_dict()
     assert report == {
-        "enabled": True, "reason": None, "backend": "native", "profile": None,
+        "enabled": True, "reason": None, "reason_codes": [], "backend": "native", "profile": None,
         "config": {"Fn_compute_blocks": {"value": 1, "origin": "default"}},
         "computed_steps": 7, "cached_steps": 5, "denoising_s": 1.10,
         "corrector": {"enabled": True, "reason": None, "corrected_steps": 0, "largest_correction": None},
@@ -48,13 +49,14 @@ def test_the_report_has_the_fixed_form():
 
 
 def test_a_request_that_was_not_cached():
-    stats = RequestStats(backend="diffusers", enabled=False, reason="request")
+    stats = RequestStats(backend="diffusers", enabled=False, reason=Reason("request", "request"))
     assert stats.as_dict() == {
-        "enabled": False, "reason": "request", "backend": "diffusers", "profile": None, "config": {},
+        "enabled": False, "reason": "request", "reason_codes": ["request"],
+        "backend": "diffusers", "profile": None, "config": {},
         "computed_steps": 0, "cached_steps": 0, "denoising_s": 0.0, "corrector": None, "error_control": None,
         "transformers": {},
     }
-    assert stats.lines() == ["cache-dit: off: request"]
+    assert stats.line("r1") == "cache-dit: r1: off [request]: request"
 
 
 def test_steps_count_cond_over_all_transformers():
@@ -101,6 +103,11 @@ def test_a_further_stage_adds_its_corrections_and_keeps_its_errors():
         "enabled": True, "reason": None, "corrected_steps": 7, "largest_correction": 0.3,
     }
     assert report["error_control"] == {"tolerance": 0.01, "errors": {"5": 0.02}, "passed_on": 0.001}
+    stats.error_control = ErrorStats(tolerance=0.01, errors={5: 0.01}, passed_on=0.004)
+    stats.add_stage("Refinement", second)
+    assert stats.as_dict()["error_control"] == {
+        "tolerance": 0.01, "errors": {"5": 0.01, "Refinement: 5": 0.02}, "passed_on": 0.005,
+    }
 
 
 def test_a_stage_that_corrects_follows_one_without_caching():
@@ -114,24 +121,24 @@ def test_log_lines():
     stats = finished()
     for step, diff in enumerate([0.05, 0.09, 0.214]):
         stats.transformers["transformer"].branch("uncond").measured(step, diff)
-    assert stats.lines() == [
-        "cache-dit: 12 steps, 7 computed, 5 cached (cond), diffs p50 0.09 p95 0.21, denoising 1.10 s"
-    ]
-    stats.note("schedule off: 5 steps, presets and bins need 8")
-    stats.note("schedule off: 5 steps, presets and bins need 8")
+    said = "cache-dit: r1: 12 steps, 7 computed, 5 cached (cond), diffs p50 0.09 p95 0.21, denoising 1.10 s"
+    assert stats.line("r1") == said
+    stats.note(Reason("schedule", "schedule off: 5 steps, presets and bins need 8"))
+    stats.note(Reason("schedule", "schedule off: 5 steps, presets and bins need 8"))
     stats.transformers["transformer"].notes.append("cond: forwards cannot be told apart")
-    assert stats.lines()[1:] == [
-        "cache-dit: limited: schedule off: 5 steps, presets and bins need 8; "
+    assert stats.line("r1", "failed") == said.replace("r1:", "r1: failed,") + (
+        "; limited [schedule, branches]: schedule off: 5 steps, presets and bins need 8; "
         "transformer: cond: forwards cannot be told apart"
-    ]
+    )
     static = finished()
     static.transformers["transformer"].branch("cond").residual_diffs.clear()
-    assert static.lines() == ["cache-dit: 12 steps, 7 computed, 5 cached (cond), denoising 1.10 s"]
+    assert static.line() == "cache-dit: 12 steps, 7 computed, 5 cached (cond), denoising 1.10 s"
 
 
 def test_a_request_that_failed_to_mount_says_why_and_claims_nothing():
     stats = RequestStats(backend="native", enabled=False, reason="X: no adapter describes its blocks")
-    assert stats.lines() == ["cache-dit: off: X: no adapter describes its blocks"]
+    assert stats.line() == "cache-dit: off [other]: X: no adapter describes its blocks"
+    assert stats.line("r1", "refused") == "cache-dit: r1: refused [other]: X: no adapter describes its blocks"
 
 
 @given(st.lists(st.floats(0, 1), min_size=1), st.sampled_from([0, 5, 50, 95, 100]))

@@ -18,6 +18,7 @@ from sglang_cachedit_plugin.config.settings import CacheSettings
 from sglang_cachedit_plugin.doctor import report
 from sglang_cachedit_plugin.errors import MountError
 from sglang_cachedit_plugin.report.stats import TransformerStats
+from tests.unit.blocks import wanted
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding-a-model.md"
 ROWS, MODEL = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.S)
@@ -93,7 +94,7 @@ def test_the_documented_example_caches(site):
     plan, _ = build_plan(settings, 4, preset_mask)
     spec = TransformerSpec(name="transformer", settings=settings, plan=plan)
     stats = TransformerStats(steps=4)
-    mounted.refresh(spec, stats, lambda name, kwargs: Identity("cond", now["step"]))
+    mounted.refresh(wanted(spec, stats, lambda name, kwargs: Identity("cond", now["step"])))
     calls.clear()
     outputs = [run(step) for step in range(4)]
     assert calls == [(step, index) for step in range(4) for index in range(4 if mask[step] else 1)]

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from sglang_cachedit_plugin import adapters
 from sglang_cachedit_plugin.integration import native
+from sglang_cachedit_plugin.integration.request import WORKER
 from tests.tiny import cpu_ops
 
 STEPS = 6
@@ -197,7 +198,7 @@ class Rig:
         try:
             outputs = [leaves(self.step(request, size, step, at)) for step in range(STEPS)]
         finally:
-            session = native._open.pop()[1]
+            session = WORKER.active.sessions.pop()
             report = session.close().as_dict()
         return outputs, report
 

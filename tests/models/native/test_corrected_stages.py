@@ -12,7 +12,7 @@ import torch
 from sglang_cachedit_plugin.cache.error_control import RESTART
 from sglang_cachedit_plugin.config import effective
 from sglang_cachedit_plugin.config.effective import Defaults
-from sglang_cachedit_plugin.integration import native
+from sglang_cachedit_plugin.integration.request import WORKER
 from tests.models.native.harness import noise
 from tests.models.native.test_steps import (
     CASES,
@@ -37,7 +37,7 @@ def nothing_left(monkeypatch):
     monkeypatch.setattr(effective, "_current", Defaults())
     with known_classes():
         yield
-    assert not native._open and not native._running
+    assert not WORKER.active.sessions and not WORKER.active.stages
 
 
 def stage_of(*bases: type, **methods: Any) -> Any:

@@ -11,6 +11,7 @@ from torch import nn
 from sglang_cachedit_plugin import adapters
 from sglang_cachedit_plugin.errors import MountError
 from sglang_cachedit_plugin.integration import native
+from sglang_cachedit_plugin.integration.request import WORKER
 from tests.models.native.cases import CASES
 from tests.models.native.harness import (
     CACHED,
@@ -175,10 +176,10 @@ def test_a_class_that_cannot_be_cached_runs_on_with_the_reason_or_fails_with_str
     model = empty(name)
     stage = stage_of(model, set_arguments())
     native.CacheDitDenoisingMixin._maybe_enable_cache_dit(stage, STEPS, batch(True, {}))
-    report = native._open.pop()[1].close().as_dict()
+    report = WORKER.active.sessions.pop().close().as_dict()
     assert not report["enabled"]
-    assert report["reason"] == f"{name}: {adapters.NATIVE[name].refused}"
+    assert report["reason"] == f"{name}: {adapters.NATIVE[name].unsupported}"
     assert "forward" not in model.__dict__
     with pytest.raises(MountError, match=name):
         native.CacheDitDenoisingMixin._maybe_enable_cache_dit(stage, STEPS, batch(True, {"strict": True}))
-    native._open.pop()
+    WORKER.active.sessions.pop()

@@ -16,6 +16,7 @@ from sglang_cachedit_plugin.config.effective import Defaults
 from sglang_cachedit_plugin.config.sources import read_environment
 from sglang_cachedit_plugin.errors import MountError
 from sglang_cachedit_plugin.integration import native, native_stages
+from sglang_cachedit_plugin.integration.request import WORKER
 from tests.models.native.cases import CASES
 from tests.models.native.harness import MASK, STEPS, Rig, batch, distance, noise, set_arguments
 from tests.models.native.test_native_models import rig
@@ -28,8 +29,8 @@ STATIC = {"steps_computation_mask": MASK, "scm_policy": "static", "max_warmup_st
 @pytest.fixture(autouse=True)
 def nothing_open():
     yield
-    native._open.clear()
-    native._running.clear()
+    WORKER.active.sessions.clear()
+    WORKER.active.stages.clear()
 
 
 def stage_classes() -> dict[str, type]:
@@ -275,7 +276,7 @@ def test_requests_of_another_kind_pass_through():
     cls = stage_classes()["VLAActionDenoisingStage"]
     answer = native.run_stage(lambda stage, made, args: made, cls.__new__(cls), "action", set_arguments())
     assert answer == "action"
-    assert native._open == []
+    assert WORKER.active.sessions == []
 
 
 @pytest.mark.parametrize(
@@ -286,7 +287,7 @@ def test_what_the_host_does_itself_is_not_done_twice(field, reason):
     made = request(**STATIC)
     setattr(made, field, True)
     native.CacheDitDenoisingMixin._maybe_enable_cache_dit(each.stage, STEPS, made)
-    assert reason in native._open.pop()[1].close().as_dict()["reason"]
+    assert reason in WORKER.active.sessions.pop().close().as_dict()["reason"]
     assert not each.stage._cache_dit_enabled
 
 
@@ -301,7 +302,7 @@ def test_a_picture_that_grows_during_denoising_starts_anew():
         if step == 3:
             native.CacheDitDenoisingMixin._refresh_cache_dit_context(each.stage, 3, None)
         outputs.append(each.step(made, int(step >= 3), step))
-    report = native._open.pop()[1].close().as_dict()
+    report = WORKER.active.sessions.pop().close().as_dict()
     assert report["transformers"]["transformer"]["branches"]["cond"]["computed"] == [0, 3]
     assert [output.shape[1] for output in outputs] == [16, 16, 16, 24, 24, 24]
 

@@ -15,6 +15,7 @@ from sglang_cachedit_plugin.config.effective import Defaults
 from sglang_cachedit_plugin.config.sources import read_environment
 from sglang_cachedit_plugin.errors import RefusedError
 from sglang_cachedit_plugin.integration import native, recording, sglang_api
+from sglang_cachedit_plugin.integration.request import WORKER
 from sglang_cachedit_plugin.report import metrics
 from tests.models.native.harness import MASK, STEPS, Case, Rig, _Arguments, batch, noise, set_arguments
 from tests.models.native.test_native_models import rig
@@ -29,8 +30,8 @@ SPECIFIC = "model_specific_stages"
 def nothing_open(monkeypatch):
     monkeypatch.setattr(effective, "_current", Defaults())
     yield
-    left = [*native._open, *native._kept, *native._running]
-    for leftover in (native._open, native._kept, native._running):
+    left = [*WORKER.active.sessions, *WORKER.kept, *WORKER.active.stages]
+    for leftover in (WORKER.active.sessions, WORKER.kept, WORKER.active.stages):
         leftover.clear()
     assert left == []
 
@@ -252,7 +253,7 @@ def test_flux3_requests_that_are_denoised_in_one_go_end_with_one_report_each(cou
         executed([stage], requests, stage.server_args)
         assert [made.metrics.cache_dit["cached_steps"] for made in requests] == [2, 2]
     assert [(each["requests"], each["cached_steps"], each["computed_steps"]) for each in counted] == [(2, 2, 4)] * 2
-    assert native._stages[stage].backend.buffer_bytes() == 0
+    assert WORKER.models[stage].buffer_bytes() == 0
 
 
 # LTX-2
@@ -400,7 +401,7 @@ def test_minimax_in_comfyui_caches_over_the_requests_of_a_run(comfy, counted):
         assert last["transformers"]["transformer"]["branches"]["cond"]["cached"] == [2, 4]
         assert [report["computed_steps"] + report["cached_steps"] for report in during] == [1, 2, 3, 4, 5]
     assert [(each["requests"], each["cached_steps"]) for each in counted] == [(1, 2), (1, 2)]
-    assert native._stages[comfy._cache_stage].backend.buffer_bytes() == 0
+    assert WORKER.models[comfy._cache_stage].buffer_bytes() == 0
 
 
 def test_a_run_of_comfyui_that_is_given_up_ends_with_the_next(comfy, counted):

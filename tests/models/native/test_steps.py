@@ -14,6 +14,7 @@ from sglang_cachedit_plugin.cache.error_control import BEGINNING, RESTART
 from sglang_cachedit_plugin.config import effective
 from sglang_cachedit_plugin.config.effective import Defaults
 from sglang_cachedit_plugin.integration import native
+from sglang_cachedit_plugin.integration.request import WORKER
 from tests.models.native.harness import _Arguments, noise, set_arguments
 from tests.unit.blocks import DIM, TOKENS, TinyDiT, known_classes
 
@@ -30,7 +31,7 @@ def nothing_left(monkeypatch):
     monkeypatch.setattr(effective, "_current", Defaults())
     with known_classes():
         yield
-    assert not native._open and not native._running
+    assert not WORKER.active.sessions and not WORKER.active.stages
 
 
 class Model(TinyDiT):
@@ -174,6 +175,17 @@ def test_a_step_that_the_tolerance_leaves_out_runs_no_branch():
     branches = report["transformers"]["transformer"]["branches"]
     assert stage.transformer.forwards == sum(len(branch["computed"]) for branch in branches.values()) < 2 * N
     assert branches["cond"] == branches["uncond"]
+
+
+def test_a_branch_whose_difference_the_host_reuses_is_not_reported():
+    stage = made_stage()
+    _, report = denoised(stage, made_request(CONTROL, cfg=True, gate=0.5))
+    branches = report["transformers"]["transformer"]["branches"]
+    assert stage.transformer.forwards == sum(len(branch["computed"]) for branch in branches.values())
+    first = min(step for step in branches["cond"]["computed"] if step >= N // 2)
+    assert any(step > first for step in branches["cond"]["cached"])
+    for kind in ("computed", "cached"):
+        assert branches["uncond"][kind] == [step for step in branches["cond"][kind] if step < first]
 
 
 def test_the_second_expert_starts_without_history():

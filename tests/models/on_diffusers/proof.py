@@ -16,6 +16,7 @@ from sglang_cachedit_plugin.cache.step_plan import build_plan
 from sglang_cachedit_plugin.config.settings import CacheSettings
 from sglang_cachedit_plugin.report.stats import TransformerStats
 from tests.models.on_diffusers.zoo import STEPS, Noise
+from tests.unit.blocks import wanted
 
 MASK = (1, 1, 0, 1, 0, 0)
 CACHED = [step for step, computed in enumerate(MASK) if not computed]
@@ -58,7 +59,7 @@ class Proof:
         plan, _ = build_plan(settings, STEPS, preset_mask)
         stats = TransformerStats(steps=STEPS)
         spec = TransformerSpec(name="transformer", settings=settings, plan=plan)
-        self.mounted.refresh(spec, stats, lambda name, kwargs: self.identity)
+        self.mounted.refresh(wanted(spec, stats, lambda name, kwargs: self.identity))
         return stats
 
     def equals_plain(self, side: int) -> bool:

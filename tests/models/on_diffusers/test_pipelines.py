@@ -18,7 +18,7 @@ from sglang_cachedit_plugin.errors import MountError
 from sglang_cachedit_plugin.integration import diffusers as diffusers_backend
 from sglang_cachedit_plugin.integration import recording, sglang_api
 from sglang_cachedit_plugin.integration.diffusers import PipelineCache
-from sglang_cachedit_plugin.integration.session import Session
+from sglang_cachedit_plugin.integration.request import Session
 from tests.models.on_diffusers.pipelines import PIPELINES, unet_pipeline
 from tests.models.on_diffusers.proof import CACHED, LARGE, MASK, SMALL
 from tests.models.on_diffusers.zoo import STEPS
@@ -68,7 +68,7 @@ def schedule(report: dict) -> dict[str, dict[str, tuple[list[int], list[int]]]]:
 
 def test_every_row_that_says_run_is_run_in_a_pipeline():
     assert {case.transformer for case in PIPELINES.values()} == {
-        name for name, row in DIFFUSERS.items() if row.verified == "run" and not row.refused
+        name for name, row in DIFFUSERS.items() if row.verified == "run" and not row.unsupported
     }
 
 
@@ -177,7 +177,7 @@ def test_a_unet_is_refused_with_the_reason(monkeypatch):
     stage = Stage(pipe, monkeypatch)
     stage.load()
     reason = "StableDiffusionPipeline denoises with a UNet, only transformers are cached"
-    assert stage.lines == [f"cache-dit: off: {reason}"]
+    assert stage.lines == [f"cache-dit: off [model]: {reason}"]
     picture, report = stage.run(arguments)
     assert torch.equal(picture, plain)
     assert (report["enabled"], report["reason"]) == (False, reason)
@@ -186,7 +186,7 @@ def test_a_unet_is_refused_with_the_reason(monkeypatch):
 
 
 def test_a_refused_class_goes_on_uncached(monkeypatch):
-    row = ModelAdapter(family="AuraFlow", refused="its blocks are a secret")
+    row = ModelAdapter(family="AuraFlow", unsupported="its blocks are a secret")
     monkeypatch.setitem(DIFFUSERS, "AuraFlowTransformer2DModel", row)
     case = PIPELINES["AuraFlowPipeline"]
     pipe = case.build()
@@ -194,7 +194,7 @@ def test_a_refused_class_goes_on_uncached(monkeypatch):
     stage = Stage(pipe, monkeypatch)
     stage.load()
     reason = "AuraFlowTransformer2DModel: its blocks are a secret"
-    assert stage.lines == [f"cache-dit: off: {reason}"]
+    assert stage.lines == [f"cache-dit: off [model]: {reason}"]
     picture, report = stage.run(case.call(SMALL))
     assert torch.equal(picture, plain)
     assert (report["enabled"], report["reason"]) == (False, reason)

@@ -11,7 +11,7 @@ import torch
 from sglang_cachedit_plugin.cache.runtime import TransformerSpec
 from sglang_cachedit_plugin.config.effective import Defaults
 from sglang_cachedit_plugin.integration.diffusers import PipelineCache
-from sglang_cachedit_plugin.integration.session import Session
+from sglang_cachedit_plugin.integration.request import Session
 from tests.models.on_diffusers.pipelines import PIPELINES
 from tests.models.on_diffusers.proof import SMALL
 from tests.models.on_diffusers.test_pipelines import call, schedule, serve
@@ -35,7 +35,7 @@ def watched(name: str, **knobs: Any) -> tuple[TransformerSpec, list[float], dict
     session = Session("diffusers", Defaults().decide(True, {"scm_policy": "static", "max_warmup_steps": 0, **knobs}))
     with cache.request(session, N):
         call(pipe, case.call(SMALL), N)
-        spec = cache.backend.mounted["transformer"].contexts.spec
+        spec = cache.mounted["transformer"].cache.spec
     return spec, timesteps[:: len(case.branches)], session.close().as_dict()
 
 
@@ -43,7 +43,7 @@ def watched(name: str, **knobs: Any) -> tuple[TransformerSpec, list[float], dict
 def test_image_to_image_takes_the_part_of_a_mask_at_its_own_timesteps(name):
     spec, timesteps, report = watched(name, steps_computation_mask=list(MASK))
     assert len(timesteps) == N // 2
-    assert spec.positions == pytest.approx(timesteps, abs=0.01)
+    assert spec.timesteps == pytest.approx(timesteps, abs=0.01)
     assert schedule(report)["transformer"]["cond"] == ([0, 1, 4], [2, 3, 5])
     assert report["transformers"]["transformer"]["steps"] == N // 2
     assert report["reason"] is None

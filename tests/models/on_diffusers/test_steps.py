@@ -10,7 +10,7 @@ import torch
 from sglang_cachedit_plugin.cache.error_control import BEGINNING, RESTART
 from sglang_cachedit_plugin.config.effective import Defaults
 from sglang_cachedit_plugin.integration.diffusers import PipelineCache
-from sglang_cachedit_plugin.integration.session import Session
+from sglang_cachedit_plugin.integration.request import Session
 from tests.models.on_diffusers.pipelines import PIPELINES
 from tests.models.on_diffusers.proof import SMALL
 from tests.models.on_diffusers.test_pipelines import call, schedule

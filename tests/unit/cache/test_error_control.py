@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_cachedit_plugin.cache.error_control import BEGINNING, LONGEST, RESTART, ErrorControl
-from sglang_cachedit_plugin.cache.readings import relative_error
+from sglang_cachedit_plugin.cache.similarity import relative_error
 from tests.unit.cache.loops import SCHEDULERS, Loop, noise, uncached
 from tests.unit.cache.test_corrector import BASES, curved, polynomial
 
@@ -276,6 +276,24 @@ def test_each_loop_of_a_request_begins_anew():
     twice, once = (each.stats.transformers["transformer"].branches["cond"] for each in (loop, alone))
     assert once.cached and twice.cached == 2 * once.cached
     assert loop.stats.error_control.passed_on == pytest.approx(2 * alone.stats.error_control.passed_on)
+
+
+def test_the_errors_of_each_loop_of_a_request_are_kept():
+    def other(step, place, latents):
+        return 0.5 * curved(step, 1.5 * place, latents)
+
+    loop = Loop("diffusers Euler", STEPS, curved, error_tolerance=10.0)
+    loop.run(last=False)
+    loop.steps.begin_loop()
+    loop.scheduler.set_timesteps(STEPS)
+    loop._output = other
+    loop.run()
+    alone = [Loop("diffusers Euler", STEPS, each, error_tolerance=10.0) for each in (curved, other)]
+    for each in alone:
+        each.run()
+    first, second = (each.stats.error_control.errors for each in alone)
+    assert first and second and first != second
+    assert loop.stats.error_control.errors == first | {f"loop 2: {step}": error for step, error in second.items()}
 
 
 def test_a_loop_whose_scheduler_is_not_told_its_beginning_stands_at_its_own_places():
