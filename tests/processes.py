@@ -285,5 +285,5 @@ def _spawned(command: list[str], cwd: str, environment: dict[str, str], files: d
     for number, file in files.items():
         os.dup2(file, number)
         os.close(file)
-    sys.stdin = open(0, closefd=False)
+    sys.stdin = os.fdopen(0, closefd=False)
     _become(command, cwd, environment)
