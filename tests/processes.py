@@ -16,6 +16,7 @@ import fcntl
 import importlib
 import multiprocessing
 import os
+import random
 import runpy
 import signal
 import socket
@@ -29,7 +30,6 @@ from contextlib import suppress
 from multiprocessing import connection, context, forkserver, process, reduction, spawn
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 ROOT = Path(__file__).parents[1]
 _lock = threading.Lock()
@@ -60,8 +60,7 @@ class Forked:
         self._process = forks.Process(target=_run, args=(self.args, str(cwd), dict(env), files))
         with _lock:
             forks.set_forkserver_preload(["tests.preloaded"])
-            with mock.patch.dict(os.environ, host_environment(), clear=True):
-                self._process.start()
+            self._process.start()
         self.pid = self._process.pid
 
     @property
@@ -161,6 +160,7 @@ def _become(command: list[str], cwd: str, environment: dict[str, str]) -> None:
         del sys.modules[name]
     # Whoever asks is told that nobody forked this process.
     process._parent_process, process.current_process().name = None, "MainProcess"
+    random.seed()
     if "TORCH_LOGS" in environment:
         # torch has read it when it was imported.
         sys.modules["torch._logging"]._init_logs()
