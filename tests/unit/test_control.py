@@ -14,7 +14,7 @@ from prometheus_client import REGISTRY
 from sglang_cachedit_plugin.config import effective
 from sglang_cachedit_plugin.config.effective import Defaults
 from sglang_cachedit_plugin.config.settings import KNOBS
-from sglang_cachedit_plugin.config.sources import CONTROL_KEY_VARIABLE, MAX_CHANGE_BYTES, read_file
+from sglang_cachedit_plugin.config.sources import CONTROL_KEY_VARIABLE, MAX_CHANGE_BYTES, read_file, read_overrides
 from sglang_cachedit_plugin.errors import SettingError
 from sglang_cachedit_plugin.integration import sglang_api
 from sglang_cachedit_plugin.report import metrics
