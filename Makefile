@@ -30,6 +30,8 @@ demo: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
+	$(BIN)/mypy
+	$(BIN)/python docs/generate.py --check
 
 # Pages are tested in a real Chromium, and without one those tests are skipped. This installs it, as root on Debian.
 browser:
@@ -44,10 +46,10 @@ test: lint
 	$(PYTEST)
 
 test-unit: setup
-	$(PYTEST) tests/unit tests/contract
+	$(PYTEST) tests/unit tests/contract tests/dist --ignore tests/dist/test_recipes.py
 
 test-host: setup
-	$(PYTEST) tests/models tests/dist tests/e2e -m "not soak"
+	$(PYTEST) tests/models tests/e2e tests/dist/test_recipes.py -m "not soak"
 
 test-soak: setup
 	$(PYTEST) tests/e2e -m soak

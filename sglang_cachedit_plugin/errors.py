@@ -53,7 +53,7 @@ class Reason(str):
         made.code = code
         return made
 
-    def __getnewargs__(self) -> tuple[str, str]:
+    def __getnewargs__(self) -> tuple[str, str]:  # type: ignore[override]  # copies need the code too
         return self.code, str(self)
 
     def after(self, prefix: str) -> Reason:

@@ -7,8 +7,8 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
+from ..cache.cached_model import preset_mask
 from ..cache.error_control import BEGINNING
-from ..cache.mount import preset_mask
 from ..cache.step_plan import build_plan
 from ..config.effective import Defaults
 from ..config.settings import CacheSettings

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from ..adapters import find_adapter
-from ..cache.mount import CachedModel
+from ..cache.cached_model import CachedModel
 from ..cache.parallel import tell_parallel
 from ..cache.solvers import Solver
 from ..config import effective
@@ -167,8 +167,8 @@ def _open(
     model, stages = _model(stage), WORKER.active.stages
     try:
         groups = ranks.groups(
-            [each.stage for each in stages] or [stage], batch, modules=model.modules.values(), joint=joint,
-            patch_size=getattr(stage.transformer, "patch_size", None),
+            WORKER.slices, [each.stage for each in stages] or [stage], batch, joint=joint,
+            modules=model.modules.values(), patch_size=getattr(stage.transformer, "patch_size", None),
         )
     except MountError as error:
         session.refuse(str(error))
