@@ -29,6 +29,8 @@ demo: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
+	$(BIN)/mypy
+	$(BIN)/python docs/generate.py --check
 
 # Pages are tested in a real Chromium; as root on Debian it is installed, elsewhere bring one.
 browser:

@@ -12,11 +12,10 @@ from typing import Any
 from .. import hooks
 from ..adapters import entry_points
 from ..client import differing
-from ..config import effective, preflight
-from ..config.config_file import file_label
+from ..config import diffusers_sections, effective
+from ..config.diffusers_sections import Machine
 from ..config.effective import Defaults
-from ..config.preflight import Machine
-from ..config.sources import read_environment, read_file
+from ..config.sources import file_label, read_environment, read_file
 from ..errors import CacheDitError, HostContractError
 from ..integration import host_contract, sglang_api
 from ..integration.host_contract import untried
@@ -92,7 +91,7 @@ def _settings(
         sections = file.passed_on
         if num_gpus is not None:
             # Devices are left alone: the doctor may well run on a machine without any.
-            sections = preflight.fit(
+            sections = diffusers_sections.fit(
                 sections, num_gpus, Machine(cache_dit=sglang_api.version("cache-dit") or ""), file_label(config)
             )
         described["sections"] = dict(sections)

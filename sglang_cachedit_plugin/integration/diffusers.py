@@ -17,7 +17,7 @@ from ..cache.runtime import Groups, Identity
 from ..cache.solvers import Solver, hooked, hooked_scheduler, latents_of
 from ..cache.stretch import Stretch
 from ..config import effective
-from ..config.config_file import file_label
+from ..config.sources import file_label
 from ..errors import MountError
 from ..report.stats import COND
 from . import cache_dit_sections, ranks, recording, request, sglang_api, startup

@@ -21,7 +21,7 @@ from ..cache.solvers import Solver
 from ..cache.step_plan import StepPlan, build_plan
 from ..cache.stretch import Stretch
 from ..cache.warmup import Warmup
-from ..config import effective, resampling
+from ..config import effective, tuned_schedules
 from ..config.effective import Decision
 from ..config.settings import CacheSettings
 from ..config.sources import REQUEST, Source
@@ -204,7 +204,8 @@ def attach(batch: Any, stats: RequestStats) -> None:
 
 def count(batches: Sequence[Any], stats: RequestStats, *, failed: bool = False) -> None:
     """Count the report of requests that were denoised together, and write its log line."""
-    batches = [each for each in batches if not (sglang_api.serves_nobody(each) or WARMUP in getattr(each, "extra", {}))]
+    batches = [batch for batch in batches if not sglang_api.serves_nobody(batch)]
+    batches = [batch for batch in batches if WARMUP not in getattr(batch, "extra", ())]
     if not batches:
         return
     ended = "refused" if stats.refused else "failed" if failed else None
@@ -482,9 +483,10 @@ class Session:
             self.stats.note(f"schedules are tuned for the first denoising stage, the {steps} steps are computed")
             return replace(settings, schedules=None, steps_computation_mask=(1,) * steps), None
         if stretch is None:
-            row, note = resampling.choose(settings.schedules, steps, facts.size, facts.timesteps)
+            row, note = tuned_schedules.choose(settings.schedules, steps, facts.size, facts.timesteps)
         else:
-            row, note = resampling.choose(settings.schedules, len(stretch.timesteps), facts.size, stretch.timesteps)
+            places = stretch.timesteps
+            row, note = tuned_schedules.choose(settings.schedules, len(places), facts.size, places)
             row = stretch.row(row)
         if note is not None:
             self.stats.note(note)
