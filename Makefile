@@ -7,12 +7,13 @@ SHELL := /bin/bash
 TEST_WORKERS ?= 2
 COMPILED := sglang torch transformers diffusers cache_dit accelerate fastapi pydantic openai scipy numpy sympy
 
-.PHONY: setup demo test lint browser requirements clean
+.PHONY: setup demo test test-unit test-host test-soak lint browser mutations requirements clean
 
 setup: $(VENV)/.ready
 
 # uv comes from the ordinary registry into a folder of its own, then installs the pinned, hashed stack.
-# Bytecode is compiled once: without it every start of the host spends half its time compiling.
+# Bytecode is compiled once: without it every start of the host spends half its time compiling. Left out is what is
+# written for one version of Python alone.
 $(VENV)/.ready: requirements/dev.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	test -x .uv/bin/uv || { $(PYTHON) -m venv .uv && .uv/bin/pip install --quiet --disable-pip-version-check uv; }
@@ -20,7 +21,7 @@ $(VENV)/.ready: requirements/dev.txt pyproject.toml
 	.uv/bin/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements/dev.txt
 	.uv/bin/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
 	cd $$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path(\"purelib\"))") && \
-	  env -u PYTHONDONTWRITEBYTECODE $(abspath $(BIN))/python -m compileall -q -j 2 $(COMPILED) >/dev/null 2>&1 || true
+	  env -u PYTHONDONTWRITEBYTECODE $(abspath $(BIN))/python -W ignore -m compileall -q -j 2 -x 'py3[0-9]+_' $(COMPILED)
 	touch $@
 
 demo: setup
@@ -32,14 +33,30 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/python docs/generate.py --check
 
-# Pages are tested in a real Chromium; as root on Debian it is installed, elsewhere bring one.
+# Pages are tested in a real Chromium, and without one those tests are skipped. This installs it, as root on Debian.
 browser:
 	command -v chromium >/dev/null || test -n "$$CHROMIUM" || \
 	  { test $$(id -u) = 0 && apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } || \
-	  { echo "make test needs Chromium: install it, or name it in CHROMIUM" >&2; exit 1; }
+	  { echo "Chromium could not be installed here: install it, or name it in CHROMIUM" >&2; exit 1; }
 
-test: lint browser
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+# What each level costs stands in CONTRIBUTING.md. Tests that share a server or a fixture go to one worker.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadgroup --no-loadscope-reorder
+
+test: lint
+	$(PYTEST)
+
+test-unit: setup
+	$(PYTEST) tests/unit tests/contract
+
+test-host: setup
+	$(PYTEST) tests/models tests/dist tests/e2e -m "not soak"
+
+test-soak: setup
+	$(PYTEST) tests/e2e -m soak
+
+# Twenty defects, each of which must be caught.
+mutations: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutations
 
 # The pins, without registry addresses.
 requirements:

@@ -1,58 +1,55 @@
-"""Chart of the rows that ``benchmarks.quality --out`` wrote: ``python -m benchmarks.chart FILE... --out chart.png``."""
+"""Chart of a table of ``benchmarks.quality``: ``python -m benchmarks.chart docs/results/quality-image.md OUT.png``."""
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
 
-PANELS = (("mean", np.mean), ("10th percentile", lambda values: np.percentile(values, 10)), ("worst", np.min))
+PANELS = ("mean", "10th percentile", "worst")
 LINES = {
     "tolerance ": ("error control", "tab:blue", "o"),
     "fewer steps, Euler": ("fewer steps, Euler", "tab:gray", "s"),
     "fewer steps, UniPC": ("fewer steps, UniPC", "tab:brown", "s"),
-    "fewer steps, DPM": ("fewer steps, DPM-Solver++", "tab:olive", "s"),
 }
-POINTS = {"off": ("DBCache, SCM, TaylorSeer, DMD: corrector off", "tab:red", "x"),
-          "on": ("the same: corrector on", "tab:green", "+")}
+POINTS = {
+    "corrector off": ("DBCache, SCM, TaylorSeer, DMD: corrector off", "tab:red", "x"),
+    "corrector on": ("the same: corrector on", "tab:green", "+"),
+}
 
 
-def merged(files: Sequence[Path]) -> dict[str, Any]:
-    """Rows of several files by setting; the last file that has a setting counts."""
-    found: dict[str, Any] = {}
-    for file in files:
-        found.update(json.loads(file.read_text())["rows"])
-    return found
+def read(path: Path) -> tuple[str, dict[str, list[float]]]:
+    """Title, and computed steps with mean, 10th percentile and worst PSNR of each setting."""
+    text = path.read_text(encoding="utf-8")
+    rows = {}
+    for line in text.splitlines():
+        name, *cells = (cell.strip() for cell in line.replace("\\|", ":").strip("|").split("|"))
+        if len(cells) == 4 and cells[0][:1].isdigit():
+            rows[name] = [float(cell) for cell in cells]
+    return text.splitlines()[0].removeprefix("# "), rows
 
 
-def draw(rows: Mapping[str, Any], title: str, out: Path) -> None:
+def draw(title: str, rows: dict[str, list[float]], out: Path) -> None:
     """One panel for the mean, the 10th percentile and the worst picture; to the left and up is better."""
     figure = Figure(figsize=(13, 4.6), layout="constrained")
-    for axes, (name, measure) in zip(figure.subplots(1, 3, sharey=True), PANELS, strict=True):
+    for index, (axes, panel) in enumerate(zip(figure.subplots(1, 3, sharey=True), PANELS, strict=True), start=1):
         for prefix, (label, colour, marker) in LINES.items():
-            points = sorted(
-                (np.mean([row[1] for row in each]), measure([row[2] for row in each]), setting)
-                for setting, each in rows.items() if setting.startswith(prefix)
+            own = sorted(
+                (row[0], row[index], name) for name, row in rows.items()
+                if name.startswith(prefix) and not name.endswith("corrector off")
             )
-            if points:
-                places = [point[0] for point in points], [point[1] for point in points]
-                axes.plot(*places, marker=marker, color=colour, label=label)
-            if prefix == "tolerance ":
-                for x, y, setting in points:
-                    axes.annotate(setting.removeprefix(prefix), (x, y), textcoords="offset points", xytext=(5, -9),
-                                  fontsize=7, color=colour)
+            axes.plot([each[0] for each in own], [each[1] for each in own], marker=marker, color=colour, label=label)
+            for x, y, name in own if prefix == "tolerance " else ():
+                axes.annotate(name.removeprefix(prefix), (x, y), textcoords="offset points", xytext=(5, -9),
+                              fontsize=7, color=colour)
         for end, (label, colour, marker) in POINTS.items():
             points = [
-                (np.mean([row[1] for row in each]), measure([row[2] for row in each]))
-                for setting, each in rows.items() if setting.endswith(f"| {end}") and not setting.startswith("output")
+                (row[0], row[index]) for name, row in rows.items()
+                if name.endswith(f": {end}") and not name.startswith("output")
             ]
             axes.scatter(*zip(*points, strict=True), marker=marker, color=colour, label=label)
-        axes.set(title=name, xlabel="computed steps of 28")
+        axes.set(title=panel, xlabel="computed steps of 28")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("PSNR against 28 computed steps, dB")
     figure.axes[0].legend(fontsize=7)
@@ -63,11 +60,10 @@ def draw(rows: Mapping[str, Any], title: str, out: Path) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.chart", description=__doc__)
-    parser.add_argument("files", type=Path, nargs="+")
-    parser.add_argument("--title", required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("table", type=Path)
+    parser.add_argument("out", type=Path)
     args = parser.parse_args()
-    draw(merged(args.files), args.title, args.out)
+    draw(*read(args.table), args.out)
 
 
 if __name__ == "__main__":

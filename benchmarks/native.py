@@ -7,6 +7,7 @@ uncached run. TeaCache and Spectrum are SGLang's own; the searched schedules are
 from __future__ import annotations
 
 import argparse
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ import yaml
 
 from sglang_cachedit_plugin import demo
 from sglang_cachedit_plugin.evaluation import quality
+from sglang_cachedit_plugin.evaluation.host_process import HostPool
 from sglang_cachedit_plugin.tune.candidates import spectrum_computed
-from sglang_cachedit_plugin.tune.engine import Engine
 
 FOLDER = Path(demo.__file__).parent
 TUNED = Path(__file__).parents[1] / "configs" / "tuned-demo.yaml"
@@ -70,25 +71,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.native", description=__doc__)
     parser.add_argument("--prompts", type=int, default=12, help="held-out prompts, from the first")
     parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--only", default="", help="only settings whose name matches this regular expression")
     args = parser.parse_args()
+    wanted = {name: request for name, request in requests(args.steps).items() if re.search(args.only, name)}
     prompts = (FOLDER / "prompts/heldout.txt").read_text(encoding="utf-8").split("\n")[: args.prompts]
     found: dict[str, list[tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        engine = Engine(str(FOLDER / "FLUX.1-dev"), "sglang", Path(folder), {})
+        pool = HostPool({"model_path": str(FOLDER / "FLUX.1-dev"), "backend": "sglang"}, Path(folder), [{}])
         try:
             for seed, prompt in enumerate(prompts):
                 frame = {
                     "prompt": prompt, "seed": seed, "width": 128, "height": 128, "num_inference_steps": args.steps
                 }
-                uncached = engine.run({**frame, **OFF})
-                for name, request in requests(args.steps).items():
-                    drawn = engine.run({**frame, **request})
+                uncached, *others = pool.run_all([{**frame, **request} for request in (OFF, *wanted.values())])
+                for (name, request), drawn in zip(wanted.items(), others, strict=True):
                     found.setdefault(name, []).append((
                         computed_steps(name, request, drawn.report, args.steps),
                         quality.psnr(uncached.picture, drawn.picture),
                     ))
         finally:
-            engine.close()
+            pool.close()
     print(f"image, native, {args.steps} steps, {len(prompts)} pictures, CPU")
     print("| setting | computed | PSNR mean | p10 | worst |\n|---|---|---|---|---|")
     for name, rows in found.items():

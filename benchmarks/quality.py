@@ -34,6 +34,10 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
         "folder": "FLUX.1-dev", "prompts": "",
         "call": {"height": 128, "width": 128, "true_cfg_scale": 3.0, "negative_prompt": "grey"},
     },
+    "image-cfg-empty": {
+        "folder": "FLUX.1-dev", "prompts": "",
+        "call": {"height": 128, "width": 128, "true_cfg_scale": 3.0, "negative_prompt": ""},
+    },
     "video": {
         "folder": "Wan2.2-T2V-A14B-Diffusers", "prompts": "video-",
         "call": {"height": 64, "width": 64, "num_frames": 9, "guidance_scale": 2.0},
@@ -85,9 +89,13 @@ def carry() -> dict[str, Settings]:
 
 
 def tolerance() -> dict[str, Settings]:
-    """Error control at several tolerances, corrected under guidance too."""
-    values = (0.001, 0.003, 0.006, 0.01, 0.02, 0.04, 0.08)
-    return {f"tolerance {value}": {"error_tolerance": value, "corrector": True} for value in values}
+    """Error control at several tolerances; the built-in profiles without the corrector too."""
+    found: dict[str, Settings] = {"DBCache defaults": {}}
+    for value in (0.001, 0.003, 0.006, 0.01, 0.02, 0.04, 0.08):
+        found[f"tolerance {value}"] = {"error_tolerance": value}
+    for value in (0.003, 0.01, 0.08):
+        found[f"tolerance {value}, corrector off"] = {"error_tolerance": value, "corrector": False}
+    return found
 
 
 def safeguards() -> dict[str, Settings]:
@@ -104,8 +112,22 @@ def safeguards() -> dict[str, Settings]:
     }
 
 
+def choices() -> dict[str, Settings]:
+    """Error control as built, and each choice made otherwise."""
+    others: Mapping[str, Settings] = {
+        "as built": {}, "order 1": {"corrector_order": 1}, "carry 0.5": {"corrector_carry": 0.5},
+        "carry 1": {"corrector_carry": 1.0}, "corrector off": {"corrector": False},
+        "beginning 3": {"constants": {"BEGINNING": 3}}, "longest 6": {"constants": {"LONGEST": 6}},
+    }
+    return {
+        f"{name}, tolerance {tolerance}": {"error_tolerance": tolerance, **settings}
+        for tolerance in (0.01, 0.04) for name, settings in others.items()
+    }
+
+
 SETS: Mapping[str, Callable[[], dict[str, Settings]]] = {
     "corrector": corrector, "carry": carry, "tolerance": tolerance, "safeguards": safeguards,
+    "choices": choices,
 }
 FEWER: Mapping[str, str] = {
     "Euler": "FlowMatchEulerDiscreteScheduler", "UniPC": "UniPCMultistepScheduler",

@@ -22,9 +22,10 @@ from typing import Any
 
 import psutil
 
-from sglang_cachedit_plugin.bench import hosts
+from sglang_cachedit_plugin.bench import variants
 from sglang_cachedit_plugin.bench.run import reading
 from sglang_cachedit_plugin.bench.variants import PLUGIN, UNCACHED, Variant
+from sglang_cachedit_plugin.evaluation.host_process import HostError, HostProcess
 
 WITHOUT, CONTROL, WITH = "without", "without again", "with"
 VARIANTS = {WITHOUT: UNCACHED, CONTROL: UNCACHED, WITH: PLUGIN}
@@ -38,9 +39,9 @@ class Measured:
     def __init__(self, name: str, args: argparse.Namespace, model: Path, folder: Path):
         variant = Variant(name=name.replace(" ", "-"), kind=VARIANTS[name])
         flags = ["--attention-backend", "torch_sdpa"]
-        arguments = hosts.arguments(variant, str(model), args.backend, 1, flags, None, folder)
-        environment = hosts.environment(variant, folder, sync=False)
-        self.host = hosts.HostProcess(arguments, environment, folder / f"{variant.name}.log", timeout=300)
+        arguments = variants.arguments(variant, str(model), args.backend, 1, flags, None, folder)
+        environment = variants.environment(variant, folder, sync=False)
+        self.host = HostProcess(environment, folder / f"{variant.name}.log", timeout=300).start(arguments)
         own = psutil.Process(self.host.process.pid)
         self.processes = [own, *own.children(recursive=True)]
 
@@ -58,9 +59,9 @@ class Measured:
         before = self.cpu()
         found = reading(self.host.run(request))
         if found["error"]:
-            raise hosts.HostError(found["error"])
+            raise HostError(found["error"])
         if found["enabled"]:
-            raise hosts.HostError("caching is on")
+            raise HostError("caching is on")
         return {"cpu_s": self.cpu() - before, **{name: found[name] for name in ("seconds", "denoising_s")}}
 
 

@@ -39,7 +39,7 @@ def soak(
     model: Path, folder: Path, *, clients: int, requests: int | None = None, seconds: float | None = None, seed: int = 0
 ) -> tuple[Outcome, list[str], Memory]:
     """What came of a run, where ``/metrics`` differs from the reports, and the server's memory."""
-    with serving(model, folder, "--enable-metrics") as url:
+    with serving(model, folder, "--enable-metrics", cold=True) as url:
         memory = Memory(server_process(url))
         before = scrape(url)
         load = Load(url, seed=seed)

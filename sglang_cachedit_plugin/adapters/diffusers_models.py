@@ -6,11 +6,7 @@ attention are added between blocks, which a list that stands in for the whole lo
 
 from __future__ import annotations
 
-from typing import Literal
-
-from .table import Blocks, ModelAdapter
-
-Cfg = Literal["none", "separate", "batched", "paired"]
+from .table import Blocks, Cfg, ModelAdapter
 
 
 def _hidden(name: str, stream: str = "hidden_states") -> Blocks:
@@ -25,26 +21,20 @@ def _both(name: str, *, shares_decision: bool = False) -> Blocks:
 
 def _encoder_first(name: str, *, shares_decision: bool = False) -> Blocks:
     """Blocks that return encoder, then hidden states."""
-    return Blocks(
-        name=name, streams=("encoder_hidden_states", "hidden_states"),
-        shares_decision=shares_decision,
-    )
+    return Blocks(name=name, streams=("encoder_hidden_states", "hidden_states"), shares_decision=shares_decision)
 
 
 def _row(family: str, *blocks: Blocks, cfg: Cfg = "batched", note: str = "", transformers: int = 1) -> ModelAdapter:
-    return ModelAdapter(
-        family=family, blocks=blocks, cfg=cfg, note=note, transformers=transformers, verified="run"
-    )
+    return ModelAdapter(family=family, blocks=blocks, cfg=cfg, note=note, transformers=transformers, verified="run")
 
 
 _FLUX = (_encoder_first("transformer_blocks"), _encoder_first("single_transformer_blocks", shares_decision=True))
 _HUNYUAN = (_both("transformer_blocks"), _both("single_transformer_blocks", shares_decision=True))
 _FLUX_APART = (_encoder_first("transformer_blocks"), _hidden("single_transformer_blocks"))
 
-IMAGES: dict[str, ModelAdapter] = {
-    "FluxTransformer2DModel": _row(
-        "FLUX.1, Kontext, Fill, Control, ControlNet, VisualCloze", *_FLUX, cfg="separate"
-    ),
+DIFFUSERS: dict[str, ModelAdapter] = {
+    # image
+    "FluxTransformer2DModel": _row("FLUX.1, Kontext, Fill, Control, ControlNet, VisualCloze", *_FLUX, cfg="separate"),
     "Flux2Transformer2DModel": _row("FLUX.2", *_FLUX_APART, cfg="separate"),
     "ChromaTransformer2DModel": _row("Chroma", *_FLUX_APART, cfg="separate"),
     "BriaTransformer2DModel": _row("Bria 3.2", *_FLUX),
@@ -84,12 +74,8 @@ IMAGES: dict[str, ModelAdapter] = {
     "Transformer2DModel": ModelAdapter(
         family="VQ-Diffusion", unsupported="it samples discrete tokens, and diffusers has deprecated it", cfg="batched"
     ),
-}
-
-VIDEOS: dict[str, ModelAdapter] = {
-    "WanTransformer3DModel": _row(
-        "Wan 2.1 and 2.2, Lucy Edit", _hidden("blocks"), cfg="separate", transformers=2
-    ),
+    # video
+    "WanTransformer3DModel": _row("Wan 2.1 and 2.2, Lucy Edit", _hidden("blocks"), cfg="separate", transformers=2),
     "ChronoEditTransformer3DModel": _row("ChronoEdit", _hidden("blocks"), cfg="separate"),
     "SkyReelsV2Transformer3DModel": _row(
         "SkyReels-V2", _hidden("blocks"), cfg="separate",
@@ -129,5 +115,3 @@ VIDEOS: dict[str, ModelAdapter] = {
     ),
     "StableAudioDiTModel": _row("Stable Audio", _hidden("transformer_blocks")),
 }
-
-DIFFUSERS: dict[str, ModelAdapter] = {**IMAGES, **VIDEOS}

@@ -15,6 +15,7 @@ _CHUNKED = (
     "it is sampled chunk by chunk in a few steps, and each block's keys and values are what the next chunk reads"
 )
 _TEXTURE = "a UNet with skip connections over its whole depth, in a texture stage with a loop of its own"
+_TOWERS = "its stage walks the blocks of the video and the audio tower itself"
 _NO_DIT = "no diffusion transformer: it runs once a request, outside the denoising loop"
 
 
@@ -39,9 +40,7 @@ NATIVE: dict[str, ModelAdapter] = {
     "Flux2Transformer2DModel": _row(
         family="FLUX.2",
         blocks=(
-            _blocks(
-                "transformer_blocks", *_TEXT_FIRST, materialize="_materialize_gated_residual"
-            ),
+            _blocks("transformer_blocks", *_TEXT_FIRST, materialize="_materialize_gated_residual"),
             _blocks("single_transformer_blocks", "hidden_states", materialize="_materialize_gated_residual"),
         ),
         cfg="none", note="two decisions a step; the undistilled klein-base runs one forward for each branch",
@@ -64,10 +63,7 @@ NATIVE: dict[str, ModelAdapter] = {
         family="Ming-Image", blocks=(_blocks("layers", "x"),), note="the refiners before the joint trunk always run"
     ),
     "GlmImageTransformer2DModel": _row(family="GLM-Image", blocks=(_blocks("transformer_blocks", *_DOUBLE),)),
-    "SD3Transformer2DModel": _row(
-        family="Stable Diffusion 3",
-        blocks=(_blocks("transformer_blocks", *_TEXT_FIRST),),
-    ),
+    "SD3Transformer2DModel": _row(family="Stable Diffusion 3", blocks=(_blocks("transformer_blocks", *_TEXT_FIRST),)),
     "LongCatImageTransformer2DModel": _row(
         family="LongCat-Image",
         blocks=(
@@ -101,9 +97,7 @@ NATIVE: dict[str, ModelAdapter] = {
         unsupported="its autoregressive stage runs the denoising loop itself and mounts a cache of its own",
     ),
     "JoyTransformer3DModel": _row(family="JoyImage", blocks=(_blocks("double_blocks", "img", "txt"),)),
-    "JoyImageEditTransformer3DModel": _row(
-        family="JoyImage Edit", blocks=(_blocks("double_blocks", "img", "txt"),)
-    ),
+    "JoyImageEditTransformer3DModel": _row(family="JoyImage Edit", blocks=(_blocks("double_blocks", "img", "txt"),)),
     # video
     "WanTransformer3DModel": _row(
         family="Wan 2.1, Wan 2.2", blocks=(_blocks("blocks", "hidden_states"),), transformers=2
@@ -145,9 +139,7 @@ NATIVE: dict[str, ModelAdapter] = {
     "LingBotWorldTransformer3DModel": _row(
         family="LingBot-World", blocks=(_blocks("blocks", "hidden_states"),), transformers=2
     ),
-    "SanaVideoTransformer3DModel": _row(
-        family="Sana-Video", blocks=(_blocks("transformer_blocks", "hidden_states"),)
-    ),
+    "SanaVideoTransformer3DModel": _row(family="Sana-Video", blocks=(_blocks("transformer_blocks", "hidden_states"),)),
     "SanaVideo2Transformer3DModel": _row(
         family="Sana-Video 2", cfg="batched",
         output_only="every block attends to the outputs of all blocks before it, so the middle cannot be left out",
@@ -165,12 +157,8 @@ NATIVE: dict[str, ModelAdapter] = {
     "Flux3Transformer": ModelAdapter(
         family="FLUX.3 action", unsupported="its stage calls the parts of the model one by one, not its forward"
     ),
-    "WanModel": ModelAdapter(
-        family="MOVA video", unsupported="its stage walks the blocks of the video and the audio tower itself"
-    ),
-    "WanAudioModel": ModelAdapter(
-        family="MOVA audio", unsupported="its stage walks the blocks of the video and the audio tower itself"
-    ),
+    "WanModel": ModelAdapter(family="MOVA video", unsupported=_TOWERS),
+    "WanAudioModel": ModelAdapter(family="MOVA audio", unsupported=_TOWERS),
     "CausalWanTransformer3DModel": ModelAdapter(family="Causal Wan (Self-Forcing)", unsupported=_CHUNKED),
     "LongLive2Transformer3DModel": ModelAdapter(family="LongLive 2", unsupported=_CHUNKED),
     "CausalLingBotWorldTransformer3DModel": ModelAdapter(family="LingBot-World causal", unsupported=_CHUNKED),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+Cfg = Literal["none", "separate", "batched", "paired"]
+
 Ability = Literal["blocks", "output", "none"]
 """What of a class can be left out: its middle blocks, only the whole forward, or nothing."""
 
@@ -66,7 +68,7 @@ class ModelAdapter:
     family: str
     blocks: tuple[Blocks, ...] = ()
     transformers: int = 1
-    cfg: Literal["none", "separate", "batched", "paired"] = "separate"
+    cfg: Cfg = "separate"
     note: str = ""
     output_only: str = ""
     unsupported: str = ""

@@ -2,54 +2,55 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..evaluation.plots import FONT, Axis, Drawing, Shape, png, text_width
+from ..evaluation.plots import FONT, SMALL, Panel, paint, png
 from .variants import PLUGIN, STOCK, UNCACHED
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 COLOURS = {UNCACHED: "muted", STOCK: "warm", PLUGIN: "accent"}
-WIDTH, LINE, SMALL = 860.0, 34.0, 11.0
 
 
-def bars(rows: Sequence[Mapping[str, Any]], title: str, steps: int) -> Drawing:
+def bars(rows: Sequence[Mapping[str, Any]], title: str, steps: int) -> Panel:
     """One bar a variant: seconds of denoising, lighter the rest of the request; a tick marks the ideal."""
-    left = 16 + max(text_width(row["name"]) for row in rows)
+    left = 16 + 7.5 * max(len(row["name"]) for row in rows)
+    return Panel(title=title, width=860.0, height=70 + 34.0 * len(rows), margins=(left, 320, 48, 8),
+                 draw=functools.partial(_bars, rows, steps))
+
+
+def _bars(rows: Sequence[Mapping[str, Any]], steps: int, axes: Axes) -> None:
     longest = max((row["seconds"] or 0.0 for row in rows), default=0.0) or 1.0
-    axis = Axis(0.0, longest, left, WIDTH - 320)
-    shapes = [
-        Shape(kind="text", points=((4, 18),), text=title, size=FONT + 1, bold=True),
-        Shape(kind="text", points=((4, 36),), size=SMALL, colour="muted",
-              text="Seconds an output. Full colour: denoising; pale: the rest of the request; line: the ideal, "
-              "computed steps at the uncached step time."),
-    ]
+    axes.set_axis_off()
+    axes.set(xlim=(0, longest), ylim=(len(rows), 0))
+    axes.annotate("Seconds an output. Full colour: denoising; pale: the rest of the request; line: the ideal, computed "
+                  "steps at the uncached step time.", (0, 1), (4, -36), xycoords=("figure fraction", "figure fraction"),
+                  textcoords="offset points", color=paint("muted"), fontsize=SMALL)
     uncached = next((row["denoising_s"] for row in rows if row["kind"] == UNCACHED), None)
     for index, row in enumerate(rows):
-        shapes += _bar(row, 52 + index * LINE, axis, uncached, steps)
-    return Drawing(width=WIDTH, height=60 + LINE * len(rows), shapes=tuple(shapes), label=title)
+        middle = index + 0.5
+        axes.annotate(row["name"], (0, middle), (-8, 0), textcoords="offset points", ha="right", va="center",
+                      fontsize=FONT, weight="bold" if row["kind"] == PLUGIN else "normal", color=paint("ink"),
+                      parse_math=False)
+        whole = row["seconds"] or 0.0
+        axes.barh(middle, whole, 0.64, color=paint("rule"))
+        axes.barh(middle, min(row["denoising_s"] or whole, whole), 0.64, color=paint(COLOURS[row["kind"]]))
+        if row["efficiency"] is not None and row["kind"] != UNCACHED and uncached is not None:
+            ideal = uncached * row["computed"] / steps
+            axes.plot([ideal, ideal], [middle - 0.4, middle + 0.4], color=paint("ink"), linewidth=1.6)
+        axes.annotate(words(row), (whole, middle), (8, 0), textcoords="offset points", va="center", fontsize=SMALL,
+                      color=paint("warm" if row["seconds"] is None else "ink"), annotation_clip=False,
+                      parse_math=False)
 
 
-def _bar(
-    row: Mapping[str, Any], top: float, axis: Axis, uncached: float | None, steps: int
-) -> list[Shape]:
-    middle, low = top + 15, top + 22
-    shapes = [Shape(kind="text", points=((axis.start - 8, middle),), text=row["name"], anchor="end",
-                    size=FONT, bold=row["kind"] == PLUGIN)]
+def words(row: Mapping[str, Any]) -> str:
+    """What stands beside a bar."""
     if row["seconds"] is None:
-        text = f"failed: {row['error'] or 'no figure'}"
-        return [*shapes, Shape(kind="text", points=((axis.start, middle),), colour="warm", size=SMALL,
-                               text=text if len(text) < 100 else text[:99] + "…")]
-    whole, denoising = axis.at(row["seconds"]), axis.at(min(row["denoising_s"] or row["seconds"], row["seconds"]))
-    shapes.append(Shape(kind="bar", points=((axis.start, top), (whole, low)), colour="rule"))
-    shapes.append(Shape(kind="bar", points=((axis.start, top), (denoising, low)), colour=COLOURS[row["kind"]]))
-    if row["efficiency"] is not None and row["kind"] != UNCACHED and uncached is not None:
-        ideal = axis.at(uncached * row["computed"] / steps)
-        shapes.append(Shape(kind="line", points=((ideal, top - 3), (ideal, low + 3)), colour="ink", size=1.6))
-    return [*shapes, Shape(kind="text", points=((whole + 8, middle),), text=_words(row), size=SMALL)]
-
-
-def _words(row: Mapping[str, Any]) -> str:
+        return f"failed: {row['error'] or 'no figure'}"[:100]
     parts = [f"{row['seconds']:.2f} s"]
     if row["kind"] != UNCACHED and row["speedup"] is not None:
         parts.append(f"{row['speedup']:.2f}×")
@@ -64,4 +65,4 @@ def _words(row: Mapping[str, Any]) -> str:
 
 def write(rows: Sequence[Mapping[str, Any]], title: str, steps: int, path: Path) -> None:
     """The chart as PNG."""
-    png([[bars(rows, title, steps)]], path)
+    png([bars(rows, title, steps)], path)

@@ -13,16 +13,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from ..config.effective import Defaults
 from ..config.sources import FileConfig, read_file
 from ..errors import CacheDitError, SettingError
+from ..evaluation import quality
+from ..evaluation.host_process import HostProcess
 from ..integration import sglang_api as host_facts
 from . import chart, summary
-from .hosts import HostError, HostProcess, arguments, environment
 from .run import Host, Seat, Work, run
 from .server import Server
 from .server import profiles as server_profiles
-from .variants import Variant, parse_settings, plan
+from .variants import Variant, arguments, environment, parse_settings, plan
 
 _PACKAGES = ("sglang", "cache-dit", "torch", "diffusers", "sglang-cachedit-plugin")
 
@@ -31,7 +34,7 @@ def bench(args: argparse.Namespace) -> int:
     """Run the comparison; status 1 where a variant failed altogether, 2 for bad options."""
     try:
         variants, work = prepare(args)
-    except (CacheDitError, HostError, OSError, ValueError) as error:
+    except (CacheDitError, OSError, ValueError) as error:
         print(f"cache-dit: error: {error}", file=sys.stderr)
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
@@ -43,8 +46,9 @@ def bench(args: argparse.Namespace) -> int:
     print(summary.table(rows))
     title = f"{results['model']}, {args.backend} backend, {args.steps} steps, {args.size}"
     chart.write(rows, title, args.steps, args.out / "bench.png")
-    if not args.keep_arrays:
-        for path in work.pictures.glob("*.npy"):
+    for path in work.pictures.glob("*.npy"):
+        Image.fromarray(quality.still(quality.load(path))).save(path.with_suffix(".png"))
+        if not args.keep_arrays:
             path.unlink()
     print(f"\n{results['machine']['summary']}, {results['date']}. Files: {args.out}/bench.json, bench.png, pictures/")
     return int(any(row["seconds"] is None for row in rows))
@@ -54,7 +58,7 @@ def prepare(args: argparse.Namespace) -> tuple[list[Variant], Work]:
     """What is to be done, checked.
 
     Raises:
-        SettingError, HostError, OSError, ValueError: an option that cannot be used.
+        CacheDitError, OSError, ValueError: an option that cannot be used.
     """
     if bool(args.model_path) == bool(args.url):
         raise SettingError("--model-path", args.model_path, "command line", "expected either a model or --url")
@@ -88,14 +92,14 @@ def prepare(args: argparse.Namespace) -> tuple[list[Variant], Work]:
 def start(variant: Variant, args: argparse.Namespace) -> Host:
     """The host of a variant."""
     if args.url:
-        return Server(args.url, args.timeout, video=bool(args.frames))
+        return Server(args.url, args.timeout)
     logs = args.out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     flags = arguments(
         variant, args.model_path, args.backend, args.num_gpus, args.host_flags, args.cache_dit_config, logs
     )
-    return HostProcess(flags, environment(variant, logs, sync=not args.no_sync), logs / f"{variant.name}.log",
-                       args.timeout)
+    env = environment(variant, logs, sync=not args.no_sync)
+    return HostProcess(env, logs / f"{variant.name}.log", args.timeout).start(flags)
 
 
 def collect(seats: Sequence[Seat], args: argparse.Namespace, work: Work, hosts: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from .hosts import HostError
+from ..evaluation.host_process import HostError
 from .variants import PLUGIN, UNCACHED, Variant, changed, steady
 
 

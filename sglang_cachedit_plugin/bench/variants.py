@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -11,6 +14,7 @@ import yaml
 from ..config.settings import ALIASES
 from ..config.sources import ENABLED_VARIABLE, VARIABLES, read_request
 from ..errors import SettingError, nearest
+from ..evaluation.host_process import free_ports, without_settings
 
 UNCACHED, STOCK, PLUGIN = "uncached", "stock", "plugin"
 STOCK_KNOBS = frozenset({
@@ -184,3 +188,48 @@ def changed(variant: Variant) -> dict[str, Any]:
     default = STOCK_DEFAULTS["residual_diff_threshold"]
     threshold = float(variant.settings.get("residual_diff_threshold", default))
     return {**steady(variant), "residual_diff_threshold": threshold * (1 - 1e-6) or 1e-6}
+
+
+def plugins_without_this() -> str:
+    """The host's list of allowed plugins (``SGLANG_PLUGINS``) that leaves this plugin out and keeps all others."""
+    given = [name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",") if name.strip()]
+    installed = [point.name for group in ("sglang.multimodal_gen.plugins", "sglang.multimodal_gen.platforms")
+                 for point in metadata.entry_points(group=group)]
+    kept = [name for name in (given or installed) if name != "cachedit"]
+    return ",".join(dict.fromkeys(kept)) or "none"
+
+
+def environment(variant: Variant, logs: Path, *, sync: bool) -> dict[str, str]:
+    """The environment of a variant's host: the caller's without any cache settings, then the variant's own."""
+    kept = without_settings() | {
+        "SGLANG_DIFFUSION_STAGE_LOGGING": "1", "SGLANG_PERF_LOG_DIR": str(logs),
+        "SGLANG_DIFFUSION_SYNC_STAGE_PROFILING": "1" if sync else "0",
+    }
+    if variant.kind != PLUGIN:
+        kept["SGLANG_PLUGINS"] = plugins_without_this()
+    return kept | variant.environment()
+
+
+def arguments(
+    variant: Variant, model_path: str, backend: str, num_gpus: int, host_flags: Sequence[str], config: str | None,
+    folder: Path,
+) -> list[str]:
+    """Host flags of a variant's process; given ones outrank those set here."""
+    flags = {
+        "--model-path": model_path, "--backend": backend, "--num-gpus": str(num_gpus), "--warmup-mode": "off",
+        "--log-level": "error", **{"--" + name.replace("_", "-"): str(port) for name, port in free_ports().items()},
+    }
+    given = {flag.split("=")[0].replace("_", "-") for flag in host_flags if flag.startswith("--")}
+    if variant.kind == PLUGIN and config:
+        flags["--cache-dit-config"] = config
+    if variant.kind == STOCK and backend == "diffusers":
+        path = folder / f"{variant.name}.yaml"
+        path.write_text(yaml.safe_dump(_plain(variant.stock_file())), encoding="utf-8")
+        flags["--cache-dit-config"] = str(path)
+    return [*(text for flag, value in flags.items() if flag not in given for text in (flag, value)), *host_flags]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value

@@ -19,7 +19,7 @@ from torch import nn
 from ..adapters import Blocks
 from ..errors import MountError
 from .branch_cache import BranchCache, BranchState
-from .compiling import no_compile
+from .compiling import no_compile, untraced
 from .mount_check import BlockProbe
 from .parallel import first_residual, is_respread
 
@@ -51,12 +51,8 @@ class _Pass:
     open: bool = False
     outputs: int | None = None
 
-    def handed(self, value: Any) -> None:
+    def hand_on(self, value: Any) -> None:
         self.handed_on = weakref.ref(value) if isinstance(value, torch.Tensor) else None
-
-    def returned(self, value: Any) -> bool:
-        """Whether ``value`` is the tensor that the last hook returned."""
-        return value is not None and self.handed_on is not None and self.handed_on() is value
 
 
 class SharedBlockState:
@@ -76,6 +72,8 @@ class SharedBlockState:
         self.blocks, self.cache = blocks, cache
         self.size = 0
         self._materialize = materialize
+        # A block returns its only stream as it is, be it unfinished.
+        self._bare = materialize is not None and len(blocks.streams) == 1
         self._first: nn.Module | None = None
         self.probe: BlockProbe | None = None
         self._passes: list[_Pass] = []
@@ -98,8 +96,7 @@ class SharedBlockState:
 
     def watch(self, first: int, last: int) -> BlockProbe:
         """A probe of the next forward with these numbers of first and last blocks."""
-        bare = self._materialize is not None and len(self.blocks.streams) == 1
-        self.probe = BlockProbe(self.blocks, self.size, (first, self.size - last), bare=bare)
+        self.probe = BlockProbe(self.blocks, (first, self.size - last), bare=self._bare)
         return self.probe
 
     def hook(self, block: nn.Module) -> BlockHook:
@@ -108,7 +105,7 @@ class SharedBlockState:
         self.size += 1
         return BlockHook(self, block, self.size - 1)
 
-    @torch.compiler.disable
+    @untraced
     def before(self, hook: BlockHook, args: Any, kwargs: Any) -> tuple[_Pass | None, bool, Any, Any]:
         """(pass, whether the block runs, its arguments); where it does not run, args is its output.
 
@@ -140,20 +137,19 @@ class SharedBlockState:
             streams = self._close(current, streams)
         return current, False, self._hand_on(current, streams), None
 
-    @torch.compiler.disable
+    @untraced
     def after(self, hook: BlockHook, current: _Pass | None, output: Any) -> Any:
         """The block's output, noted where it ends the middle."""
         if current is None:
             return output
         if self.probe is not None:
             self.probe.leave(current.key, hook.index, output, respread=is_respread(hook.block))
-        # Its only stream as it is, be it unfinished.
-        bare = isinstance(output, torch.Tensor) or (self._materialize is not None and len(self.blocks.streams) == 1)
+        bare = self._bare or isinstance(output, torch.Tensor)
         current.outputs = None if bare else len(output)
         streams = dict(zip(self.blocks.streams, (output,) if bare else output, strict=False))
         if hook.index == self._middle()[1] - 1 and current.open:
             return self._hand_on(current, self._close(current, streams), output)
-        current.handed(streams.get(self.blocks.measured))
+        current.hand_on(streams.get(self.blocks.measured))
         return output
 
     def _middle(self) -> tuple[int, int]:
@@ -170,7 +166,7 @@ class SharedBlockState:
             return None
         ahead = [each for each in self._passes if each.position < index]
         if len(ahead) > 1:
-            ahead = [each for each in ahead if each.returned(given)]
+            ahead = [each for each in ahead if given is not None and each.handed_on and each.handed_on() is given]
             self.mixed = len(ahead) != 1
             return None if self.mixed else ahead[0]
         if not ahead:
@@ -215,7 +211,7 @@ class SharedBlockState:
 
     def _hand_on(self, current: _Pass, streams: Streams, like: Any = None) -> Any:
         """What a block returns for ``streams``; further values are those of ``like``, or None."""
-        current.handed(streams[self.blocks.measured])
+        current.hand_on(streams[self.blocks.measured])
         values = [streams[name] for name in self.blocks.streams]
         if current.outputs is None and len(values) == 1:
             return values[0]

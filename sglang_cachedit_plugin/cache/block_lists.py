@@ -6,13 +6,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from .. import adapters
 from ..adapters import Blocks, entry_points
-from ..errors import MountError
+from ..errors import MountError, Reason
 from .block_hooks import SharedBlockState, fits, positional
 from .branch_cache import BranchCache
 from .mount_check import BlockProbe
@@ -97,10 +97,11 @@ def describe(transformer: nn.Module, pipe: Any = None) -> list[Blocks]:
     """
     name, row = type(transformer).__name__, adapters.find_adapter(type(transformer))
     if row is not None and not row.blocks:
-        raise MountError(f"{name}: {row.output_only or row.unsupported}")
+        raise MountError(Reason("model", f"{name}: {row.output_only or row.unsupported}"))
     described = row.blocks if row is not None else _from_register(transformer, pipe)
     if not described:
-        raise MountError("; ".join([f"{name}: no adapter describes its blocks", *entry_points.load().problems]))
+        why = "; ".join([f"{name}: no adapter describes its blocks", *entry_points.load().problems])
+        raise MountError(Reason("no_adapter", why))
     found: dict[str, Blocks] = {}
     for each in described:
         if each.name not in found and all(fits(block, each) for block in _list(transformer, each.name)[1]):
@@ -114,7 +115,7 @@ def _list(transformer: nn.Module, path: str) -> tuple[nn.Module, nn.ModuleList]:
     parent, _, name = path.rpartition(".")
     try:
         owner = transformer.get_submodule(parent)
-        return owner, owner._modules[name]
+        return owner, cast(nn.ModuleList, owner._modules[name])
     except (AttributeError, KeyError) as error:
         raise MountError(
             f"{type(transformer).__name__}: its blocks are not as declared: it has no {path}"

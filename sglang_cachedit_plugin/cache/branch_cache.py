@@ -15,8 +15,10 @@ from typing import Any
 import torch
 
 from ..config.settings import CacheSettings
+from ..errors import Reason
 from ..report.stats import COND, BranchStats, TransformerStats
 from . import rank_agreement
+from .compiling import untraced
 from .dmd import DMDForecaster
 from .forecast import Extrapolator
 from .inputs import Given, differ
@@ -50,7 +52,6 @@ class BranchState:
     branch: str
     measured: str
     last_step: int = -1
-    repeated: bool = False
     last_diff: tuple[int, float] | None = None
     accumulated_diff: float = 0.0
     first: torch.Tensor | None = None
@@ -70,7 +71,7 @@ class BranchState:
         self.absent.clear()
 
     def held_bytes(self) -> int:
-        first = 0 if self.first is None else self.first.numel() * self.first.element_size()
+        first = 0 if self.first is None else self.first.nbytes
         return first + sum(each.held_bytes() for each in self.middle.values())
 
 
@@ -133,13 +134,17 @@ class BranchCache:
         return self.spec
 
     @property
-    def _branch_stats(self) -> BranchStats:
+    def _reported(self) -> TransformerStats:
         assert self.stats is not None
-        return self.stats.branch(self._identity.branch)
+        return self.stats
+
+    @property
+    def _branch_stats(self) -> BranchStats:
+        return self._reported.branch(self._identity.branch)
 
     # One forward: receive, begin_forward, decide (for each block list), end_forward or record.
 
-    @torch.compiler.disable
+    @untraced
     def receive(self, identity: Identity) -> bool:
         """Whether the inputs of a branch have another form than before; what it holds is then dropped."""
         branch, step = identity.branch, identity.step
@@ -155,25 +160,23 @@ class BranchCache:
             changes = self._changes[branch]
             changes.append(step)
             steps = f"step{'s' * (len(changes) > 1)} {', '.join(map(str, changes))}"
-            assert self.stats is not None
-            self.stats.remark(
-                f"{branch} input", f"{branch}: its input changed shape or dtype at {steps}, computed anew"
-            )
+            why = f"{branch}: its input changed shape or dtype at {steps}, computed anew"
+            self._reported.remark(f"{branch} input", Reason("input", why))
         return True
 
-    @torch.compiler.disable
+    @untraced
     def begin_forward(self, identity: Identity) -> None:
         """The next decisions belong to ``identity``."""
         self._forward_in_step = self._forward_in_step + 1 if identity.step == self._identity.step else 0
         self._identity = identity
         self._outcomes = []
 
-    @torch.compiler.disable
+    @untraced
     def end_forward(self) -> None:
         """Record the finished forward: cached where every block list was."""
         self._branch_stats.record(self._identity.step, bool(self._outcomes) and all(self._outcomes))
 
-    @torch.compiler.disable
+    @untraced
     def record(self, *, cached: bool) -> None:
         """Note the forward under way, where no block list decided it: the branches' plans may differ."""
         self._verify(cached, self.groups.forward)
@@ -181,16 +184,14 @@ class BranchCache:
 
     def computed_last(self, identity: Identity) -> bool:
         """Whether the forward that has just ended was computed."""
-        assert self.stats is not None
-        return self.stats.branch(identity.branch).computed[-1:] == [identity.step]
+        return self._reported.branch(identity.branch).computed[-1:] == [identity.step]
 
-    @torch.compiler.disable
+    @untraced
     def disable_branch(self, branch: str, why: str = "forwards cannot be told apart") -> None:
         """Compute every further step of ``branch``, and say why."""
         if branch not in self._disabled:
             self._disabled.add(branch)
-            assert self.stats is not None
-            self.stats.notes.append(f"{branch}: {why}, every step is computed")
+            self._reported.notes.append(f"{branch}: {why}, every step is computed")
 
     # What the middle blocks of a computed step added, and what they would add on a cached one.
 
@@ -212,7 +213,7 @@ class BranchCache:
         step = self._identity.step
         return state.middle[stream].predict(self.request.position(step), step=step)
 
-    @torch.compiler.disable
+    @untraced
     def repeat_values(self, steps: Iterable[int]) -> None:
         """As if ``steps`` had computed what the last one did: forecasts have the history that they ask for."""
         for step in steps:
@@ -237,16 +238,15 @@ class BranchCache:
             self._leading.pop(blocks, None)
             state = self._states[key] = BranchState(blocks, self._identity.branch, measured)
         self._current = state
-        state.repeated = step == state.last_step
-        if state.repeated:
+        repeated, state.last_step = step == state.last_step, step
+        if repeated:
             self.disable_branch(state.branch)
-        state.last_step = step
         if self.told:
             self.tell(None)
         cached = self._may_cache(state, residual)
         self._verify(cached, self._group)
         run = self._run_of(blocks)
-        if self.coupled or not state.repeated:
+        if self.coupled or not repeated:
             # A second forward that cannot be told from the first must not part ranks whose plans go by the run.
             run.streak = run.streak + 1 if cached else 0
         run.cached += cached
@@ -303,13 +303,13 @@ class BranchCache:
             state.accumulated_diff += diff
         return may_cache and decisive < threshold
 
-    @torch.compiler.disable
+    @untraced
     def action(self, cached: int = 0, continuous: int = 0) -> Action:
         """What the plan says of the forward under way."""
         plan = self.request.plan_of(self._identity.branch)
         return plan.action(self._identity.step - self.request.first_step, cached, continuous)
 
-    @torch.compiler.disable
+    @untraced
     def cached_by_plan(self, ready: bool) -> bool:
         """Whether a schedule caches the forward under way and nothing speaks against it.
 
@@ -398,7 +398,7 @@ class BranchCache:
         """The ranks that decide this forward together, None for this one alone."""
         return self.groups.cfg_group if self.coupled else self.groups.forward
 
-    @torch.compiler.disable
+    @untraced
     def tell(self, failure: Exception | None) -> None:
         """Tell the other CFG ranks whether the forward under way failed.
 
@@ -416,7 +416,7 @@ class BranchCache:
         """
         return not rank_agreement.any_rank(not may_cache, self.groups.cfg_group) if self.coupled else may_cache
 
-    @torch.compiler.disable
+    @untraced
     def problem_anywhere(self, own: str | None) -> str | None:
         """What is wrong with the forward that was looked at, on this rank or one that may decide with it.
 

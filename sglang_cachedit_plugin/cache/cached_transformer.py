@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .. import adapters
-from ..errors import MountError
+from ..errors import MountError, Reason
 from ..report.stats import TransformerStats
 from . import block_lists
 from .branch_cache import BranchCache
@@ -231,23 +231,22 @@ class CachedTransformer:
             raise MountError(f"{name}: {self.probe.problem}")
         if self._output_only:
             if settings.forecast != "output":
-                raise MountError(f"{name}: {self._output_only}; forecast: output can be used")
+                raise MountError(Reason("model", f"{name}: {self._output_only}; forecast: output can be used"))
             if not spec.plan.static:
-                raise MountError(
-                    f"{name}: {self._output_only}, so no difference can be measured; use a schedule with "
+                raise MountError(Reason(
+                    "model", f"{name}: {self._output_only}, so no difference can be measured; use a schedule with "
                     "steps_computation_policy: static"
-                )
+                ))
             return
         first, last, blocks = settings.Fn_compute_blocks, settings.Bn_compute_blocks, min(self.num_blocks)
         if first + last > blocks:
-            raise MountError(
-                f"Fn_compute_blocks {first} + Bn_compute_blocks {last} exceed the {blocks} blocks of {self.name}"
-            )
+            why = f"Fn_compute_blocks {first} + Bn_compute_blocks {last} exceed the {blocks} blocks of {self.name}"
+            raise MountError(Reason("block_count", why))
         if last > first and any(each.blocks.mirrored for each in self._lists.shared):
-            raise MountError(
-                f"{name}: its last blocks take what its first ones made: Bn_compute_blocks {last} must not exceed "
-                f"Fn_compute_blocks {first}"
-            )
+            raise MountError(Reason(
+                "block_count", f"{name}: its last blocks take what its first ones made: Bn_compute_blocks {last} must "
+                f"not exceed Fn_compute_blocks {first}"
+            ))
 
     @property
     def num_blocks(self) -> list[int]:

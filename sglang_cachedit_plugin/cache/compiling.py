@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
+F = TypeVar("F", bound=Callable[..., Any])
 
-def no_compile(function: Callable[..., Any]) -> Callable[..., Any]:
+
+def untraced(function: F) -> F:
+    """Keep torch.compile out of ``function`` and of all that it calls."""
+    return cast(F, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+
+
+def no_compile(function: F) -> F:
     """Keep torch.compile out of ``function``, but not out of what it calls.
 
     So the original forward under it compiles to the graphs that it had before.
     """
-    return torch.compiler.disable(function, recursive=False)
+    return cast(F, torch.compiler.disable(function, recursive=False))  # type: ignore[no-untyped-call]
 
 
-def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+def with_own_code(function: Any) -> Any:
     """The same function with a code object of its own.
 
     torch.compile keeps graphs, and its decision to give up on a frame, for each code object. The cached

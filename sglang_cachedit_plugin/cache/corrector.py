@@ -25,6 +25,7 @@ class Corrector:
         order: degree of the polynomial through the computed outputs, 1 or 2.
         carry: how far a computed output follows its corrected latents: 1 leaves the predicted clean latents as they
             were, 0 the output.
+        keep: later forecasts start from the outputs so carried, not from the computed ones.
 
     Attributes:
         corrected: cached steps that were repeated.
@@ -32,8 +33,8 @@ class Corrector:
             device; None before the first.
     """
 
-    def __init__(self, outputs: Extrapolator, order: int, carry: float):
-        self._outputs, self._order, self._carry = outputs, order, carry
+    def __init__(self, outputs: Extrapolator, order: int, carry: float, *, keep: bool):
+        self._outputs, self._order, self._carry, self._keep = outputs, order, carry, keep
         self._start: tuple[dict[str, Any], torch.Tensor] | None = None
         self._pending: list[tuple[Call, Place]] = []
         self.corrected = 0
@@ -48,7 +49,7 @@ class Corrector:
         if self._start is None:
             # Some stages write the result of a step into the latents that they gave.
             self._start = (solver.snapshot(), call.sample.clone())
-        self._pending.append((call.without_tensors(), place))
+        self._pending.append((call.with_tensors(None, None), place))
         return solver.advance(call)
 
     def computed(self, solver: Solver, call: Call, place: Place) -> Any:
@@ -79,8 +80,10 @@ class Corrector:
         output = call.output
         if gain := self._carry * solver.gain(call, place):
             output = torch.add(output.float(), change, alpha=gain).to(output.dtype)
+            if self._keep:
+                self._outputs.update(place.position, output.detach().clone())
         return call.with_tensors(output, sample.to(call.sample.dtype))
 
     def held_bytes(self) -> int:
         """Bytes of the latents kept."""
-        return 0 if self._start is None else self._start[1].numel() * self._start[1].element_size()
+        return 0 if self._start is None else self._start[1].nbytes

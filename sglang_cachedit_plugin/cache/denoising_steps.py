@@ -11,15 +11,20 @@ from typing import Any
 import torch
 
 from ..config.settings import CacheSettings
+from ..errors import Reason
 from ..report.stats import COND, ErrorStats, RequestStats
 from . import rank_agreement
+from .compiling import untraced
 from .corrector import Corrector
 from .error_control import ErrorControl
 from .forecast import Extrapolator
-from .readings import Reading, relative_error
 from .runtime import Groups, RequestSpec
+from .similarity import Reading, relative_error
 from .solvers import Call, Place, Solver, hooked_scheduler
 from .step_plan import Action
+
+CARRY, CONTROLLED_CARRY = 0.5, 0.75
+"""How far computed outputs follow corrected latents; under an error tolerance forecasts start from them too."""
 
 
 class DenoisingSteps:
@@ -46,7 +51,10 @@ class DenoisingSteps:
         self._solver = solver
         self._settings, self._unfit = settings, False
         self._outputs = Extrapolator(1, depth=3)
-        self._corrector = Corrector(self._outputs, settings.corrector_order, settings.corrector_carry)
+        controlled, carry = settings.error_tolerance is not None, settings.corrector_carry
+        if carry is None:
+            carry = CONTROLLED_CARRY if controlled else CARRY
+        self._corrector = Corrector(self._outputs, settings.corrector_order, carry, keep=controlled)
         self._report = stats.corrector
         if problem := self._solver.problem():
             self._give_up(problem)
@@ -71,19 +79,19 @@ class DenoisingSteps:
         self._corrector.forget()
         if self._settings.error_tolerance is not None:
             self._control = None
-            self._stats.note(f"error_tolerance: {reason}; every step is computed")
+            self._stats.note(Reason("error_control", f"error_tolerance: {reason}; every step is computed"))
 
     def _choose(self, ran: frozenset[tuple[str, str]]) -> None:
         """Leave the corrector out where measurement shows that it does harm, unless it was asked for."""
         self._chosen = True
         settings, specs = self._settings, () if self.spec is None else self.spec.transformers
         guided = self._groups.cfg_group is not None or len({branch for _, branch in ran}) > 1
-        forecast = settings.forecast == "output" or settings.error_tolerance is not None or settings.calibrator
+        forecast = settings.forecast == "output" or settings.calibrator is not None
         if not self._report.enabled:
             return
         if any(each.weights for each in specs):
             self._report.enabled, self._report.reason = False, "fitted weights were searched without it"
-        elif guided and forecast:
+        elif guided and forecast and settings.error_tolerance is None:
             self._report.enabled, self._report.reason = False, "forecasts under guidance are better left as they are"
 
     def _keep_errors(self) -> None:
@@ -92,7 +100,8 @@ class DenoisingSteps:
             self._settle()
             self._stats.error_control.add_loop(self._control.errors, self._control.passed_on)
             if self._control.problem is not None:
-                self._stats.note(f"{self._control.problem}: every step after it was computed")
+                why = f"{self._control.problem}: every step after it was computed"
+                self._stats.note(Reason("error_control", why))
 
     def grow(self) -> None:
         """The picture has grown: nothing before counts, and the host may have moved the scheduler's next steps."""
@@ -118,7 +127,7 @@ class DenoisingSteps:
         """Read the scheduler's timesteps now, before the loop: the host waits for the device."""
         self._solver.place(0)
 
-    @torch.compiler.disable
+    @untraced
     def computes(self) -> bool:
         """Whether the step under way is computed, where an error tolerance decides."""
         return self._control is None or self._control.computes(self._count)
@@ -192,13 +201,21 @@ class DenoisingSteps:
         if not cached:
             self._computed(call, place, index)
         self._count += 1
-        if not self._report.enabled:
-            result = solver.advance(call)
-        else:
-            result = (self._corrector.cached if cached else self._corrector.computed)(solver, call, place)
+        result = self._advance(call, place, cached)
         # The next forward is the peak of the memory: it needs two outputs beside its own.
         self._outputs.evict_oldest()
         return result
+
+    def _advance(self, call: Call, place: Place, cached: bool) -> Any:
+        """The scheduler's step, corrected where the corrector is on."""
+        if not self._report.enabled:
+            return self._solver.advance(call)
+        if not cached:
+            return self._corrector.computed(self._solver, call, place)
+        if self._control is not None:
+            # The transformer forecast from its own outputs; the ones kept here have followed the corrected latents.
+            call = call.with_tensors(self._outputs.predict(place.position), call.sample)
+        return self._corrector.cached(self._solver, call, place)
 
     def _computed(self, call: Call, place: Place, index: int) -> None:
         """Keep a computed output; start measuring how far its forecast was off."""
@@ -210,8 +227,9 @@ class DenoisingSteps:
             if self._control.measures:
                 forecast = self._outputs.predict(place.position)
                 # The output of a stage that runs one sample may have no batch dimension; its latents have.
-                pair = (each.reshape(len(call.sample), -1) for each in (forecast, call.output))
-                error = relative_error(*pair, self._groups.cfg_group or self._groups.forward)
+                batch = len(call.sample)
+                group = self._groups.cfg_group or self._groups.forward
+                error = relative_error(forecast.reshape(batch, -1), call.output.reshape(batch, -1), group)
                 self._error = self._count, self._control.spread(self._count), Reading(error)
             self._control.computed(self._count)
         # The host may reuse the memory of an output, as CUDA graphs do.

@@ -72,7 +72,8 @@ class DMDFit:
         """Amplitudes with which the modes give the newest value, by least squares."""
         squares, vectors = torch.linalg.eigh(after)
         root = (squares.clamp(min=0.0).sqrt()[:, None] * vectors.mT).to(self._modes.dtype)
-        return torch.linalg.lstsq(root @ self._modes, root[:, -1:], driver="gelsd").solution[:, 0]
+        solution: torch.Tensor = torch.linalg.lstsq(root @ self._modes, root[:, -1:], driver="gelsd").solution
+        return solution[:, 0]
 
     def weights(self, horizon: float) -> list[float] | None:
         """Weights of the values without the oldest, ``horizon`` spacings after the newest; None if not finite."""
@@ -84,13 +85,12 @@ class DMDFit:
 class DMDForecaster:
     """Remembers the last computed values of one tensor and forecasts by their modes.
 
-    Fewer than four values at one spacing are extrapolated by a line on the real spacing instead, as
-    cache-dit does by step number.
+    Fewer than four values at one spacing are extrapolated by a line on the real spacing instead, as cache-dit does by
+    step number.
 
     Args:
         history: values kept.
-        rank: modes kept; 0 chooses by the spectrum.
-        ridge: see DMDFit.
+        rank, ridge: see DMDFit.
         single: inner products in float32 instead of float64.
     """
 
@@ -98,27 +98,29 @@ class DMDForecaster:
         self._history, self._rank, self._ridge = history, rank, ridge
         self._dtype = torch.float32 if single else torch.float64
         self._known: list[tuple[int, float, torch.Tensor]] = []
-        self._fits: list[DMDFit] | None = None
-
-    def update(self, position: float, value: torch.Tensor, step: int) -> None:
-        """Add the value computed at ``step``; a value of another shape starts anew."""
-        if self._known and self._known[-1][2].shape != value.shape:
-            self._known.clear()
-        self._known = [*(k for k in self._known if k[0] != step), (step, position, value)][-self._history :]
-        self._fits = None
+        self._fits: list[DMDFit | None] | None = None
 
     def __len__(self) -> int:
         return len(self._known)
 
     @property
     def latest(self) -> torch.Tensor:
-        """The last value."""
         return self._known[-1][2]
+
+    def update(self, position: float, value: torch.Tensor, step: int) -> None:
+        """Add the value computed at ``step``; a value of another shape starts anew."""
+        if self._known and self.latest.shape != value.shape:
+            self._known.clear()
+        self._known = [*(k for k in self._known if k[0] != step), (step, position, value)][-self._history :]
+        self._fits = None
 
     def evict_oldest(self) -> None:
         """Drop the value that the next one will push out."""
         del self._known[: max(0, len(self._known) - self._history + 1)]
         self._fits = None
+
+    def held_bytes(self) -> int:
+        return sum(value.nbytes for _, _, value in self._known)
 
     def predict(self, position: float, *, step: int) -> torch.Tensor:
         """The forecast at ``step``, in the dtype of the values."""
@@ -128,49 +130,34 @@ class DMDForecaster:
             for _, known, value in self._known[-2:]:
                 line.update(known, value)
             return line.predict(position)
-        spacing = tail[-1][0] - tail[-2][0]
-        values = [value for _, _, value in tail]
+        series = [_items(value) for _, _, value in tail]
         if self._fits is None:
-            products = gram(values, self._dtype)
-            self._fits = [_try_fit(each, self._rank, self._ridge) for each in products]
-        return self._combine(values, (step - tail[-1][0]) / spacing)
-
-    def _combine(self, values: list[torch.Tensor], horizon: float) -> torch.Tensor:
-        series = [_items(value) for value in values]
-        forecast = torch.empty_like(series[-1])
+            self._fits = [self._fit(each) for each in gram(series, self._dtype)]
+        horizon = (step - tail[-1][0]) / (tail[-1][0] - tail[-2][0])
+        forecast = series[-1].clone()
         for index, fit in enumerate(self._fits):
             weights = fit.weights(horizon) if fit is not None else None
-            if weights is None:
-                forecast[index] = series[-1][index]
-                continue
-            total = torch.zeros_like(forecast[index], dtype=torch.float32)
-            for weight, value in zip(weights, series[1:], strict=True):
-                total.add_(value[index], alpha=weight)
-            forecast[index] = total
-        return forecast.reshape(values[-1].shape)
+            if weights is not None:
+                total = torch.zeros_like(forecast[index], dtype=torch.float32)
+                for weight, value in zip(weights, series[1:], strict=True):
+                    total.add_(value[index], alpha=weight)
+                forecast[index] = total
+        return forecast.reshape(self.latest.shape)
+
+    def _fit(self, products: torch.Tensor) -> DMDFit | None:
+        """A fit, None where the values allow none: then the newest value is repeated."""
+        if not math.isfinite(float(products.sum())):
+            return None
+        try:
+            return DMDFit(products, self._rank, self._ridge)
+        except RuntimeError:
+            return None
 
     def _uniform_tail(self) -> list[tuple[int, float, torch.Tensor]]:
         """The longest run of latest values at one spacing."""
         tail = self._known[-2:]
-        if len(tail) < 2:
-            return tail
-        spacing = tail[1][0] - tail[0][0]
         for known in reversed(self._known[:-2]):
-            if tail[0][0] - known[0] != spacing:
+            if tail[0][0] - known[0] != tail[-1][0] - tail[-2][0]:
                 break
             tail.insert(0, known)
         return tail
-
-    def held_bytes(self) -> int:
-        """Bytes of the values kept."""
-        return sum(value.numel() * value.element_size() for _, _, value in self._known)
-
-
-def _try_fit(products: torch.Tensor, rank: int, ridge: float) -> DMDFit | None:
-    """A fit, None where the values allow none: then the newest value is repeated."""
-    if not math.isfinite(float(products.sum())):
-        return None
-    try:
-        return DMDFit(products, rank, ridge)
-    except RuntimeError:
-        return None

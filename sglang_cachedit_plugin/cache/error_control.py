@@ -116,4 +116,4 @@ class ErrorControl:
         if left == 0.0:
             return math.inf
         early = EARLY_WEIGHT if step < EARLY * self._steps else 1.0
-        return early * length / left**LATE
+        return early * length / math.pow(left, LATE)

@@ -54,8 +54,7 @@ class Extrapolator:
     """
 
     def __init__(self, order: int, damping: float = 1.0, depth: int = 0):
-        self.order = order
-        self.damping = damping
+        self.order, self.damping = order, damping
         self._depth = max(order + 1, depth)
         self._known: deque[tuple[float, torch.Tensor]] = deque(maxlen=self._depth)
 
@@ -63,22 +62,16 @@ class Extrapolator:
         return len(self._known)
 
     @property
-    def shape(self) -> torch.Size | None:
-        """Shape of the values, None before the first."""
-        return self._known[-1][1].shape if self._known else None
-
-    @property
     def latest(self) -> torch.Tensor:
-        """The last value."""
         return self._known[-1][1]
 
     def update(self, position: float, value: torch.Tensor, step: int = 0) -> None:
         """Add a computed value; a value of another shape starts anew, one at a known position replaces it.
 
         Args:
-            step: not used, as in ``predict``: the polynomial is one over positions.
+            step: not used, nor in ``predict``: the polynomial is one over positions.
         """
-        if self._known and self.shape != value.shape:
+        if self._known and self.latest.shape != value.shape:
             self._known.clear()
         others = [known for known in self._known if known[0] != position]
         self._known = deque([*others, (position, value)], maxlen=self._depth)
@@ -95,8 +88,8 @@ class Extrapolator:
         """
         if weights is None or len(weights) > len(self._known):
             known = list(self._known)[-((self.order if order is None else order) + 1) :]
-            weights = damped_weights([place for place, _ in known], position, self.damping)
-        latest = self._known[-1][1]
+            weights = damped_weights([at for at, _ in known], position, self.damping)
+        latest = self.latest
         if list(weights) == [1.0]:
             return latest
         total = torch.zeros_like(latest, dtype=torch.float32)
@@ -110,9 +103,7 @@ class Extrapolator:
             self._known.popleft()
 
     def clear(self) -> None:
-        """Forget everything."""
         self._known.clear()
 
     def held_bytes(self) -> int:
-        """Bytes of the values kept."""
-        return sum(value.numel() * value.element_size() for _, value in self._known)
+        return sum(value.nbytes for _, value in self._known)

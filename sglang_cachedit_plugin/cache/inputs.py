@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
+from .compiling import untraced
+
 Given = Mapping[str, tuple[Any, ...]]
 """By place among the arguments of a forward: shape and dtype of a tensor, length of a list of tensors."""
 
 
-@torch.compiler.disable
+@untraced
 def given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Given:
     """The form of a forward's arguments, looked for in lists, mappings and the fields of dataclasses.
 
@@ -22,7 +24,7 @@ def given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Given:
     return dict(_forms("", (*args, kwargs)))
 
 
-@torch.compiler.disable
+@untraced
 def differ(before: Given, now: Given) -> bool:
     """Whether an argument has another form now.
 

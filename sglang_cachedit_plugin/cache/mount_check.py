@@ -19,15 +19,10 @@ import torch
 
 from ..adapters import Blocks
 from ..errors import MountError
-from .compiling import no_compile
+from .compiling import no_compile, untraced
 
 STRUCTURAL = (MountError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
 """What hooked blocks raise where a model's blocks are not as declared."""
-
-
-def is_structural(error: Exception) -> bool:
-    """Whether an error may come from a wrong description; what is out of memory or a broken link does not."""
-    return isinstance(error, STRUCTURAL) or type(error) is RuntimeError
 
 
 def _version(tensor: torch.Tensor) -> int | None:
@@ -73,7 +68,6 @@ class BlockProbe:
 
     Args:
         blocks: what is said of them; where they write into their inputs, what is kept of those is a copy.
-        size: how many there are.
         middle: first block that may be left out, and the first one after those.
         bare: a block returns its only stream as it is, which may be something else than a tensor.
 
@@ -81,8 +75,8 @@ class BlockProbe:
         flags: what must not be true, with tensors of one element that say whether it is.
     """
 
-    def __init__(self, blocks: Blocks, size: int, middle: tuple[int, int], *, bare: bool = False):
-        self._blocks, self._size, self._middle, self._bare = blocks, size, middle, bare
+    def __init__(self, blocks: Blocks, middle: tuple[int, int], *, bare: bool = False):
+        self._blocks, self._middle, self._bare = blocks, middle, bare
         self._last: int | None = None
         # By pass: the loop may run several times in a forward, e.g. for groups of prompts.
         self._start: dict[str, dict[str, _Kept]] = {}
@@ -91,7 +85,7 @@ class BlockProbe:
         self.problem: str | None = None
         self.flags: list[tuple[str, torch.Tensor]] = []
 
-    @torch.compiler.disable
+    @untraced
     def enter(self, key: str, index: int, streams: Mapping[str, Any]) -> None:
         """Block ``index`` is called with ``streams`` in the pass ``key``."""
         if key not in self._start:
@@ -112,7 +106,7 @@ class BlockProbe:
         elif index == 0 and measured in tensors:
             self._start[key] = {measured: _Kept(tensors[measured])}
 
-    @torch.compiler.disable
+    @untraced
     def leave(self, key: str, index: int, output: Any, *, respread: bool = False) -> None:
         """Block ``index`` returned ``output``.
 
@@ -193,7 +187,8 @@ class MountProbe:
             with self._watched(first, last) as probes:
                 output = forward()
         except Exception as error:
-            if not recover or not is_structural(error):
+            # What is out of memory or a broken link comes from no description.
+            if not recover or not (isinstance(error, STRUCTURAL) or type(error) is RuntimeError):
                 raise
             output = original()
             # The model alone could do it: the fault is the description's. Unless nothing was seen to be wrong and

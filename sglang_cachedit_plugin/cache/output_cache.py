@@ -12,7 +12,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .branch_cache import BranchCache
-from .compiling import no_compile
+from .compiling import no_compile, untraced
 from .forecast import Extrapolator
 from .runtime import Identity, TransformerSpec
 from .step_plan import Action
@@ -52,7 +52,7 @@ class OutputHistory:
         """Whether a tensor was computed yet; an output that hides its tensors from us never is."""
         return any(len(known) for known in self._leaves)
 
-    @torch.compiler.disable
+    @untraced
     def update(self, position: float, output: Any) -> None:
         """Add a computed output: a tensor, or a tuple, list, mapping or model output of tensors."""
         leaves, structure = pytree.tree_flatten(output)
@@ -65,7 +65,7 @@ class OutputHistory:
                 # The host may change what it gets in place.
                 known.update(position, leaf.detach().clone())
 
-    @torch.compiler.disable
+    @untraced
     def predict(self, position: float, weights: Sequence[float] | None = None) -> Any:
         """The forecast, in the structure of the last output; ``weights`` of the last outputs, oldest first."""
         leaves = [
@@ -124,10 +124,12 @@ class OutputCache:
                 output = measured()
             else:
                 cache.begin_forward(identity)
-                if self._cached_by_plan(history):
+                planned = cache.action() is Action.CACHE
+                if planned and cache.cached_by_plan(history.ready):
                     cache.record(cached=True)
                     # Fitted weights belong to the schedule's own computed steps.
                     return history.predict(position, weights if history.as_planned else None)
+                history.as_planned = history.as_planned and not planned
                 output = original()
                 cache.record(cached=False)
         except _SkipForward:
@@ -138,7 +140,7 @@ class OutputCache:
             cache.disable_branch(identity.branch, "its output holds no tensor that could be forecast")
         return output
 
-    @torch.compiler.disable
+    @untraced
     def _history(self, identity: Identity, spec: TransformerSpec) -> OutputHistory:
         history = self._histories.get(identity.branch)
         if history is None or identity.step < history.last_step:
@@ -146,11 +148,3 @@ class OutputCache:
             history = OutputHistory(settings.forecast_order, settings.forecast_damping, depth)
             self._histories[identity.branch] = history
         return history
-
-    @torch.compiler.disable
-    def _cached_by_plan(self, history: OutputHistory) -> bool:
-        if self._cache.action() is not Action.CACHE:
-            return False
-        cached = self._cache.cached_by_plan(history.ready)
-        history.as_planned = history.as_planned and cached
-        return cached

@@ -20,11 +20,6 @@ class ParallelLayout:
     cache-dit's own ``ParallelismConfig`` would be wrong here: with TP and SP together it builds a device mesh
     over the first ranks of the world as soon as it is made, and it is meant to be handed to ``enable_cache``,
     which would spread the transformer again.
-
-    Args:
-        ulysses_size: ranks of Ulysses attention.
-        ring_size: ranks of ring attention.
-        tp_size: ranks of tensor parallelism.
     """
 
     ulysses_size: int = 1
@@ -33,7 +28,6 @@ class ParallelLayout:
 
     @property
     def world_size(self) -> int:
-        """Ranks that share one forward."""
         return self.ulysses_size * self.ring_size * self.tp_size
 
     def strify(self, *args: Any, **kwargs: Any) -> str:
@@ -48,8 +42,7 @@ def tell_parallel(transformer: nn.Module, layout: ParallelLayout) -> None:
     A transformer that cache-dit has spread itself keeps what it says.
     """
     if layout.world_size > 1 and not getattr(transformer, "_is_parallelized", False):
-        transformer._is_parallelized = True
-        transformer._parallelism_config = layout
+        vars(transformer).update(_is_parallelized=True, _parallelism_config=layout)
 
 
 def weight_ranks(modules: Iterable[nn.Module]) -> set[int]:

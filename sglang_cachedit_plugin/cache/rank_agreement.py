@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,7 @@ def _device(group: dist.ProcessGroup) -> torch.device:
     return torch.device("cpu")
 
 
-def _gathered(own: torch.Tensor, group: dist.ProcessGroup) -> list[list[float]]:
+def _gathered(own: torch.Tensor, group: dist.ProcessGroup) -> list[list[Any]]:
     own = own.to(_device(group))
     everyone = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everyone, own, group=group)
@@ -84,10 +85,15 @@ def any_rank(flag: bool, group: dist.ProcessGroup) -> bool:
     return flags.item() > 0.0
 
 
+def _told(own: str, group: dist.ProcessGroup) -> str:
+    told = _gathered_texts(own, group)
+    return "; ".join(f"rank {rank}: {text}" for rank, text in told.items() if text)
+
+
 def problems(own: str, group: dist.ProcessGroup) -> str:
-    """What is wrong on the ranks of ``group``, ``own`` first; empty where nothing is."""
-    told = {rank: text for rank, text in _gathered_texts(own, group).items() if text and rank != dist.get_rank()}
-    return own or "; ".join(f"rank {rank}: {text}" for rank, text in told.items())
+    """What is wrong on the ranks of ``group``: ``own``, or what the others say; empty where nothing is."""
+    told = _told(own, group)
+    return own or told
 
 
 def all_succeeded(step: int, failure: BaseException | None, group: dist.ProcessGroup) -> None:
@@ -96,8 +102,6 @@ def all_succeeded(step: int, failure: BaseException | None, group: dist.ProcessG
     Raises:
         RanksDisagreeError: on a rank that did not fail, where another did; it names that rank and its error.
     """
-    own = "" if failure is None else f"{type(failure).__name__}: {failure}"
-    failed = {rank: text for rank, text in _gathered_texts(own, group).items() if text}
+    failed = _told("" if failure is None else f"{type(failure).__name__}: {failure}", group)
     if failed and failure is None:
-        words = "; ".join(f"rank {rank}: {text}" for rank, text in failed.items())
-        raise RanksDisagreeError(f"step {step} failed on {words}", group)
+        raise RanksDisagreeError(f"step {step} failed on {failed}", group)

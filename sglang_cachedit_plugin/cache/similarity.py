@@ -1,4 +1,4 @@
-"""The residual difference: how far a step is from the last computed one.
+"""How far a step is from the last computed one, and how far a forecast was off.
 
 On CUDA one kernel makes the sums of a decision in one pass over both residuals: the eager form reads and writes each
 residual several times and makes float32 copies of it.
@@ -6,6 +6,7 @@ residual several times and makes float32 copies of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,8 +33,10 @@ def usable(*tensors: torch.Tensor) -> bool:
 
 if triton is not None:
 
-    @triton.jit
-    def _partial_sums(reference, current, out, size, stride, BLOCK: tl.constexpr):  # noqa: N803
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _partial_sums(  # type: ignore[no-untyped-def]
+        reference, current, out, size, stride, BLOCK: tl.constexpr  # noqa: N803
+    ):
         program = tl.program_id(0)
         difference = tl.zeros([BLOCK], dtype=tl.float32)
         magnitude = tl.zeros([BLOCK], dtype=tl.float32)
@@ -84,16 +87,13 @@ def residual_sums(reference: torch.Tensor, current: torch.Tensor) -> torch.Tenso
 
 
 def difference(sums: Sequence[float]) -> float:
-    """Relative L1 difference of two sums, NaN for a reference of zeros."""
+    """Relative L1 difference of two sums; NaN where there is NaN, or for a reference of zeros."""
     total, magnitude = sums
-    return float("nan") if magnitude <= EMPTY else total / magnitude
+    return math.nan if magnitude <= EMPTY else total / magnitude
 
 
 def residual_difference(reference: torch.Tensor, current: torch.Tensor) -> float:
-    """Relative L1 difference ``sum |current - reference| / sum |reference|`` on one rank.
-
-    NaN where there is NaN, or for a reference of zeros.
-    """
+    """Relative L1 difference ``sum |current - reference| / sum |reference|`` on one rank."""
     return difference(residual_sums(reference, current).tolist())
 
 
@@ -121,3 +121,43 @@ def reduced_differences(
     dist.all_reduce(packed, group=group)
     read = packed.tolist()
     return [difference(each[:2]) for each in read], any(each[2] > 0.0 for each in read)
+
+
+class Reading:
+    """One number on its way from the device.
+
+    The copy is put into the queue of the device at once, so that reading it waits for nothing that comes later.
+
+    Args:
+        value: tensor of one element.
+    """
+
+    def __init__(self, value: torch.Tensor):
+        self._event: torch.cuda.Event | None = None
+        self._value = value
+        if value.is_cuda:
+            self._value = torch.empty((), dtype=value.dtype, pin_memory=True)
+            self._value.copy_(value, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def read(self) -> float:
+        """The number; waits for the work of the device that it depends on."""
+        if self._event is not None:
+            self._event.synchronize()
+        return float(self._value)
+
+
+def relative_error(forecast: torch.Tensor, output: torch.Tensor, group: Any) -> torch.Tensor:
+    """Norm of the error over that of the output, of the worst item of the batch; a tensor of one element, float32.
+
+    Args:
+        forecast: (batch, ...).
+        output: likewise.
+        group: ranks that hold parts of the same output; one reduction of two numbers an item.
+    """
+    output, error = output.float().flatten(1), (forecast.float() - output.float()).flatten(1)
+    sums = torch.stack([error.square().sum(1), output.square().sum(1)])
+    if group is not None:
+        dist.all_reduce(sums, group=group)
+    return (sums[0] / sums[1]).sqrt().amax()

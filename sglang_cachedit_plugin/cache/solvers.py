@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,28 +51,16 @@ class Place:
     gain: float
 
 
-@dataclass
 class Call:
-    """One call of a scheduler's ``step``."""
+    """One call of a scheduler's ``step``: model output, latents before the step, and other arguments."""
 
-    bound: inspect.BoundArguments
-
-    @property
-    def output(self) -> torch.Tensor:
-        """The model output."""
-        return self.bound.arguments["model_output"]
-
-    @property
-    def sample(self) -> torch.Tensor:
-        """The latents before the step."""
-        return self.bound.arguments["sample"]
-
-    def without_tensors(self) -> Call:
-        """The same call without output and latents, so that they are not kept alive."""
-        return self.with_tensors(None, None)
+    def __init__(self, bound: inspect.BoundArguments):
+        self.bound = bound
+        self.output: torch.Tensor = bound.arguments["model_output"]
+        self.sample: torch.Tensor = bound.arguments["sample"]
 
     def with_tensors(self, output: torch.Tensor | None, sample: torch.Tensor | None) -> Call:
-        """The same call with another output and other latents."""
+        """The same call with another output and other latents; None does not keep them alive."""
         bound = copy(self.bound)
         bound.arguments = dict(bound.arguments) | {"model_output": output, "sample": sample}
         return Call(bound)
@@ -112,10 +100,10 @@ def hooked_scheduler(scheduler: Any, **hooks: Callable[..., Any]) -> Iterator[No
 
 def latents_of(result: Any) -> torch.Tensor:
     """The latents in what a scheduler's ``step`` returns."""
-    return result[0] if isinstance(result, tuple) else result.prev_sample
+    latents: torch.Tensor = result[0] if isinstance(result, tuple) else result.prev_sample
+    return latents
 
 
-@dataclass
 class Solver:
     """One scheduler during one denoising loop.
 
@@ -124,19 +112,16 @@ class Solver:
         own_step: its ``step``, without any hook.
     """
 
-    scheduler: Any
-    own_step: Callable[..., Any]
-    _places: tuple[Place, ...] | None = None
-    _source: Any = field(default=None, repr=False)
-    _checked: bool = False
-    _first: int = 0
-
-    def __post_init__(self) -> None:
-        self._signature = inspect.signature(self.own_step)
+    def __init__(self, scheduler: Any, own_step: Callable[..., Any]):
+        self.scheduler, self.own_step = scheduler, own_step
+        self._signature = inspect.signature(own_step)
         # SGLang's DPM-Solver wraps the one of diffusers, which holds the state.
-        inner = getattr(self.scheduler, "_inner", None)
-        self._state_holder = self.scheduler if inner is None else inner
-        self._checked = type(self.scheduler).__name__ in KNOWN
+        inner = getattr(scheduler, "_inner", None)
+        self._state_holder = scheduler if inner is None else inner
+        self._checked = type(scheduler).__name__ in KNOWN
+        self._places: tuple[Place, ...] | None = None
+        self._source: Any = None
+        self._first = 0
 
     def problem(self) -> str | None:
         """Why steps of this scheduler cannot be repeated, None where they can or where only trying shows it."""
@@ -170,19 +155,14 @@ class Solver:
 
     def snapshot(self) -> dict[str, Any]:
         """The scheduler's state by reference: no step writes into a tensor of the state."""
-        return {
-            name: copy(value) if isinstance(value, list | dict | set) else value
-            for name, value in vars(self._state_holder).items()
-        }
+        return _copied(vars(self._state_holder))
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
         """Bring the scheduler back to a snapshot, which stays as it is."""
         own = vars(self._state_holder)
         for name in set(own) - set(snapshot):
             del own[name]
-        own.update({
-            name: copy(value) if isinstance(value, list | dict | set) else value for name, value in snapshot.items()
-        })
+        own.update(_copied(snapshot))
 
     def repeats(self, call: Call) -> bool:
         """Whether the step made twice from one state gives the same twice; always so for known schedulers.
@@ -191,13 +171,11 @@ class Solver:
         """
         if self._checked:
             return True
-        before = self.snapshot()
-        first = latents_of(self.advance(call))
-        after = self.snapshot()
-        self.restore(before)
-        second = latents_of(self.advance(call))
-        again = self.snapshot()
-        self.restore(before)
+        before, seen = self.snapshot(), list[tuple[torch.Tensor, dict[str, Any]]]()
+        for _ in range(2):
+            seen.append((latents_of(self.advance(call)), self.snapshot()))
+            self.restore(before)
+        (first, after), (second, again) = seen
         self._checked = torch.equal(first, second) and _same_state(after, again)
         return self._checked
 
@@ -244,6 +222,10 @@ class Solver:
     def gain(self, call: Call, place: Place) -> float:
         """``Place.gain`` for the output of ``call``: flow Euler with a timestep for each token takes minus the flow."""
         return place.gain if call.bound.arguments.get("per_token_timesteps") is None else -place.gain
+
+
+def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: copy(value) if isinstance(value, list | dict | set) else value for name, value in state.items()}
 
 
 def _same_state(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

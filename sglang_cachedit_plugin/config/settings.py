@@ -113,10 +113,11 @@ class CacheSettings:
         "Degree of the polynomial through the computed outputs that corrects cached steps.",
         low=1, high=2, env="CORRECTOR_ORDER", per_transformer=False,
     ), 2)
-    corrector_carry: float = setting(Number(
-        "How far a computed output follows its corrected latents: 1 keeps the predicted clean latents, 0 the output.",
-        low=0.0, high=1.0, env="CORRECTOR_CARRY", per_transformer=False,
-    ), 0.5)
+    corrector_carry: float | None = setting(Number(
+        "How far a computed output follows its corrected latents: 1 keeps the predicted clean latents, 0 the output. "
+        "Unset: 0.75 under an error tolerance, otherwise 0.5.",
+        low=0.0, high=1.0, optional=True, env="CORRECTOR_CARRY", per_transformer=False,
+    ), None)
     strict: bool = setting(Flag(
         "Refuse what cannot be cached as asked, instead of going on uncached: 400 on a server.", env="STRICT",
         per_transformer=False,

@@ -35,6 +35,11 @@ def load(path: Path | str) -> np.ndarray:
         return np.asarray(picture.convert("RGB"))
 
 
+def still(picture: np.ndarray) -> np.ndarray:
+    """A picture (H, W, 3) itself, of a video (T, H, W, 3) the middle frame."""
+    return picture if picture.ndim == 3 else picture[len(picture) // 2]
+
+
 def _frames(picture: np.ndarray) -> np.ndarray:
     return picture[None] if picture.ndim == 3 else picture
 
@@ -117,9 +122,13 @@ def compare(
 
 
 def summary(values: Sequence[float], metric: str = "psnr") -> dict[str, Any]:
-    """``mean``, the worst as ``min`` (``max`` where lower is better) and ``each``."""
-    worst = ("max", max(values)) if metric in LOWER_IS_BETTER else ("min", min(values))
-    return {"mean": float(np.mean(values)), worst[0]: float(worst[1]), "each": [float(value) for value in values]}
+    """``mean``, the 10th percentile as ``p10`` and the worst as ``min`` (``p90`` and ``max`` where lower is better),
+    and ``each``."""
+    low, worst, least = ("p90", "max", max) if metric in LOWER_IS_BETTER else ("p10", "min", min)
+    return {
+        "mean": float(np.mean(values)), low: float(np.percentile(values, float(low[1:]))), worst: float(least(values)),
+        "each": [float(value) for value in values],
+    }
 
 
 def latent_psnr(reference: np.ndarray, latents: np.ndarray) -> float:

@@ -18,7 +18,7 @@ from ..cache.solvers import Solver, hooked, hooked_scheduler, latents_of
 from ..cache.stretch import Stretch
 from ..config import effective
 from ..config.sources import file_label
-from ..errors import MountError
+from ..errors import MountError, Reason
 from ..report.stats import COND
 from . import cache_dit_sections, ranks, recording, request, sglang_api, startup
 from .request import WORKER, Facts, Session
@@ -74,7 +74,7 @@ def _request(cache: PipelineCache | None, session: Session, batch: Any) -> Abstr
     if not session.decision.enabled:
         return nullcontext() if session.recording is None else cache.uncached(session)
     if cache.refusal is not None:
-        session.refuse(cache.refusal)
+        session.refuse(Reason("model", cache.refusal))
         return nullcontext()
     return cache.request(session, batch.num_inference_steps, sglang_api.size_of(batch), warmup=batch.is_warmup)
 
@@ -111,7 +111,7 @@ class PipelineCache(CachedModel):
     def mount(self) -> None:
         """As for any model; MountError is kept for the first request that wants caching."""
         if self.refusal is not None:
-            raise MountError(self.refusal)
+            raise MountError(Reason("model", self.refusal))
         super().mount()
 
     @contextmanager
@@ -156,7 +156,8 @@ class _Run:
     def ended(self) -> None:
         """The pipeline has returned."""
         if self._session.stats.enabled and not self._loop_set:
-            self._session.refuse(f"{type(self._pipe).__name__} does not set the timesteps of its scheduler")
+            why = f"{type(self._pipe).__name__} does not set the timesteps of its scheduler"
+            self._session.refuse(Reason("model", why))
 
     def identify(self, name: str, kwargs: Mapping[str, Any]) -> Identity | None:
         """Branch and step of a forward of transformer ``name``; None for one that is no denoising step."""

@@ -19,7 +19,7 @@ from ..cache.mount import CachedModel
 from ..cache.parallel import tell_parallel
 from ..cache.solvers import Solver
 from ..config import effective
-from ..errors import MountError
+from ..errors import MountError, Reason, reason_of
 from . import cuda_graphs, native_stages, ranks, request, sglang_api
 from .native_stages import OwnLoop
 from .request import REPORT, WORKER, Facts, Session
@@ -145,7 +145,8 @@ _BASE = OwnLoop(asks=True)
 def _begin(stage: Any, batch: Any, own: Any = None) -> Session:
     session = request.begin("native", stage, batch, own)
     if session.decision.enabled and (sections := effective.current().file.passed_on):
-        session.stats.note(f"only the diffusers backend reads {', '.join(sections)} of the config file")
+        why = f"only the diffusers backend reads {', '.join(sections)} of the config file"
+        session.stats.note(Reason("sections", why))
     return session
 
 
@@ -155,7 +156,7 @@ def _declined(stage: Any, batch: Any, session: Session) -> str | None:
         return reason
     for switch, name in (("enable_teacache", "TeaCache"), ("enable_spectrum", "Spectrum")):
         if getattr(batch, switch, False):
-            return f"{name} is on: the host leaves out steps itself"
+            return Reason("other_cache", f"{name} is on: the host leaves out steps itself")
     return None
 
 
@@ -163,10 +164,7 @@ def _open(
     stage: Any, batch: Any, server_args: Any, session: Session, loop: OwnLoop, steps: dict[str, tuple[int, int]], *,
     joint: bool = False, one_config: bool = False, exact: bool = True,
 ) -> None:
-    """Serve a request: check it, take its model, bind the ranks, and make the one transition."""
-    # The host's own requests may take other steps than the one that they copy, a further stage takes its own.
-    if exact and not sglang_api.serves_nobody(batch) and REPORT not in getattr(batch, "extra", {}):
-        session.check_masks(steps, one_config)
+    """Serve a request: take its model, bind the ranks, and make the one transition."""
     model, stages = _model(stage), WORKER.active.stages
     try:
         groups = ranks.groups(
@@ -174,7 +172,7 @@ def _open(
             patch_size=getattr(stage.transformer, "patch_size", None),
         )
     except MountError as error:
-        session.refuse(str(error))
+        session.refuse(reason_of(error, "ranks"))
         return
     # Cosmos 3 keeps its scheduler itself.
     scheduler = getattr(batch, "scheduler", None)
@@ -182,8 +180,10 @@ def _open(
     # A stage may hold another one that asks for it.
     unseen = (native_stages.uncorrected(type(each)) for each in (*(running.stage for running in stages), stage))
     around = bool(server_args.enable_breakable_cuda_graph)
+    # The host's own requests may take other steps than the one that they copy, a further stage takes its own.
+    exact = exact and not sglang_api.serves_nobody(batch) and REPORT not in getattr(batch, "extra", {})
     session.open(model, Facts(
-        steps=steps, identify=loop.identify(batch), timesteps=_timesteps(batch, steps), groups=groups,
+        steps=steps, exact=exact, identify=loop.identify(batch), timesteps=_timesteps(batch, steps), groups=groups,
         # A stage that grows the picture starts small; schedules are tuned for the size that was asked for.
         size=stages[-1].size if stages else sglang_api.size_of(batch), one_config=one_config,
         solver=None if scheduler is None else Solver(scheduler, scheduler.step),
@@ -239,7 +239,7 @@ def _enter_own_loop(stage: Any, batch: Any, server_args: Any, loop: OwnLoop) -> 
         steps = {"transformer": (0, native_stages.num_steps(batch))}
         _open(stage, batch, server_args, session, loop, steps, exact=getattr(batch, "timesteps", None) is not None)
     elif decision.enabled:
-        session.refuse(f"{type(stage).__name__}: {reason}")
+        session.refuse(reason_of(reason, "stage").after(type(stage).__name__))
 
 
 def check_worker(worker: Any) -> None:
@@ -259,9 +259,9 @@ def check_worker(worker: Any) -> None:
         if not reason:
             continue
         if settings.strict:
-            raise MountError(f"{type(module).__name__}: {reason}")
+            raise MountError(Reason("model", f"{type(module).__name__}: {reason}"))
         if sglang_api.is_first_rank():
-            sglang_api.logger().warning("cache-dit: off: %s (%s): %s", name, type(module).__name__, reason)
+            sglang_api.logger().warning("cache-dit: off [model]: %s (%s): %s", name, type(module).__name__, reason)
 
 
 def run_stage(original: Callable[..., Any], stage: Any, batch: Any, server_args: Any) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..cache.runtime import Groups
-from ..errors import HostContractError, MountError, SettingError
+from ..errors import HostContractError, MountError, Reason, SettingError
 
 if TYPE_CHECKING:
     from ..cache.parallel import ParallelLayout
@@ -41,13 +41,13 @@ def groups(
 
     if not _layout.cfg or not state.model_parallel_is_initialized():
         if dist.is_initialized() and dist.get_world_size() > 1:
-            raise MountError(f"the layout of the {dist.get_world_size()} ranks is not known: each would decide alone")
+            why = f"the layout of the {dist.get_world_size()} ranks is not known: each would decide alone"
+            raise MountError(Reason("ranks", why))
         return Groups()
     weights = weight_ranks(modules)
     if not weights <= set(_layout.cfg):
-        raise MountError(
-            f"FSDP gathers the weights from {len(weights)} ranks, and {len(_layout.cfg)} of them serve the request"
-        )
+        why = f"FSDP gathers the weights from {len(weights)} ranks, and {len(_layout.cfg)} of them serve the request"
+        raise MountError(Reason("ranks", why))
     # A stage may run one forward over the CFG ranks: then the host's SP group is theirs for its duration.
     sp = state.get_sp_group()
     spread = not set(sp.ranks) <= set(_layout.model)
@@ -59,7 +59,8 @@ def groups(
     )
     if spread or not side_by_side:
         if not spread and not weights <= set(_layout.model):
-            raise MountError(f"FSDP gathers the weights from {len(weights)} ranks, not all of which run this stage")
+            why = f"FSDP gathers the weights from {len(weights)} ranks, not all of which run this stage"
+            raise MountError(Reason("ranks", why))
         return Groups(forward=forward, **shards)
     cfg_group = _layout.group(_layout.cfg)
     return Groups(

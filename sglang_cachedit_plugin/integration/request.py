@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from ..config.effective import Decision
 from ..config.settings import CacheSettings
 from ..config.sources import REQUEST, Source
 from ..config.tuned_schedules import TunedSchedule
-from ..errors import MountError, RefusedError, SettingError, refusal_in
+from ..errors import MountError, Reason, RefusedError, SettingError, reason_of, refusal_in
 from ..report import metrics, table
 from ..report.stats import CorrectorStats, RequestStats, TransformerStats, reports_of
 from . import log, recording, sglang_api
@@ -227,6 +227,7 @@ class Facts:
     Args:
         steps: for each transformer the host's number of its first step, and how many it takes.
         identify: names each forward.
+        exact: those are the steps that will run: a mask list of the request that does not fit them is refused.
         timesteps: of each of the host's steps.
         groups: the ranks that take part; the host may lay them out differently from one request to the next.
         size: width and height of the picture, and frames of a video.
@@ -244,6 +245,7 @@ class Facts:
 
     steps: Mapping[str, tuple[int, int]]
     identify: Identify
+    exact: bool = False
     timesteps: Sequence[float] | None = None
     groups: Groups = field(default_factory=Groups)
     size: tuple[int, ...] | None = None
@@ -295,12 +297,15 @@ class Session:
         """Bring the model to what the request wants.
 
         Raises:
-            RefusedError: only with ``strict``; otherwise the reason goes to the report.
+            RefusedError: a mask list of the request does not fit, or whatever else is in the way, with ``strict``;
+                otherwise the reason goes to the report.
         """
         self._model, self._facts, self._started = model, facts, time.perf_counter()
         if not self.decision.enabled:
             model.prepare(None)
             return
+        if facts.exact:
+            self._check_masks()
         resolved = self.decision.resolved
         if facts.solver is None:
             self.stats.corrector = CorrectorStats(enabled=False, reason="the stage has no scheduler")
@@ -333,8 +338,7 @@ class Session:
         if self.stats.enabled:
             self._facts = replace(self._facts, steps=steps, timesteps=stretch.positions, stretch=stretch)
             if self._warmup is None:
-                # A mask list may be written for the whole of which the run takes a part.
-                self.check_masks(steps, also={stretch.asked, len(stretch.timesteps)})
+                self._check_masks()
             self._serve(self._wanted())
 
     def grow(self, timesteps: Sequence[float] | None) -> None:
@@ -372,7 +376,7 @@ class Session:
 
     def _problem(self, spec: RequestSpec, own: Exception | None) -> str:
         """Why the request is not cached, empty where it is: no rank is, where one cannot be."""
-        text = "" if own is None else str(own) or type(own).__name__
+        text = "" if own is None else reason_of(own, "blocks")
         group = spec.groups.cfg_group or spec.groups.forward
         if group is None:
             return text
@@ -382,7 +386,8 @@ class Session:
             ])
             number = hashlib.sha256(wanted.encode()).hexdigest()[:12]
             rank_agreement.verify_same("settings", f"uncached: {own}" if own else f"settings {number}", group)
-        return rank_agreement.problems(text, group)
+        found = rank_agreement.problems(text, group)
+        return found and reason_of(text or found, "other_rank")
 
     def refuse(self, reason: str) -> None:
         """The model or the settings cannot be served cached; the reason goes to the report.
@@ -400,41 +405,36 @@ class Session:
         self.stats.enabled = False
         self.stats.reason = reason
 
-    def check_masks(
-        self, steps: Mapping[str, tuple[int, int]], one_config: bool = False, *, also: Collection[int] = ()
-    ) -> None:
+    def _check_masks(self) -> None:
         """Refuse a mask list of the request that has one entry a step for none of its transformers, nor for all.
-
-        Args:
-            steps: those that will run, as in ``Facts``.
-            one_config: likewise.
-            also: further lengths that fit.
 
         Raises:
             RefusedError: naming the lengths that fit.
         """
-        if not self.decision.enabled:
-            return
+        facts, stretch = self._facts, self._facts.stretch
+        # A mask list may be written for the whole of which a run takes a part.
+        whole = {_total(facts.steps)} if stretch is None else {
+            _total(facts.steps), stretch.asked, len(stretch.timesteps)
+        }
         masks: dict[str, tuple[int, set[int]]] = {}
-        for name, (_, count) in steps.items():
-            settings, origins = self._settings(name, one_config)
+        for name, (_, count) in facts.steps.items():
+            settings, origins = self._settings(name)
             origin = origins["steps_computation_mask"]
             if isinstance(settings.steps_computation_mask, tuple) and origin.startswith(f"{REQUEST}."):
-                fitting = {_total(steps), *also}
-                masks.setdefault(origin, (len(settings.steps_computation_mask), fitting))[1].add(count)
+                masks.setdefault(origin, (len(settings.steps_computation_mask), set(whole)))[1].add(count)
         for origin, (length, fitting) in masks.items():
             if length not in fitting:
                 where, _, key = origin.rpartition(".")
                 expected = " or ".join(map(str, sorted(fitting)))
                 error = SettingError(key, f"{length} entries", where, f"expected {expected} entries, one a step")
-                self.disable(str(error))
+                self.disable(Reason("refused", error))
                 self.stats.refused = True
                 raise RefusedError(error)
 
-    def _settings(self, name: str, one_config: bool) -> tuple[CacheSettings, Mapping[str, str]]:
+    def _settings(self, name: str) -> tuple[CacheSettings, Mapping[str, str]]:
         """Settings of a transformer, and where each comes from."""
         resolved = self.decision.resolved
-        if name == "transformer_2" and not one_config:
+        if name == "transformer_2" and not self._facts.one_config:
             return resolved.secondary, resolved.secondary_origins
         return resolved.primary, resolved.origins
 
@@ -443,7 +443,7 @@ class Session:
         facts, specs, notes = self._facts, [], list(self.stats.notes)
         total = _total(facts.steps)
         for name, (first, count) in facts.steps.items():
-            settings, row = self._tuned(self._settings(name, facts.one_config)[0], total)
+            settings, row = self._tuned(self._settings(name)[0], total)
             if settings.error_tolerance is None:
                 plan, found = build_plan(settings, count, preset_mask, first_step=first, total_steps=total)
             else:
@@ -451,9 +451,9 @@ class Session:
                 row, found = None, ()
                 plan = StepPlan(num_steps=count, static=True, computes=self._computes)
             for note in found:
-                self.stats.note(note)
+                self.stats.note(Reason("schedule", note))
             if count and not (plan.may_cache and (plan.static or settings.residual_diff_threshold > 0.0)):
-                self.stats.note(f"{name}: none of its {count} steps can be cached with these settings")
+                self.stats.note(Reason("steps", f"{name}: none of its {count} steps can be cached with these settings"))
             specs.append(
                 TransformerSpec(
                     name=name, settings=settings, plan=plan, first_step=first, timesteps=facts.timesteps,
@@ -480,7 +480,8 @@ class Session:
         if settings.schedules is None or steps == 0:
             return settings, None
         if self._further:
-            self.stats.note(f"schedules are tuned for the first denoising stage, the {steps} steps are computed")
+            why = f"schedules are tuned for the first denoising stage, the {steps} steps are computed"
+            self.stats.note(Reason("schedule", why))
             return replace(settings, schedules=None, steps_computation_mask=(1,) * steps), None
         if stretch is None:
             row, note = tuned_schedules.choose(settings.schedules, steps, facts.size, facts.timesteps)
@@ -489,12 +490,13 @@ class Session:
             row, note = tuned_schedules.choose(settings.schedules, len(places), facts.size, places)
             row = stretch.row(row)
         if note is not None:
-            self.stats.note(note)
+            self.stats.note(Reason("schedule", note))
         if row.uncond_mask not in (None, row.mask) and facts.groups.couple(settings):
             # One decision for both branches. Fitted weights belong to the steps that the row itself computes.
             both = tuple(map(max, row.mask, row.uncond_mask))
             row = replace(row, mask=both, uncond_mask=None, weights=None)
-            self.stats.note("the branches decide together: steps that mask or uncond_mask marks are computed on both")
+            why = "the branches decide together: steps that mask or uncond_mask marks are computed on both"
+            self.stats.note(Reason("branches", why))
         return replace(
             settings, steps_computation_mask=row.mask,
             forecast_order=settings.forecast_order if row.order is None else row.order,
@@ -526,9 +528,9 @@ class Session:
         if self._spec is None or not self.stats.enabled or (problem := self._model.problem()) is None:
             return
         if self.stats.count("cached"):
-            self.stats.note(f"{problem}; the picture may be wrong, later requests are not cached")
+            self.stats.note(Reason("picture", f"{problem}; the picture may be wrong, later requests are not cached"))
         else:
-            self.disable(problem)
+            self.disable(reason_of(problem, "blocks"))
 
 
 def _total(steps: Mapping[str, tuple[int, int]]) -> int:

@@ -12,6 +12,8 @@ from .evaluate import OFF
 from .search import growing_window
 from .surrogate import Mask, Method
 
+CONTROL = "error control"
+"""The family of settings that name an error tolerance."""
 STATIC = {"steps_computation_policy": "static", "max_warmup_steps": 0}
 OUTPUT = {"forecast": "output", **STATIC}
 RESIDUAL: Mapping[str, Mapping[str, Any]] = {
@@ -29,7 +31,7 @@ class Candidate:
     """One way to serve a request, as a point of the report.
 
     Args:
-        kind: tuned, fewer_steps, growing_window, baseline or peer.
+        kind: tuned, fewer_steps, growing_window, baseline or host.
         request: sampling parameters.
         settings: the same as ``cache_config``, where it is one.
         steps: steps of the request, where they are fewer than the grid's.
@@ -98,6 +100,12 @@ def fewer_steps(steps: int) -> Candidate:
     )
 
 
+def tolerance(value: float, kind: str = "baseline") -> Candidate:
+    """Error control, which chooses the steps of each prompt."""
+    return cached(f"tolerance-{value:g}", kind, f"error tolerance {value:g}", {"error_tolerance": value},
+                  family=CONTROL)
+
+
 def growing(steps: int, budget: int) -> list[Candidate]:
     """Gaps that grow with the step; the last residual, or a linear forecast of the output."""
     mask = growing_window(steps, budget)
@@ -109,6 +117,13 @@ def growing(steps: int, budget: int) -> list[Candidate]:
         cached(f"growing-output-{budget}", "growing_window", f"growing window {budget}, linear forecast", output,
                family="growing window, linear forecast", mask=mask),
     ]
+
+
+def planned(mask: Mask) -> Candidate:
+    """DPCache: its planner's schedule with linear forecasts, as published: nothing is corrected."""
+    settings = {**OUTPUT, "steps_computation_mask": list(mask), "forecast_order": 1, "corrector": False}
+    return cached(f"dpcache-{sum(mask)}", "baseline", f"DPCache planner, {sum(mask)} computed", settings,
+                  family="DPCache planner", mask=mask)
 
 
 def every(steps: int, interval: int) -> list[int]:
@@ -151,7 +166,7 @@ def stock(steps: int) -> list[Candidate]:
 def built_in() -> list[Candidate]:
     """The profiles that every server knows."""
     return [
-        cached(f"profile-{name}", "baseline", f"built-in profile {name}", knobs, family="built-in profiles")
+        cached(f"profile-{name}", "baseline", f"built-in profile {name}", knobs, family=CONTROL)
         for name, knobs in PROFILES.items()
     ]
 
@@ -160,13 +175,13 @@ def _nth(interval: int) -> str:
     return {2: "second", 3: "third"}[interval]
 
 
-def host_peers(steps: int) -> list[Candidate]:
+def host_caches(steps: int) -> list[Candidate]:
     """The host's own caches; models without them answer with the uncached picture."""
-    found = [Candidate(name="teacache", kind="peer", label="TeaCache", request={**OFF, "enable_teacache": True})]
+    found = [Candidate(name="teacache", kind="host", label="TeaCache", request={**OFF, "enable_teacache": True})]
     for window, flex in ((2.0, 0.25), (2.0, 0.75), (2.0, 3.0)):
         params = {"window_size": window, "flex_window": flex, "warmup_steps": 5}
         found.append(Candidate(
-            name=f"spectrum-{flex:g}", kind="peer", label=f"Spectrum, flex {flex:g}", family="Spectrum",
+            name=f"spectrum-{flex:g}", kind="host", label=f"Spectrum, flex {flex:g}", family="Spectrum",
             request={**OFF, "enable_spectrum": True, "spectrum_params": params},
             computed=float(spectrum_computed(steps, window, flex, 5)),
         ))

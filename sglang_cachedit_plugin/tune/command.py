@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import functools
 import os
 import platform
 import shlex
@@ -15,16 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CacheDitError, SettingError, nearest
+from ..evaluation.host_process import HostPool, environments
 from ..integration import sglang_api
-from . import job, outcome, report, write
-from .engine import Engine
+from . import job, report, write
 from .evaluate import Evaluator, Grid, Progress, Prompt
-from .hosts import Hosts, environments
 from .job import Plan, Result
+from .promise import Promise
+from .search import growing_window
 from .store import Store, fingerprint
 
 BACKENDS = {"native": "sglang", "sglang": "sglang", "diffusers": "diffusers"}
 COMMAND_LINE = "command line"
+TUNE_LIMIT = 12
 
 
 def tune(args: argparse.Namespace) -> int:
@@ -44,9 +45,9 @@ def tune(args: argparse.Namespace) -> int:
     threads = hosts[0].get("OMP_NUM_THREADS")
     facts = fingerprint(args.model_path, backend=backend, server=server, threads=threads, **_versions())
     store = Store(args.work / "evaluations", facts)
-    make = functools.partial(Engine, args.model_path, backend, server=server)
-    engine = Hosts(make, args.work / "record" / str(os.getpid()), hosts)
-    evaluator = Evaluator(engine, store, request, progress)
+    arguments = {"model_path": args.model_path, "backend": backend, **server}
+    pool = HostPool(arguments, args.work / "record" / str(os.getpid()), hosts)
+    evaluator = Evaluator(pool, store, request, progress)
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         results = job.run(plan, evaluator, progress.stage)
@@ -62,7 +63,7 @@ def tune(args: argparse.Namespace) -> int:
     finally:
         for number in before:
             signal.signal(number, signal.SIG_IGN)
-        engine.close()
+        pool.close()
         for number, handler in before.items():
             signal.signal(number, handler)
     progress.end()
@@ -96,30 +97,50 @@ def prepare(args: argparse.Namespace) -> Plan:
         if value is not None and value < low:
             raise SettingError(flag, value, COMMAND_LINE, f"expected at least {low}")
     tuning, heldout = _prompts(args)
+    promise = _promise(args)
+    tuning = tuning[: args.tune_limit or (None if promise else TUNE_LIMIT)]
+    if promise is not None and len(grids) > 1:
+        raise SettingError("--share", args.share, COMMAND_LINE, "expected one number of steps and one size with it")
+    if promise is not None and len(tuning) < promise.needed:
+        raise SettingError(
+            "--share", args.share, COMMAND_LINE, f"expected {promise.needed} prompts or more for this with confidence "
+            f"{args.confidence:g}, found {len(tuning)} beside the held-out ones",
+        )
     return Plan(
-        grids=grids, tune=tuning[: args.tune_limit], heldout=heldout[: args.heldout_limit], target=target,
-        seed=args.seed, evaluations=args.evaluations, shares=_shares(args.shares),
-        peers=_peers(args.peers, max(grid.steps for grid in grids)),
+        grids=grids, tune=tuning, heldout=heldout[: args.heldout_limit], target=target,
+        seed=args.seed, evaluations=args.evaluations, shares=_shares(args.shares), promise=promise,
+        baselines=_baselines(args.baselines, max(grid.steps for grid in grids)),
     )
 
 
-def _peers(text: str, steps: int) -> tuple[str, ...]:
+def _promise(args: argparse.Namespace) -> Promise | None:
+    if args.share is None:
+        return None
+    if args.min_psnr is None and args.min_ssim is None:
+        raise SettingError("--share", args.share, COMMAND_LINE, "expected --min-psnr or --min-ssim with it")
+    for flag, value in (("--share", args.share), ("--confidence", args.confidence)):
+        if not 0.5 <= value < 1.0:
+            raise SettingError(flag, value, COMMAND_LINE, "expected a number from 0.5 to below 1")
+    return Promise(args.share, args.confidence)
+
+
+def _baselines(text: str, steps: int) -> tuple[str, ...]:
     """Beginnings of names of what else is measured; each must begin one that there can be."""
-    if text in job.PEERS:
-        return job.PEERS[text]
+    if text in job.BASELINES:
+        return job.BASELINES[text]
     words = [word.strip() for word in text.split(",")]
     for word in words:
-        if word in job.PEERS:
-            raise SettingError("--peers", text, COMMAND_LINE, f"{word} stands alone, without other names")
+        if word in job.BASELINES:
+            raise SettingError("--baselines", text, COMMAND_LINE, f"{word} stands alone, without other names")
         number = word.rpartition("-")[2][:6]
         budget = min(max(1, int(number)), steps) if number.isdecimal() else 1
-        names = [each.name for each in job.others(steps, [budget])]
+        names = [each.name for each in job.others(steps, [budget], lambda budget: growing_window(steps, budget))]
         if not word or not any(name.startswith(word) for name in names):
             families = dict.fromkeys(name.partition("-")[0] for name in names)
             raise SettingError(
-                "--peers", word, COMMAND_LINE,
-                f"expected {', '.join(job.PEERS)}, or beginnings of names with commas: {', '.join(families)}",
-                nearest(word, [*job.PEERS, *families, *names]),
+                "--baselines", word, COMMAND_LINE,
+                f"expected {', '.join(job.BASELINES)}, or beginnings of names with commas: {', '.join(families)}",
+                nearest(word, [*job.BASELINES, *families, *names]),
             )
     return tuple(words)
 
@@ -206,7 +227,7 @@ def _finish(args: argparse.Namespace, plan: Plan, results: Sequence[Result], eva
     print(f"\n{args.out}:")
     print("\n".join(write.figures(results)))
     if args.report is not None:
-        figures = outcome.results(plan, results, evaluator, provenance, model, args.report)
+        figures = report.results(plan, results, evaluator, provenance, model, args.report)
         print(f"Report: {report.write_report(figures, args.report)}")
 
 

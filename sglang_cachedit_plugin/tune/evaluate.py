@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..evaluation import quality
-from .engine import Outcome
-from .hosts import Hosts
+from ..evaluation.host_process import HostPool, Outcome
 from .store import Store
 from .trajectory import Trajectories, combine, products
 
@@ -43,46 +41,34 @@ class Prompt:
 
 
 class Progress:
-    """One line on stderr: what is under way, how many requests were served or found, how long it took."""
+    """One bar on stderr: what is under way, how many requests were served, how many results were there already."""
 
     def __init__(self, quiet: bool = False):
-        self._quiet = quiet
-        self._started = time.monotonic()
-        self._live = sys.stderr.isatty()
-        self.served = self.found = 0
-        self._stage = ""
+        from tqdm import tqdm
+
+        self._bar = tqdm(unit=" requests", disable=quiet, bar_format="[{elapsed}] {desc}: {n} served{postfix}")
+        self.found = 0
 
     def stage(self, text: str) -> None:
         """Begin another part of the work."""
-        if not self._quiet:
-            spent = time.monotonic() - self._started
-            if self._live and self._stage:
-                print(file=sys.stderr)
-            print(f"[{spent:5.0f} s] {text}", file=sys.stderr, flush=True, end="" if self._live else "\n")
-        self._stage = text
+        if not self._bar.disable and not sys.stderr.isatty():
+            print(text, file=sys.stderr, flush=True)
+        self._bar.set_description_str(text)
 
     def step(self) -> None:
         """Count one request that was served."""
-        self.served += 1
-        self._show()
+        self._bar.update()
 
     def known(self, count: int) -> None:
         """Count requests whose results were there already."""
         self.found += count
-        self._show()
-
-    def _show(self) -> None:
-        if self._live and not self._quiet:
-            spent = time.monotonic() - self._started
-            line = f"[{spent:5.0f} s] {self._stage}: {self.served} requests served, {self.found} known"
-            print(f"\r{line}", end="", file=sys.stderr, flush=True)
+        self._bar.set_postfix_str(f"{self.found} known")
 
     def end(self) -> None:
         """Leave the line; say how much was done."""
-        if not self._quiet:
-            spent = time.monotonic() - self._started
-            lead = "\n" if self._live else ""
-            print(f"{lead}[{spent:5.0f} s] {self.served} requests served, {self.found} known", file=sys.stderr)
+        self._bar.close()
+        if not self._bar.disable:
+            print(f"{self._bar.n} requests served, {self.found} known", file=sys.stderr)
 
 
 class Evaluator:
@@ -92,7 +78,7 @@ class Evaluator:
         request: sampling parameters that all requests share.
     """
 
-    def __init__(self, hosts: Hosts, store: Store, request: Mapping[str, Any], progress: Progress):
+    def __init__(self, hosts: HostPool, store: Store, request: Mapping[str, Any], progress: Progress):
         self._hosts, self._store, self._request, self._progress = hosts, store, dict(request), progress
 
     def _sampling(self, prompt: Prompt, grid: Grid, more: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,12 +109,8 @@ class Evaluator:
             found[number] = {**figures, **arrays}
         return found
 
-    def reference(self, prompt: Prompt, grid: Grid) -> dict[str, Any]:
-        """Picture, latents and time of the uncached request."""
-        return self.references([prompt], grid)[0]
-
     def references(self, prompts: Sequence[Prompt], grid: Grid) -> list[dict[str, Any]]:
-        """The same of each prompt."""
+        """Picture, latents and time of the uncached requests."""
         requests = [self._sampling(prompt, grid, OFF) for prompt in prompts]
 
         def read(_: int, outcome: Outcome) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -152,13 +134,6 @@ class Evaluator:
             starts=frozenset(found[0]["starts"]),
             parts=tuple(np.mean([each["parts"] for each in found], axis=0).tolist()),
         )
-
-    def measure(
-        self, prompt: Prompt, grid: Grid, more: Mapping[str, Any], *, pictures: bool, keep: bool = False,
-        steps: int | None = None,
-    ) -> dict[str, Any]:
-        """One request against the uncached one of ``grid``; see ``measure_all``."""
-        return self.measure_all([prompt], grid, more, pictures=pictures, keep=int(keep), steps=steps)[0]
 
     def measure_all(
         self, prompts: Sequence[Prompt], grid: Grid, more: Mapping[str, Any], *, pictures: bool, keep: int = 0,

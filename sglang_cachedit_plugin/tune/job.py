@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import bisect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from . import candidates, verdict
+from ..errors import CacheDitError
+from ..evaluation.host_process import HostError
+from . import candidates, search, selection
 from .candidates import Candidate
-from .engine import EngineError
-from .evaluate import SHEET, Evaluator, Grid, Prompt
-from .polish import RESIDUAL_LEAD, Say, Tuner
-from .verdict import Point
+from .evaluate import Evaluator, Grid, Prompt
+from .promise import TOLERANCES, Promise, largest
+from .refine import RESIDUAL_LEAD, Say, Tuner
+from .selection import Point
+from .surrogate import Mask
 
-PEERS = {"none": (), "plain": ("fewer", "growing"), "all": ("",)}
-"""Beginnings of names of what else is measured."""
+BASELINES = {"none": (), "plain": ("growing",), "all": ("",)}
+"""Beginnings of names of what else is measured beside fewer steps."""
 REFINEMENTS = 4
+RECORDED = 12
+"""Trajectories from which DPCache's planner works."""
+CHUNK = 8
+"""Calibration prompts after which a tolerance that has failed is given up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +34,10 @@ class Plan:
 
     Args:
         target: ``min_psnr``, ``min_ssim``, ``speedup`` or ``budget`` with its value.
-        peers: beginnings of the names of what else is measured.
+        baselines: beginnings of the names of what else is measured.
         shares: parts of the steps that are computed in the named profiles.
         evaluations: trials in the host for each budget.
+        promise: how many unseen prompts shall reach the target; no search then, ``tune`` is the calibration set.
     """
 
     grids: Sequence[Grid]
@@ -37,8 +46,9 @@ class Plan:
     target: Mapping[str, float]
     seed: int
     evaluations: int
-    peers: Sequence[str]
+    baselines: Sequence[str]
     shares: Sequence[float]
+    promise: Promise | None = None
 
 
 @dataclass
@@ -49,6 +59,7 @@ class Result:
         profiles: profile name -> point that serves it.
         rows: point name -> its row of the config file.
         knobs: point name -> the settings beside the row.
+        promise: see ``_calibrate``.
     """
 
     grid: Grid
@@ -58,17 +69,23 @@ class Result:
     profiles: dict[str, Point] = field(default_factory=dict)
     chosen: Point | None = None
     remarks: list[str] = field(default_factory=list)
+    promise: dict[str, Any] | None = None
     step_seconds: dict[str, float] = field(default_factory=dict)
     methods: list[dict[str, Any]] = field(default_factory=list)
 
 
-def others(steps: int, budgets: Sequence[int]) -> list[Candidate]:
-    """What can be measured beside schedules tuned for ``budgets`` computed steps."""
+def others(steps: int, budgets: Sequence[int], plan: Callable[[int], Mask] | None) -> list[Candidate]:
+    """What can be measured beside schedules tuned for ``budgets`` computed steps.
+
+    Args:
+        plan: the schedule of DPCache's planner for a budget.
+    """
     beside = {round(steps * share) for share in (0.7, 0.85)}
     found = [candidates.fewer_steps(budget) for budget in sorted(beside | set(budgets))]
     for budget in budgets:
         found += candidates.growing(steps, budget)
-    return [*found, *candidates.stock(steps), *candidates.built_in(), *candidates.host_peers(steps)]
+        found += [candidates.planned(plan(budget))] if plan is not None else []
+    return [*found, *candidates.stock(steps), *candidates.built_in(), *candidates.host_caches(steps)]
 
 
 def run(plan: Plan, evaluator: Evaluator, say: Say) -> list[Result]:
@@ -80,12 +97,56 @@ class _Grid:
     def __init__(self, plan: Plan, evaluator: Evaluator, grid: Grid, say: Say):
         self.plan, self.evaluator, self.grid, self.say = plan, evaluator, grid, say
         self.result, self._residual = Result(grid=grid), False
-        self.tuner = Tuner(
-            evaluator, grid, plan.tune, seed=plan.seed, evaluations=plan.evaluations, say=say
-        )
 
     def run(self) -> Result:
         """Budgets, held-out figures, the choice."""
+        if self.plan.promise is not None:
+            self._calibrate(self.plan.promise)
+        else:
+            self._search()
+        uncached = [each["denoising_s"] for each in self.evaluator.references(self.plan.heldout, self.grid)]
+        self.result.step_seconds = {"computed": float(np.median(uncached)) / self.grid.steps}
+        return self.result
+
+    def _calibrate(self, promise: Promise) -> None:
+        """The largest tolerance that keeps the promise, its point, and what was shown with how many prompts."""
+        plan, metric = self.plan, self._metric
+        least, count = plan.target[f"min_{metric}"], len(plan.tune)
+
+        def missing(value: float, allowed: int) -> int:
+            self.say(f"{self.grid.label}: error tolerance {value:g} on {count} calibration prompts")
+            request, missed = candidates.tolerance(value).request, 0
+            for first in range(0, count, CHUNK):
+                prompts = plan.tune[first : first + CHUNK]
+                each = self.evaluator.measure_all(prompts, self.grid, request, pictures=True)
+                missed += sum(figures[metric] < least for figures in each)
+                if missed > allowed:
+                    break
+            return missed
+
+        found = largest(TOLERANCES, missing, count, promise)
+        if found is None:
+            raise CacheDitError(
+                f"{metric.upper()} {least:g} cannot be shown for {promise.share:.1%} of prompts even with error "
+                f"tolerance {TOLERANCES[0]:g}, the smallest that is tried: ask for less"
+            )
+        candidate = candidates.tolerance(found[0], "tuned")
+        self._verify(candidate)
+        self.result.chosen = point = self.result.points[-1]
+        self.result.knobs[candidate.name] = candidate.knobs
+        self.result.promise = {
+            "metric": metric, "least": least, "share": promise.share, "confidence": promise.confidence,
+            "prompts": count, "missing": found[1], "bound": promise.bound(found[1], count),
+            "heldout": len(plan.heldout), "heldout_missing": sum(value < least for value in point[metric]["each"]),
+        }
+        for baseline in self._others([round(point["computed"])]):
+            self._verify(baseline)
+
+    def _search(self) -> None:
+        self.tuner = Tuner(
+            self.evaluator, self.grid, self.plan.tune, seed=self.plan.seed, evaluations=self.plan.evaluations,
+            say=self.say,
+        )
         shares = self._budgets()
         self._compare_methods(sorted(shares.values())[len(shares) // 2])
         # From many computed steps to few; each budget stands for itself, so that a run can be resumed anywhere.
@@ -95,8 +156,6 @@ class _Grid:
             self._verify(candidate)
         self._choose()
         self.result.profiles = {name: self._point(f"tuned-{budget}") for name, budget in shares.items()}
-        self._times()
-        return self.result
 
     def _budgets(self) -> dict[str, int]:
         least = len(self.tuner.starts)
@@ -144,6 +203,21 @@ class _Grid:
             # Held-out prompts have no say in what is chosen.
             each = self.evaluator.measure_all(self.plan.tune, self.grid, candidate.request, pictures=True)
             self.result.points[-1]["tuning"] = {self._metric: float(np.mean([f[self._metric] for f in each]))}
+        self._add_control(budget)
+
+    def _add_control(self, budget: int) -> None:
+        """Error control with as many computed steps on the tuning prompts: what a schedule must beat."""
+        def computed(value: float) -> float:
+            request = candidates.tolerance(value).request
+            each = self.evaluator.measure_all(self.plan.tune, self.grid, request, pictures=False)
+            return float(np.mean([figures["computed"] for figures in each]))
+
+        self.say(f"{self.grid.label}: error control with {budget} computed steps")
+        at = bisect.bisect_left(TOLERANCES, True, key=lambda value: computed(value) <= budget)
+        if at < len(TOLERANCES):
+            candidate = candidates.tolerance(TOLERANCES[at])
+            if candidate.name not in [point["name"] for point in self.result.points]:
+                self._verify(candidate)
 
     @property
     def _metric(self) -> str | None:
@@ -153,9 +227,9 @@ class _Grid:
     def _verify(self, candidate: Candidate) -> None:
         self.say(f"{self.grid.label}: {candidate.label} on {len(self.plan.heldout)} held-out prompts")
         try:
-            point = verdict.verify(self.evaluator, self.grid, self.plan.heldout, candidate)
-        except EngineError:
-            if candidate.kind != "peer":
+            point = selection.verify(self.evaluator, self.grid, self.plan.heldout, candidate)
+        except HostError:
+            if candidate.kind != "host":
                 raise
             point = None
         if point is None:
@@ -164,20 +238,24 @@ class _Grid:
             self.result.points.append(point)
 
     def _others(self, budgets: Sequence[int]) -> list[Candidate]:
-        found = others(self.grid.steps, budgets)
-        return [each for each in found if each.name.startswith(tuple(self.plan.peers))]
+        named = any("dpcache".startswith(word) or word.startswith("dpcache") for word in self.plan.baselines)
+        found = others(self.grid.steps, budgets, self._planned if named else None)
+        return [each for each in found if each.name.startswith(("fewer-", *self.plan.baselines))]
+
+    def _planned(self, budget: int) -> Mask:
+        recorded = self.evaluator.trajectories(self.plan.tune[:RECORDED], self.grid)
+        return search.dpcache(recorded, max(budget, len(recorded.starts)))
 
     def _choose(self) -> None:
-        point, remark = verdict.choose(self.result.points, self.grid.steps, self.plan.target)
+        point, remark = selection.choose(self.result.points, self.grid.steps, self.plan.target)
         metric = self._metric
         for _ in range(REFINEMENTS if metric else 0):
             budget = self._between(metric)
             if budget is None:
                 break
             self._add_tuned(budget)
-            if self.plan.peers:
-                self._verify(candidates.fewer_steps(budget))
-            point, remark = verdict.choose(self.result.points, self.grid.steps, self.plan.target)
+            self._verify(candidates.fewer_steps(budget))
+            point, remark = selection.choose(self.result.points, self.grid.steps, self.plan.target)
         self.result.chosen = point
         if remark:
             self.result.remarks.append(remark)
@@ -199,12 +277,3 @@ class _Grid:
 
     def _point(self, name: str) -> Point:
         return next(point for point in self.result.points if point["name"] == name)
-
-    def _times(self) -> None:
-        uncached = [each["denoising_s"] for each in self.evaluator.references(self.plan.heldout, self.grid)]
-        self.result.step_seconds = {"computed": float(np.median(uncached)) / self.grid.steps}
-
-    @property
-    def sheet_prompts(self) -> Sequence[Prompt]:
-        """Prompts of which pictures are kept."""
-        return self.plan.heldout[:SHEET]

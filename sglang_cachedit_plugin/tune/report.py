@@ -8,11 +8,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..evaluation import plots
-from ..evaluation.quality import IDENTICAL_PSNR
-from . import charts, sheet
+import numpy as np
 
-PAGE, CHART, SHEET, FIGURES = "report.html", "report.png", "contact-sheet.png", "results.json"
+from ..evaluation import plots, quality
+from ..evaluation.quality import IDENTICAL_PSNR
+from . import charts, selection, sheet, write
+from .candidates import Candidate
+from .evaluate import SHEET, Evaluator
+from .job import Plan, Result
+
+PAGE, CHART, PICTURES, FIGURES = "report.html", "report.png", "contact-sheet.png", "results.json"
+DEFAULT = "dbcache-0.24"
+"""The candidate with the server's default settings."""
 
 
 def write_report(results: Mapping[str, Any], folder: Path | str) -> Path:
@@ -20,8 +27,8 @@ def write_report(results: Mapping[str, Any], folder: Path | str) -> Path:
 
     Args:
         results: ``{"model", "provenance", "grids", "sheet"}``. Of a grid: ``steps``, ``size`` (width, height; frames),
-            ``step_seconds``, ``points``, ``chosen`` (a point's name), ``verdict``. Of a point: ``name``, ``kind``
-            (tuned, baseline, fewer_steps, growing_window, peer), ``label``, ``computed`` steps, ``psnr`` in dB with
+            ``step_seconds``, ``points``, ``chosen`` (a point's name), ``selection``. Of a point: ``name``, ``kind``
+            (tuned, baseline, fewer_steps, growing_window, host), ``label``, ``computed`` steps, ``psnr`` in dB with
             ``mean`` and ``min`` over the held-out prompts; optional ``family`` (points that a line joins),
             ``speedup``, ``ssim``, ``latent_psnr``, ``mask`` (a list, or one for each branch or transformer),
             ``step_errors`` (relative error of the latents after each step). Pictures of ``sheet`` are paths, relative
@@ -39,9 +46,9 @@ def write_report(results: Mapping[str, Any], folder: Path | str) -> Path:
     rows = sheet.read(figures.get("sheet") or (), folder)
     factor = sheet.amplification(rows)
     (folder / FIGURES).write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    plots.png([line for grid in figures["grids"] for line in _chart_rows(grid, figures)], folder / CHART)
+    plots.png([panel for grid in figures["grids"] for panel in _panels(grid, figures)], folder / CHART)
     if rows:
-        sheet.write_png(rows, factor, folder / SHEET)
+        sheet.write_png(rows, factor, folder / PICTURES)
     page = _page(figures, sheet.page_rows(rows, factor), factor)
     (folder / PAGE).write_text(page, encoding="utf-8")
     return folder / PAGE
@@ -84,13 +91,10 @@ def _with_masks(grid: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [*tuned, *rest]
 
 
-def _chart_rows(grid: Mapping[str, Any], figures: Mapping[str, Any]) -> list[list[plots.Drawing]]:
-    rows = [
-        charts.quality_panels(grid["points"], grid.get("chosen"), _prompts(figures)),
-        [charts.error_chart(grid["points"], grid.get("chosen"))],
-        [charts.mask_strips(_with_masks(grid), grid.get("chosen"))],
-    ]
-    return [[part for part in row if part is not None] for row in rows if row != [None]]
+def _panels(grid: Mapping[str, Any], figures: Mapping[str, Any]) -> list[plots.Panel]:
+    points, chosen = grid["points"], grid.get("chosen")
+    more = charts.error_panel(points, chosen), charts.strips_panel(_with_masks(grid), chosen)
+    return [*charts.quality_panels(points, chosen, _prompts(figures)), *(panel for panel in more if panel is not None)]
 
 
 def _chosen(grid: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -98,54 +102,28 @@ def _chosen(grid: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def headline(grid: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The chosen point in figures: (value, what it is). Rivals are all points that are not tuned."""
+    """The chosen point in figures: (value, what it is)."""
     chosen = _chosen(grid)
     if chosen is None:
         return []
-    mean = chosen["psnr"]["mean"]
     facts = [(f"{chosen['computed']:g} of {grid['steps']}", "steps computed")]
     if chosen.get("speedup"):
         facts.append((f"{chosen['speedup']:.2f}×", "faster denoising"))
-    facts += [(f"{mean:.1f} dB", "PSNR, mean"), (f"{chosen['psnr']['min']:.1f} dB", "PSNR, worst prompt")]
-    rivals = [point for point in grid["points"] if point["kind"] != "tuned" and point["name"] != chosen["name"]]
-    cheap = [point for point in rivals if point["computed"] <= chosen["computed"] + 1e-6]
-    if cheap:
-        best = max(cheap, key=lambda point: point["psnr"]["mean"])
-        margin = mean - best["psnr"]["mean"]
-        facts.append((f"{margin:+.1f} dB".replace("-", "−"), f"against the best other at no more computed steps "
-                      f"({best['label']})"))
-    equal = [point for point in rivals if point["psnr"]["mean"] >= mean and point["computed"] < grid["steps"]]
-    if equal:
-        first = min(equal, key=lambda point: point["computed"])
-        facts.append((f"{first['computed']:g} steps", f"computed by the first other that reaches this mean "
-                      f"({first['label']})"))
-    elif rivals:
-        facts.append(("none", "of the others tried reaches this mean with fewer than all steps"))
-    return facts
+    psnr = chosen["psnr"]
+    return facts + [
+        (f"{psnr[which]:.1f} dB", f"PSNR, {name}") for which, name in charts.STATISTICS.items() if which in psnr
+    ]
 
 
 def _grid(grid: Mapping[str, Any], figures: Mapping[str, Any]) -> dict[str, Any]:
     """One grid as the template takes it."""
     name, points = grid.get("chosen"), grid["points"]
-    both = [
-        [part(width) for width in (2 * charts.WIDTH, charts.WIDTH)]
-        for part in (
-            lambda width: charts.error_chart(points, name, width),
-            lambda width: charts.mask_strips(_with_masks(grid), name, width),
-        )
-    ]
     table = sorted(points, key=lambda point: (-point["computed"], -point["psnr"]["mean"]))
     return {
         "title": f"{grid['steps']} steps, {'×'.join(str(side) for side in grid['size'])}",
-        "verdict": grid.get("verdict"),
+        "selection": grid.get("selection"),
         "headline": headline(grid),
-        "legend": [
-            ("○" if look.mark == "ring" else "◇", look.colour, look.name)
-            for kind, look in charts.LOOKS.items()
-            if not look.joined and any(point["kind"] == kind for point in points)
-        ],
-        "panels": [plots.svg(panel) for panel in charts.quality_panels(points, name, _prompts(figures))],
-        "charts": [[plots.svg(part) for part in pair] for pair in both if pair[0] is not None],
+        "panels": [plots.svg(panel) for panel in _panels(grid, figures)],
         "rows": [{**point, "is_chosen": point["name"] == name, "kind_name": charts.LOOKS[point["kind"]].name,
                   "colour": charts.LOOKS[point["kind"]].colour} for point in table],
         "step_seconds": grid.get("step_seconds") or {},
@@ -172,3 +150,66 @@ def _page(figures: Mapping[str, Any], rows: list[dict[str, Any]], factor: int) -
         factor=factor,
         colours=plots.COLOURS,
     )
+
+
+def results(
+    plan: Plan, found: Sequence[Result], evaluator: Evaluator, provenance: Mapping[str, Any],
+    model: Mapping[str, Any], folder: Path,
+) -> dict[str, Any]:
+    """Everything that ``write_report`` takes; pictures of the sheet are written into ``folder``.
+
+    Of a video the sheet has the middle frame.
+    """
+    return {
+        "model": dict(model), "provenance": dict(provenance),
+        "grids": [_figures(result) for result in found],
+        "sheet": _sheet(plan, found[0], evaluator, folder) if found else [],
+    }
+
+
+def _figures(result: Result) -> dict[str, Any]:
+    words = [selection.describe(result.points, result.chosen)] if result.chosen is not None else []
+    words += [f"{write.kept(result.promise)}."] if result.promise else []
+    return {
+        "steps": result.grid.steps, "size": list(result.grid.size), "step_seconds": result.step_seconds,
+        "points": result.points, "chosen": result.chosen["name"] if result.chosen is not None else None,
+        "promise": result.promise, "selection": " ".join([*words, *(f"{remark}." for remark in result.remarks)]),
+        "methods": result.methods,
+    }
+
+
+def _sheet(plan: Plan, result: Result, evaluator: Evaluator, folder: Path) -> list[dict[str, Any]]:
+    if result.chosen is None:
+        return []
+    steps = round(result.chosen["computed"])
+    columns = {
+        "chosen": _as_request("chosen", result.chosen["settings"]),
+        "default": _as_request(DEFAULT, {}),
+        "fewer_steps": Candidate("fewer", "fewer_steps", "", {"enable_cache_dit": False}, steps=steps),
+    }
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    prompts = plan.heldout[:SHEET]
+    found = {"uncached": evaluator.references(prompts, result.grid)} | {
+        column: evaluator.measure_all(
+            prompts, result.grid, candidate.request, pictures=True, keep=SHEET, steps=candidate.steps
+        )
+        for column, candidate in columns.items()
+    }
+    return [
+        {"prompt": prompt.text, "seed": prompt.seed, "images": {
+            column: _save(folder, f"{number}-{column}", each[number]["picture"]) for column, each in found.items()
+        }}
+        for number, prompt in enumerate(prompts)
+    ]
+
+
+def _as_request(name: str, settings: Mapping[str, Any]) -> Candidate:
+    return Candidate(name, "baseline", name, {"enable_cache_dit": True, "cache_dit_params": dict(settings)})
+
+
+def _save(folder: Path, name: str, picture: np.ndarray) -> str:
+    from PIL import Image
+
+    path = f"pictures/{name}.png"
+    Image.fromarray(quality.still(picture)).save(folder / path)
+    return path

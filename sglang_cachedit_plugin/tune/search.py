@@ -8,6 +8,7 @@ shifts (BudCache, arXiv 2606.13496).
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -54,6 +55,42 @@ def segment_costs(trajectories: Trajectories, damping: float = 1.0) -> Cost:
         return known[before, step][following - step - 1]
 
     return cost
+
+
+def forecast_costs(trajectories: Trajectories) -> Cost:
+    """Relative error of the linear forecast, summed over the steps left out: DPCache's cost of a path's piece.
+
+    In squared distances over all prompts together, as inner products are what is recorded.
+    """
+    t, whole = trajectories, trajectories.vectors.sum(0)
+    sizes = np.linalg.norm(whole, axis=1)
+
+    @functools.cache
+    def cost(before: int, step: int, following: int) -> float:
+        if following <= step + 1:
+            return 0.0
+        used, skipped = sorted({before, step}), following - 1
+        weights = damped_weights([float(t.timesteps[each]) for each in used], float(t.timesteps[skipped]))
+        error = np.linalg.norm(np.array(weights) @ whole[used] - whole[skipped]) / sizes[skipped]
+        return cost(before, step, skipped) + float(error)
+
+    return cost
+
+
+def dpcache(trajectories: Trajectories, budget: int) -> Mask:
+    """The schedule of DPCache's planner (arXiv 2602.22654): the path of least summed cost, exact over all masks."""
+    mask = shortest(forecast_costs(trajectories), trajectories.steps, budget, minimax=False, gamma=1.0)
+    return with_computed(trajectories.starts, mask)
+
+
+def with_computed(fixed: frozenset[int], mask: Mask) -> Mask:
+    """``mask`` with ``fixed`` steps computed, in place of its last others."""
+    missing = [step for step in sorted(fixed) if not mask[step]]
+    ones = [step for step, computed in enumerate(mask) if computed and step not in fixed]
+    changed = list(mask)
+    for off, on in zip(reversed(ones), missing, strict=False):
+        changed[off], changed[on] = 0, 1
+    return tuple(changed)
 
 
 def shortest(cost: Cost, steps: int, budget: int, *, minimax: bool, gamma: float = GAMMA) -> Mask:
@@ -107,6 +144,17 @@ def growing_window(steps: int, budget: int) -> Mask:
     for number in range(budget):
         places.append(min(steps - (budget - number), max(round(at), places[-1] + 1 if places else 0)))
         at += 1.0 + low * number
+    return as_mask(places, steps)
+
+
+def shrinking_gaps(steps: int, budget: int, beginning: int = 4, power: float = 1.3) -> Mask:
+    """The first steps computed in a row, then gaps that shrink to the end, where the last step is computed."""
+    beginning = min(beginning, budget)
+    places, rest = list(range(beginning)), budget - beginning
+    for number in range(1, rest + 1):
+        part = 1.0 - (1.0 - number / rest) ** power
+        at = round(beginning - 1 + (steps - beginning) * part)
+        places.append(min(steps - 1 - (rest - number), max(at, places[-1] + 1)))
     return as_mask(places, steps)
 
 

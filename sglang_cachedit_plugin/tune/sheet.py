@@ -62,14 +62,9 @@ def _cells(pictures: Mapping[str, np.ndarray | None]) -> tuple[Cell, ...]:
     return tuple(cells)
 
 
-def still(picture: np.ndarray) -> np.ndarray:
-    """A picture (H, W, 3) itself, of a video (T, H, W, 3) the middle frame."""
-    return picture if picture.ndim == 3 else picture[len(picture) // 2]
-
-
 def _load(path: Path) -> np.ndarray | None:
     try:
-        return still(quality.load(path))
+        return quality.still(quality.load(path))
     except OSError:
         return None
 

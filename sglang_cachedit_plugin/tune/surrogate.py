@@ -1,10 +1,15 @@
-"""Error of a schedule, foretold from the recorded trajectories."""
+"""Error of a schedule, predicted from the recorded trajectories.
+
+The corrector is linear too: it repeats the cached steps with the polynomial through the computed outputs on both
+sides, so that a corrected trajectory is a combination of the recorded outputs as any other.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -28,23 +33,35 @@ class Method:
         order: degree of the extrapolation.
         damping: what its terms count.
         fitted: of so many last outputs, with weights fitted to the trajectories; 0: by the extrapolation.
+        corrector: degree of the polynomial that corrects cached steps, 0: they stay as they are.
+        carry: ``corrector_carry``.
     """
 
     order: int = 1
     damping: float = 1.0
     fitted: int = 0
+    corrector: int = 0
+    carry: float = 0.5
 
     @property
     def name(self) -> str:
         """For logs and reports."""
-        if self.fitted:
-            return f"fitted on {self.fitted} outputs"
-        return f"order {self.order}" + (f", damping {self.damping:g}" if self.damping != 1.0 else "")
+        name = f"fitted on {self.fitted} outputs" if self.fitted else f"order {self.order}"
+        if self.damping != 1.0 and not self.fitted:
+            name += f", damping {self.damping:g}"
+        return name + (f", corrector {self.corrector}, carry {self.carry:g}" if self.corrector else "")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The corrector as settings; named, it does not step aside by itself."""
+        if not self.corrector:
+            return {"corrector": False}
+        return {"corrector": True, "corrector_order": self.corrector, "corrector_carry": self.carry}
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a schedule is foretold to do.
+    """What a schedule is predicted to do.
 
     Args:
         decibels: PSNR of the final latents for each prompt.
@@ -78,7 +95,8 @@ def predict(t: Trajectories, mask: Mask, method: Method) -> Forecast:
     """Run a schedule on the recorded trajectories, in terms of their outputs.
 
     Args:
-        mask: one entry a step, or one after the other those of each branch.
+        mask: one entry a step, or one after the other those of each branch; with masks of their own nothing is
+            corrected.
     """
     masks = by_branch(mask, t.steps)
     whole = t.vectors.sum(0)
@@ -86,11 +104,14 @@ def predict(t: Trajectories, mask: Mask, method: Method) -> Forecast:
     drift = np.zeros(whole.shape[1])
     known: list[list[tuple[float, np.ndarray]]] = [[] for _ in masks]
     weights, drifts = [], np.zeros_like(whole)
+    pending: list[int] = []
+    before = drift
     for step in range(t.steps):
         added = -whole[step]
         for own, outputs, share, history in zip(masks, branches, shares, known, strict=True):
             if step in t.starts:
                 history.clear()
+                pending = []
             if own[step] or step in t.starts:
                 output = outputs[step] + (share * t.gain[step]) * drift
                 history.append((float(t.timesteps[step]), output))
@@ -100,10 +121,30 @@ def predict(t: Trajectories, mask: Mask, method: Method) -> Forecast:
                 weights.append(tuple(row))
                 output = sum(weight * each for weight, (_, each) in zip(row, used, strict=True))
             added = added + output
+        if method.corrector and len(masks) == 1:
+            if not masks[0][step] and step not in t.starts:
+                before = before if pending else drift
+                pending.append(step)
+            elif pending:
+                corrected = _corrected(t, pending, before, known[0][-(method.corrector + 1) :])
+                added = added + (method.carry / t.left[step]) * (corrected - drift)
+                drift, pending = corrected, []
         drift = drift + t.change[step] * added
         drifts[step] = drift
     sizes = np.square(drifts.reshape(t.steps, len(t.gram), -1)).sum(2)
     return Forecast(-10.0 * np.log10(sizes[-1] + FLOOR), np.sqrt(sizes).mean(1), tuple(weights))
+
+
+def _corrected(
+    t: Trajectories, pending: Sequence[int], drift: np.ndarray, used: Sequence[tuple[float, np.ndarray]]
+) -> np.ndarray:
+    """The drift after ``pending`` steps that are repeated from ``drift`` on, with the polynomial through ``used``."""
+    places = tuple(place for place, _ in used)
+    for step in pending:
+        row = _extrapolation(places, float(t.timesteps[step]), 1.0)
+        output = sum(weight * each for weight, (_, each) in zip(row, used, strict=True))
+        drift = drift + t.change[step] * (output - t.vectors[:, step].sum(0))
+    return drift
 
 
 def _weights(

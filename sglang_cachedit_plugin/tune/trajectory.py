@@ -58,10 +58,15 @@ class Trajectories:
         return roots.transpose(1, 0, 2).reshape(len(self.parts), self.steps, -1)
 
     @functools.cached_property
+    def left(self) -> np.ndarray:
+        """The way to the end before each step, (T,); above 0 where the change is that of a falling sigma."""
+        left = -np.cumsum(self.change[::-1])[::-1]
+        return np.where(left == 0.0, np.inf, left)
+
+    @functools.cached_property
     def gain(self) -> np.ndarray:
         """The output's answer to drift on each step, (T,)."""
-        left = np.cumsum(self.change[::-1])[::-1]
-        return -self.recall / np.where(left == 0.0, np.inf, left)
+        return self.recall / self.left
 
 
 def combine(

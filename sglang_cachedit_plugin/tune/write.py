@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 
 from ..config.sources import read_file
-from . import verdict
+from . import selection
 from .candidates import OUTPUT
 from .job import Result
-from .verdict import Point
+from .selection import Point
 
 
 class _Dumper(yaml.SafeDumper):
@@ -36,20 +36,21 @@ def config(results: Sequence[Result]) -> dict[str, Any]:
     profiles: dict[str, Any] = {}
     for result in results:
         for name, point in result.profiles.items():
-            served = verdict.better(result.points, point)
+            served = selection.better(result.points, point)
             if name == "chosen":
                 continue
             if served is None:
                 profile = profiles.setdefault(name, {**result.knobs[point["name"]], "schedules": []})
                 profile["schedules"].append(dict(result.rows[point["name"]]))
-            elif served["kind"] in verdict.CACHE_KINDS and len(results) == 1:
+            elif served["kind"] in selection.CACHE_KINDS and len(results) == 1:
                 profiles[name] = dict(served["settings"])
     chosen = [(result, result.chosen["name"]) for result in results if result.chosen is not None]
     knobs = chosen[0][0].knobs[chosen[0][1]] if chosen else OUTPUT
-    found = {**knobs, "schedules": [dict(result.rows[name]) for result, name in chosen]}
-    if len(results) == 1 and chosen:
-        served = verdict.better(results[0].points, results[0].chosen)
-        if served is not None and served["kind"] in verdict.CACHE_KINDS:
+    rows = [dict(result.rows[name]) for result, name in chosen if name in result.rows]
+    found = {**knobs, **({"schedules": rows} if rows else {})}
+    if results[0].promise is None and len(results) == 1 and chosen:
+        served = selection.better(results[0].points, results[0].chosen)
+        if served is not None and served["kind"] in selection.CACHE_KINDS:
             found = dict(served["settings"])
     return {"cache_config": found, "profiles": profiles}
 
@@ -60,19 +61,22 @@ def preamble(
     """What the file is, how it is used and how it came about, as comment lines without the mark."""
     steps = " and ".join(dict.fromkeys(str(result.grid.steps) for result in results))
     schema = _schema_beside(path)
+    what = "Schedules tuned" if results[0].promise is None else "Error tolerance calibrated"
     return [
         *([f"yaml-language-server: $schema={schema}"] if schema else []),
-        f"Schedules tuned for {model['name']} on the {model['backend']} backend, {steps} steps.",
+        f"{what} for {model['name']} on the {model['backend']} backend, {steps} steps.",
         "Hardware: any.",
         f"  sglang generate --model-path {model['name']} --cache-dit-config {_shown(path)} --num-inference-steps "
         f"{results[0].grid.steps} --prompt \"...\"",
-        "A request takes another profile with cache_dit_params.profile. For steps or sizes that are not listed the",
-        "nearest row is resampled, and the report of the request says so.",
+        *(() if results[0].promise else (
+            "A request takes another profile with cache_dit_params.profile. For steps or sizes that are not listed the",
+            "nearest row is resampled, and the report of the request says so.",
+        )),
         f"Made by {provenance['command']}",
         f"{provenance['date']}, {provenance['machine']}, SGLang {provenance['host']}, "
         f"cache-dit {provenance['cache_dit']}, seed {provenance['seed']},",
-        f"{provenance['prompts']['tune']} prompts to tune on, {provenance['prompts']['heldout']} held-out prompts "
-        "that had no say in the search.",
+        f"{provenance['prompts']['tune']} prompts to {'calibrate' if results[0].promise else 'tune'} on, "
+        f"{provenance['prompts']['heldout']} held-out prompts that had no say in it.",
     ]
 
 
@@ -97,18 +101,29 @@ def figures(results: Sequence[Result]) -> list[str]:
         lines += [f"  {_figures(point)}" for point in sorted(result.points, key=lambda p: (p["computed"], p["name"]))
                   if point["kind"] in ("tuned", "fewer_steps")]
         if result.chosen is not None:
-            lines += _wrapped(f"chosen: {verdict.verdict(result.points, result.chosen)}")
+            lines += _wrapped(f"chosen: {selection.describe(result.points, result.chosen)}")
         for name, point in result.profiles.items():
-            served = verdict.better(result.points, point)
+            served = selection.better(result.points, point)
             if served is not None:
                 lines += _wrapped(
                     f"profile {name}: {served['label']} was better ({served['psnr']['mean']:.1f} dB), "
-                    + ("it is in the file instead" if served["kind"] in verdict.CACHE_KINDS and len(results) == 1
+                    + ("it is in the file instead" if served["kind"] in selection.CACHE_KINDS and len(results) == 1
                        else "the profile has no schedule for this")
                 )
-        for remark in result.remarks:
-            lines += _wrapped(remark)
+        for text in (*([kept(result.promise)] if result.promise else ()), *result.remarks):
+            lines += _wrapped(text)
     return lines
+
+
+def kept(promise: Mapping[str, Any]) -> str:
+    """What was shown about unseen prompts, and with how many."""
+    p = promise
+    return (
+        f"At least {p['share']:.1%} of unseen prompts reach {p['metric'].upper()} {p['least']:g}, with confidence "
+        f"{p['confidence']:g} and for prompts like these: {p['missing']} of {p['prompts']} calibration prompts miss "
+        f"it, so at most {p['bound']:.1%} do (exact binomial bound). Of {p['heldout']} held-out prompts "
+        f"{p['heldout_missing']} miss it"
+    )
 
 
 def _figures(point: Point) -> str:

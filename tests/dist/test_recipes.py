@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.e2e.conftest import ROOT, host_environment
+from tests.processes import ROOT, host_environment, run
 
 RECIPES = ("hybrid_tp", "parallel_uaa", "parallel_extra", "ring", "parallel_async")
 STEPS = 16

@@ -6,22 +6,28 @@ import itertools
 import json
 import os
 import random
-import signal
+import shutil
 import socket
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
 import torch
+from filelock import FileLock
+from playwright.sync_api import sync_playwright
 
-ROOT = Path(__file__).parents[2]
+from tests.processes import ROOT, end, host_environment, run, start
+
+CHROMIUM_FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]
+NO_BROWSER = "no Chromium: `make browser` installs it, or name one in CHROMIUM"
 SCRIPT = "<script>window.taken = 1</script><img src=x onerror='window.taken = 1'>"
 
 
@@ -57,33 +63,40 @@ class _FreePorts:
 PORTS = _FreePorts(43100, 800)
 
 
-def host_environment(**extra: str) -> dict[str, str]:
-    """The environment of a host process: no hub, one thread, nothing of the caller's cache settings."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("SGLANG_")}
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return environment | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path} | extra
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> dict[str, Path]:
+    """Folders of the tiny models by family; all workers of a session of tests share them."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder, names = shared / "models", ["flux", "qwen", "qwen_edit", "wan21", "wan22"]
+    with FileLock(f"{folder}.lock"):
+        if not (built := folder / "built.json").exists():
+            done = run(["-m", "tests.tiny.build", folder, *names], env=host_environment(), timeout=300)
+            assert done.returncode == 0, done.stderr[-4000:]
+            built.write_text(json.dumps([line for line in done.stdout.splitlines() if line.startswith(str(folder))]))
+    return dict(zip(names, map(Path, json.loads(built.read_text())), strict=True))
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory) -> dict[str, Path]:
-    """Folders of the tiny models by family."""
-    folder = tmp_path_factory.mktemp("models")
-    names = ["flux", "qwen", "qwen_edit", "wan21", "wan22"]
-    built = subprocess.run(
-        [sys.executable, "-m", "tests.tiny.build", str(folder), *names],
-        cwd=ROOT, env=host_environment(), check=True, capture_output=True, text=True,
-    )
-    paths = [Path(line) for line in built.stdout.splitlines() if line.startswith(str(folder))]
-    return dict(zip(names, paths, strict=True))
+def browser():
+    """A real Chromium; without one its tests are skipped, and fail where BROWSER says that it is required."""
+    path = os.environ.get("CHROMIUM") or shutil.which("chromium")
+    if path is None:
+        (pytest.fail if os.environ.get("BROWSER") == "required" else pytest.skip)(NO_BROWSER)
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=CHROMIUM_FLAGS)
+        yield chromium
+        chromium.close()
 
 
 def run_module(name: str, asked: object, folder: Path, **environment: str):
     """What ``tests.e2e.<name>`` writes (torch.save) when it is run in a process of its own with ``asked`` as JSON."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "in.json").write_text(json.dumps(asked))
-    done = subprocess.run(
-        [sys.executable, "-m", f"tests.e2e.{name}", str(folder / "in.json"), str(folder / "out.pt")],
-        cwd=ROOT, env=host_environment(**environment), capture_output=True, text=True, timeout=1800, errors="replace",
+    done = run(
+        ["-m", f"tests.e2e.{name}", folder / "in.json", folder / "out.pt"], env=host_environment(**environment),
+        timeout=1800,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return torch.load(folder / "out.pt")
@@ -116,18 +129,17 @@ def free_ports(count: int) -> range:
 
 
 @contextmanager
-def serving(model: Path, folder: Path, *flags: str, **environment: str):
-    """Address of a server that lives as long as the block."""
+def serving(model: Path, folder: Path, *flags: str, cold: bool = False, **environment: str):
+    """Address of a server that lives as long as the block; a ``cold`` one is the command line itself, not a fork."""
     port, _, master, scheduler, _ = free_ports(5)  # the port after the server's belongs to the host's broker
     log = folder / "server.log"
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            [str(Path(sys.executable).with_name("sglang")), "serve", "--model-path", str(model), "--port", str(port),
-             "--master-port", str(master), "--scheduler-port", str(scheduler), "--warmup-mode", "off",
-             # Without the last an idle server spins a core that other tests need.
-             "--attention-backend", "torch_sdpa", "--output-path", str(folder / "out"), "--sleep-on-idle", *flags],
-            cwd=folder, env=host_environment(**environment), stdout=out, stderr=out, start_new_session=True,
-        )
+    command = [
+        "sglang", "serve", "--model-path", str(model), "--port", str(port), "--master-port", str(master),
+        "--scheduler-port", str(scheduler), "--warmup-mode", "off", "--attention-backend", "torch_sdpa",
+        # Without the last an idle server spins a core that other tests need.
+        "--output-path", str(folder / "out"), "--sleep-on-idle", *flags,
+    ]
+    process = start(command, cwd=folder, env=host_environment(**environment), out=log, cold=cold)
     try:
         url = f"http://127.0.0.1:{port}"
         deadline = time.monotonic() + 400
@@ -141,14 +153,7 @@ def serving(model: Path, folder: Path, *flags: str, **environment: str):
             time.sleep(0.3)
         yield url
     finally:
-        # A test may have ended it.
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        end(process)
 
 
 def client_of(url: str) -> openai.OpenAI:

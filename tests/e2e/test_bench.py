@@ -83,7 +83,7 @@ def test_table_chart_and_progress(run):
 
 def test_no_process_is_left(run):
     lines = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
-    assert [line for line in lines if "bench.worker" in line and str(run[1]) in line] == []
+    assert [line for line in lines if "evaluation.worker" in line and str(run[1]) in line] == []
 
 
 def test_a_running_server(server, tmp_path, capsys):

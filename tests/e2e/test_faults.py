@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.soak.soak import server_process
 from tests.e2e import hurt
 
 TIMEOUT_S = 25
@@ -122,7 +123,7 @@ def test_the_worker_is_not_larger_than_at_rest(server):
 def test_termination_in_the_middle_of_denoising_ends_all_processes(models, tmp_path):
     """SIGTERM goes to the first process alone, as from a supervisor."""
     with hurt.serving_faults(models, tmp_path / "ended", "--http-graceful-shutdown-timeout", "1") as server:
-        first = leader(server)
+        first = server_process(server.url)
         family = [first, *first.children(recursive=True)]
         assert len(family) > 1
         server.arm("block", "3", 4)
@@ -144,12 +145,3 @@ def _ignore(ask) -> None:
     except httpx.HTTPError:
         return
 
-
-def leader(server: hurt.Server) -> psutil.Process:
-    """The process that was started."""
-    worker = psutil.Process()
-    port = int(server.url.rpartition(":")[2])
-    for each in worker.children():
-        if f"--port {port} " in " ".join(each.cmdline()):
-            return each
-    raise AssertionError(server.url)

@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import sync_playwright
 
 from benchmarks.soak.load import scrape
 from sglang_cachedit_plugin.report import metrics
-from tests.e2e.conftest import ROOT, SCRIPT, client_of, host_environment
+from tests.e2e.conftest import SCRIPT, client_of
+from tests.processes import host_environment, run
 
 STEPS = 12
 BODY = {"prompt": "red apple", "width": 64, "height": 64, "num_inference_steps": STEPS}
-FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]
 
 
 def post(url: str, **fields) -> httpx.Response:
@@ -172,10 +165,8 @@ def test_a_video(video_server):
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [str(Path(sys.executable).with_name("sglang-cachedit")), "client", "--prompt", "red apple", *arguments],
-        cwd=ROOT, env=host_environment(), capture_output=True, text=True, timeout=300,
-    )
+    client = ["sglang-cachedit", "client", "--prompt", "red apple", *arguments]
+    return run(client, env=host_environment(), timeout=300, cold=True)
 
 
 def test_the_client_writes_pictures_and_prints_statistics(server, tmp_path):
@@ -210,15 +201,6 @@ def shown(server):
         {"profile": SCRIPT},
     ]
     return [generate(server, seed=1, **({"enable_cache_dit": True} | each))["cache_stats"] for each in fields]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        path = os.environ.get("CHROMIUM", "/usr/bin/chromium")
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from playwright.sync_api import sync_playwright
 
 from sglang_cachedit_plugin.serving import page
 from tests.e2e.conftest import SCRIPT
-from tests.e2e.test_report_page import FLAGS
 
 ADDRESS = "http://cachedit.test"
 STEPS = {"computed": [0, 2], "cached": [1], "residual_diffs": {"1": 0.5}, "nan_diffs": 0}
@@ -48,7 +45,7 @@ WORDS = (
 
 
 @pytest.fixture(scope="module")
-def shown():
+def shown(browser):
     """The page as the server gives it, with its policy, in a browser whose network is this test."""
     app = FastAPI()
     app.include_router(page.router)
@@ -65,21 +62,18 @@ def shown():
         else:
             route.abort()
 
-    with sync_playwright() as playwright:
-        path = os.environ.get("CHROMIUM", "/usr/bin/chromium")
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
-        opened = browser.new_page()
-        opened.said, opened.asked = [], []
-        opened.on("pageerror", lambda error: opened.said.append(str(error)))
-        opened.on("console", lambda message: opened.said.append(message.text))
-        opened.on("request", lambda request: opened.asked.append(request.url))
-        opened.route("**/*", answer)
-        opened.goto(f"{ADDRESS}/cache_dit")
-        opened.wait_for_selector(".cell")
-        opened.locator("summary").click()
-        opened.wait_for_selector("#config tr")
-        yield opened
-        browser.close()
+    opened = browser.new_page()
+    opened.said, opened.asked = [], []
+    opened.on("pageerror", lambda error: opened.said.append(str(error)))
+    opened.on("console", lambda message: opened.said.append(message.text))
+    opened.on("request", lambda request: opened.asked.append(request.url))
+    opened.route("**/*", answer)
+    opened.goto(f"{ADDRESS}/cache_dit")
+    opened.wait_for_selector(".cell")
+    opened.locator("summary").click()
+    opened.wait_for_selector("#config tr")
+    yield opened
+    opened.close()
 
 
 @pytest.mark.parametrize("word", WORDS)

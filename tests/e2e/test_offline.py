@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 
-from tests.e2e.conftest import ROOT, free_ports, host_environment
+from tests.e2e.conftest import free_ports
+from tests.processes import host_environment, run
 
 BINS = {
     "SGLANG_CACHE_DIT_SCM_COMPUTE_BINS": "4,2,2", "SGLANG_CACHE_DIT_SCM_CACHE_BINS": "2,2",
@@ -21,10 +20,9 @@ def reports(models, tmp_path_factory):
     """Reports by name of the request; see offline.py."""
     out = tmp_path_factory.mktemp("offline") / "out.json"
     _, master, scheduler, _ = free_ports(4)
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.e2e.offline", str(models["flux"]), str(out), "diffusers", str(master),
-         str(scheduler)],
-        cwd=ROOT, env=host_environment(**BINS), capture_output=True, text=True, timeout=600, errors="replace",
+    done = run(
+        ["-m", "tests.e2e.offline", models["flux"], out, "diffusers", master, scheduler],
+        env=host_environment(**BINS), timeout=600,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return json.loads(out.read_text())

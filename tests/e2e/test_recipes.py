@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.e2e.conftest import PORTS, ROOT, host_environment, run_together
+from tests.e2e.conftest import PORTS, run_together
+from tests.processes import ROOT, host_environment, run
 
-SGLANG = str(Path(sys.executable).with_name("sglang"))
 EAGER = {"residual_diff_threshold": 0.9, "max_warmup_steps": 2, "verify_ranks": True}
 """On top of each recipe's cache: random weights change more from step to step than trained ones."""
 
@@ -25,13 +24,13 @@ BAD = {"quantize": (1, "quant_type = 'float8_per_row'", "needs"), "parallel_3d":
 
 def generate(recipe: str, gpus: int, model: Path, out: Path, *flags: str) -> subprocess.CompletedProcess:
     """``sglang generate`` with a recipe."""
-    return subprocess.run(
-        [SGLANG, "generate", "--backend", "diffusers", "--model-path", str(model), "--prompt", "red apple",
-         "--width", "64", "--height", "64", "--num-inference-steps", "12", "--seed", "1", "--output-path", str(out),
-         "--warmup-mode", "off", "--master-port", str(next(PORTS)),
+    return run(
+        ["sglang", "generate", "--backend", "diffusers", "--model-path", model, "--prompt", "red apple",
+         "--width", "64", "--height", "64", "--num-inference-steps", "12", "--seed", "1", "--output-path", out,
+         "--warmup-mode", "off", "--master-port", next(PORTS),
          *(() if recipe == "attention_native" else ("--attention-backend", "torch_sdpa")),
-         "--num-gpus", str(gpus), "--cache-dit-config", str(ROOT / "configs" / f"{recipe}.yaml"), *flags],
-        cwd=ROOT, env=host_environment(), capture_output=True, text=True, timeout=900, errors="replace",
+         "--num-gpus", gpus, "--cache-dit-config", ROOT / "configs" / f"{recipe}.yaml", *flags],
+        env=host_environment(), timeout=900,
     )
 
 

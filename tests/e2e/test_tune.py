@@ -26,7 +26,8 @@ def start(folder) -> subprocess.Popen:
         sys.executable, "-c", MAIN, "tune", "--model-path", str(DEMO),
         "--prompts", str(folder / "prompts.txt"), "--steps", str(STEPS), "--size", "128x128", "--budget", str(BUDGET),
         "--tune-limit", "2", "--heldout-limit", "1", "--evaluations", "1", "--work", str(folder / "work"),
-        "--shares", "0.5", "--report", str(folder / "report"), "--out", str(folder / "tuned.yaml"), "--peers", "plain",
+        "--shares", "0.5", "--report", str(folder / "report"), "--out", str(folder / "tuned.yaml"),
+        "--baselines", "plain",
         "--server", "attention_backend=torch_sdpa",
         *(f"--request={name}={value}" for name, value in GUIDED.items()),
     ]

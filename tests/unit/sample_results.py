@@ -57,8 +57,8 @@ def points() -> list[dict[str, Any]]:
         ("TaylorSeer 1", 14.1, 29.5, 23.8), ("DMD", 14.1, 27.9, 21.0),
     ):
         found.append(_point(name, "baseline", name, computed, mean, least))
-    found.append(_point("teacache", "peer", "TeaCache 0.3", 12.0, 26.2, 19.9))
-    found.append(_point("spectrum", "peer", f"Spectrum {HOSTILE}", 11.0, 28.4, 20.5))
+    found.append(_point("teacache", "host", "TeaCache 0.3", 12.0, 26.2, 19.9))
+    found.append(_point("spectrum", "host", f"Spectrum {HOSTILE}", 11.0, 28.4, 20.5))
     found.append(_point("all", "fewer_steps", "28 steps", STEPS, 100.0, 100.0))
     return found
 
@@ -91,7 +91,7 @@ def results(folder: Path) -> dict[str, Any]:
         "grids": [{
             "steps": STEPS, "size": [128, 128], "step_seconds": {"computed": 0.0425, "cached": 0.0009},
             "points": points(), "chosen": "tuned-14",
-            "verdict": f"The tuned schedule beats every other at 14 computed steps. {HOSTILE}",
+            "selection": f"The tuned schedule beats every other at 14 computed steps. {HOSTILE}",
         }],
         "sheet": pictures(folder),
     }

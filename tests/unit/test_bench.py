@@ -8,14 +8,15 @@ import re
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from sglang_cachedit_plugin.bench import chart, hosts, options, summary
+from sglang_cachedit_plugin.bench import chart, options, summary, variants
 from sglang_cachedit_plugin.bench.command import prepare
-from sglang_cachedit_plugin.bench.hosts import HostError
 from sglang_cachedit_plugin.bench.run import Work, requests_of, run
 from sglang_cachedit_plugin.bench.variants import Variant, changed, parse_settings, plan
 from sglang_cachedit_plugin.config.settings import CacheSettings
 from sglang_cachedit_plugin.errors import SettingError
+from sglang_cachedit_plugin.evaluation.host_process import HostError
 
 STEPS = 10
 
@@ -87,7 +88,7 @@ def test_a_changed_knob_differs_and_has_no_effect():
 def test_stock_and_uncached_hosts_leave_this_plugin_out_and_keep_others(monkeypatch, tmp_path):
     monkeypatch.setenv("SGLANG_PLUGINS", "cachedit,other")
     monkeypatch.setenv("SGLANG_CACHE_DIT_RDT", "0.5")
-    uncached, stock, plugin = (hosts.environment(variant, tmp_path, sync=True) for variant in plan())
+    uncached, stock, plugin = (variants.environment(variant, tmp_path, sync=True) for variant in plan())
     assert uncached["SGLANG_PLUGINS"] == stock["SGLANG_PLUGINS"] == "other"
     assert plugin["SGLANG_PLUGINS"] == "cachedit,other"
     assert not any("SGLANG_CACHE_DIT_RDT" in env for env in (uncached, stock, plugin))
@@ -96,11 +97,11 @@ def test_stock_and_uncached_hosts_leave_this_plugin_out_and_keep_others(monkeypa
 
 def test_given_host_flags_outrank_our_own(tmp_path):
     variant = plan()[2]
-    flags = hosts.arguments(variant, "m", "sglang", 2, ["--warmup-mode", "server", "--port=7"], "c.yaml", tmp_path)
+    flags = variants.arguments(variant, "m", "sglang", 2, ["--warmup-mode", "server", "--port=7"], "c.yaml", tmp_path)
     assert flags.count("--warmup-mode") == 1 and "--port=7" in flags and "--port" not in flags
     assert flags[flags.index("--cache-dit-config") + 1] == "c.yaml"
-    assert "--cache-dit-config" not in hosts.arguments(plan()[0], "m", "diffusers", 1, [], "c.yaml", tmp_path)
-    stock = hosts.arguments(plan()[1], "m", "diffusers", 1, [], "c.yaml", tmp_path)
+    assert "--cache-dit-config" not in variants.arguments(plan()[0], "m", "diffusers", 1, [], "c.yaml", tmp_path)
+    stock = variants.arguments(plan()[1], "m", "diffusers", 1, [], "c.yaml", tmp_path)
     assert stock[stock.index("--cache-dit-config") + 1] == str(tmp_path / "stock.yaml")
 
 
@@ -198,8 +199,9 @@ def test_a_host_that_does_not_start_is_reported(tmp_path):
     seats = run(plan(), _work(tmp_path), start)
     rows = summary.summarise([seat.variant for seat in seats], [r for s in seats for r in s.records], STEPS, tmp_path)
     assert rows[1]["error"] == "no such model" and rows[1]["failed"] == 6
-    drawn = chart.bars(rows, "title", STEPS)
-    assert "failed: no such model" in [shape.text for shape in drawn.shapes]
+    assert "failed: no such model" in [chart.words(row) for row in rows]
+    chart.write(rows, "title", STEPS, tmp_path / "chart.png")
+    assert Image.open(tmp_path / "chart.png").width == 2 * 860
 
 
 def test_hosts_can_be_shared_or_taken_one_by_one(tmp_path):

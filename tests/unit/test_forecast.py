@@ -72,10 +72,10 @@ def test_another_shape_starts_anew():
     forecast.update(0.0, torch.zeros(2))
     forecast.update(1.0, torch.ones(2))
     forecast.update(2.0, torch.ones(3))
-    assert (len(forecast), forecast.shape) == (1, (3,))
+    assert (len(forecast), forecast.latest.shape) == (1, (3,))
     assert torch.equal(forecast.predict(5.0), torch.ones(3))
     forecast.clear()
-    assert (len(forecast), forecast.shape) == (0, None)
+    assert len(forecast) == 0
 
 
 @pytest.mark.parametrize("known", [[(0.0, 9.0), (0.0, 1.0)], [(0.0, 9.0), (2.0, 3.0), (0.0, 1.0)]])

@@ -93,6 +93,15 @@ def test_the_dynamic_threshold_runs_the_first_block_to_decide(transformer):
     assert [calls.count(step) for step in range(8)] == [4, 4, 4, 1, 4, 1, 4, 1]
 
 
+def test_the_limit_of_cached_steps_holds_for_measured_outputs(transformer):
+    settings = CacheSettings(
+        residual_diff_threshold=1.0, max_warmup_steps=1, max_continuous_cached_steps=-1, max_cached_steps=2,
+        forecast="output",
+    )
+    _, stats, _ = run(transformer, settings)
+    assert stats.branches["cond"].cached == [1, 2]
+
+
 def test_branches_have_histories_of_their_own(transformer):
     both = [(branch, step) for step in range(8) for branch in ("cond", "uncond")]
     settings = CacheSettings(**STATIC)

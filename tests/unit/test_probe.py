@@ -223,7 +223,7 @@ def test_inference_tensors_have_no_count_of_writes_and_are_compared(monkeypatch)
 
 def test_nothing_is_read_from_the_device_before_the_end():
     """Tensors of the meta device raise when their values are read."""
-    probe = BlockProbe(Blocks(name="blocks", streams=("hidden_states",)), 2, (1, 2))
+    probe = BlockProbe(Blocks(name="blocks", streams=("hidden_states",)), (1, 2))
     hidden = torch.empty(1, 3, DIM, device="meta")
     for index in range(2):
         probe.enter("blocks", index, {"hidden_states": hidden})
@@ -238,7 +238,7 @@ def test_nothing_is_read_from_the_device_before_the_end():
     ((1, 4, DIM), (1, 2, DIM), False), ((1, 4, DIM), (4, DIM), False),
 ])
 def test_one_text_may_serve_several_pictures(given, returned, right):
-    probe = BlockProbe(Blocks(name="blocks", streams=("encoder_hidden_states",)), 2, (1, 2))
+    probe = BlockProbe(Blocks(name="blocks", streams=("encoder_hidden_states",)), (1, 2))
     probe.enter("blocks", 0, {"encoder_hidden_states": torch.zeros(given)})
     probe.leave("blocks", 0, torch.zeros(returned))
     assert (probe.finish() is None) == right

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sglang_cachedit_plugin.evaluation.plots import Axis, overlaps, place
+from sglang_cachedit_plugin.evaluation import plots
 from sglang_cachedit_plugin.tune import charts, report, sheet
 from tests.unit.sample_results import HOSTILE, points, results
 
@@ -47,22 +47,11 @@ def test_nothing_is_loaded_from_outside(written):
     assert page.count('src="data:image/') == page.count("<img") == 12
 
 
-def test_headline_names_the_best_rival_at_no_more_steps():
-    grid = results_grid()
-    facts = dict((caption, value) for value, caption in report.headline(grid))
-    assert facts["steps computed"] == "14 of 28"
-    assert facts["PSNR, mean"] == "43.2 dB" and facts["PSNR, worst prompt"] == "39.3 dB"
-    assert facts["against the best other at no more computed steps (growing window 14)"] == "+8.6 dB"
-    assert facts["of the others tried reaches this mean with fewer than all steps"] == "none"
-
-
-def test_headline_says_when_the_tuned_schedule_loses():
-    grid = results_grid()
-    rival = next(point for point in grid["points"] if point["name"] == "fewer-10")
-    rival["psnr"]["mean"] = 45.0
-    facts = dict((caption, value) for value, caption in report.headline(grid))
-    assert facts["against the best other at no more computed steps (10 steps)"] == "−1.8 dB"
-    assert facts["computed by the first other that reaches this mean (10 steps)"] == "10 steps"
+def test_headline_has_the_chosen_point_in_figures():
+    facts = dict((caption, value) for value, caption in report.headline(results_grid()))
+    assert facts == {
+        "steps computed": "14 of 28", "faster denoising": "2.00×", "PSNR, mean": "43.2 dB", "PSNR, worst": "39.3 dB",
+    }
 
 
 def results_grid():
@@ -88,12 +77,18 @@ def test_bare_results_are_enough(tmp_path):
 
 def test_schedules_of_branches_have_a_strip_each():
     point = {**points()[0], "mask": {"cond": [1, 0, 1], "uncond": [1, 0, 0]}}
-    strips = charts.mask_strips([point], None)
-    texts = [shape.text for shape in strips.shapes]
-    assert "tuned 7 cond" in texts and "tuned 7 uncond" in texts
-    assert "2 of 3" in texts and "1 of 3" in texts
-    filled = [shape.colour for shape in strips.shapes if shape.kind == "bar"]
-    assert filled == ["accent", "rule", "accent", "accent", "rule", "rule"]
+    drawn = plots.svg(charts.strips_panel([point], None))
+    for text in ("tuned 7 cond", "tuned 7 uncond", "2 of 3", "1 of 3"):
+        assert f">{text}</text>" in drawn
+    assert (drawn.count("var(--accent)"), drawn.count("var(--rule)")) == (3, 3)
+
+
+def test_the_chart_has_the_front_of_each_kind_and_the_chosen_point():
+    found = charts.shown([*points(), {**points()[0], "name": "mine", "computed": 27}], "mean", "mine")
+    assert [point["name"] for point in found["baseline"]] == ["SCM fast", "TaylorSeer 1", "SCM medium", "SCM slow"]
+    assert [point["name"] for point in found["tuned"]][-1] == "mine"
+    # What equals the reference is in the table only.
+    assert "all" not in [point["name"] for point in found["fewer_steps"]]
 
 
 def test_differences_share_one_amplification(written, tmp_path):
@@ -108,21 +103,29 @@ def test_differences_share_one_amplification(written, tmp_path):
     assert rows[1].cells[2].picture is None
 
 
-def test_labels_never_overlap():
-    taken = []
-    spots = [(20.0 + 3 * index, 50.0) for index in range(30)]
-    found = [place(f"label {index}", [spot], taken, (0, 0, 200, 100)) for index, spot in enumerate(spots)]
-    assert sum(label is not None for label in found) == len(taken) > 3
-    assert not any(overlaps(one, other) for i, one in enumerate(taken) for other in taken[:i])
-    assert all(min(box) >= 0 and box[2] <= 200 and box[3] <= 100 for box in taken)
+def test_labels_cover_no_point_no_line_and_no_other_label():
+    from matplotlib.figure import Figure
+
+    axes = Figure(figsize=(5, 3), dpi=72).add_axes((0.1, 0.1, 0.8, 0.8))
+    axes.set(xlim=(-1, 12), ylim=(-10, 130))
+    spots = [(index, index**2) for index in range(12)]
+    axes.plot(*zip(*spots, strict=True), "o-")
+    labels = plots.Labels(axes)
+    marks = list(labels.taken)
+    written = [labels.add(f"label {index}", [spot], "ink") for index, spot in enumerate(spots)]
+    boxes = labels.taken[len(marks):]
+    assert 3 < sum(written) == len(boxes) == len(axes.texts) < len(spots)
+    (line,) = (line.get_transform().transform_path(line.get_path()) for line in axes.lines)
+    axes.figure.draw_without_rendering()
+    for index, (box, text) in enumerate(zip(boxes, axes.texts, strict=True)):
+        drawn = text.get_window_extent()
+        assert box.x0 <= drawn.x0 and drawn.x1 <= box.x1 and box.y0 <= drawn.y0 and drawn.y1 <= box.y1
+        assert not box.count_overlaps([*marks, *boxes[:index]])
+        assert not line.intersects_bbox(box, filled=False)
 
 
-@pytest.mark.parametrize(("low", "high", "ticks"), [
-    (0, 10, [0, 2, 4, 6, 8, 10]), (15.2, 48.1, [20, 30, 40]), (0.0, 0.101, [0, 0.02, 0.04, 0.06, 0.08, 0.1]),
-])
-def test_ticks_are_round_and_within_the_axis(low, high, ticks):
-    assert Axis(low, high, 0, 100).ticks(6) == pytest.approx(ticks)
-
-
-def test_steps_have_whole_ticks():
-    assert Axis(1.8, 5.2, 0, 100).ticks(8, least=1) == [2, 3, 4, 5]
+def test_drawings_follow_the_page_and_bring_no_colour_of_their_own():
+    for panel in charts.quality_panels(points(), "tuned-14", 12):
+        drawn = plots.svg(panel)
+        assert not re.search(r"#[0-9a-f]{6}\b", re.sub(r'"#[^"]*"', "", drawn))
+        assert "var(--accent)" in drawn and "http" not in drawn

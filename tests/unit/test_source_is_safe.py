@@ -114,7 +114,7 @@ def test_the_page_sets_text_only():
 def test_the_reports_template_escapes_everything_but_its_own_drawings():
     template = (PACKAGE / "tune" / "report.html.jinja").read_text(encoding="utf-8")
     drawn = re.findall(r"\{\{ (\w+)\s*\|\s*drawn \}\}", template)
-    assert drawn == ["panel", "wide", "narrow"] and template.count("drawn") == len(drawn)
+    assert drawn == ["panel"] and template.count("drawn") == len(drawn)
     assert not re.search(r"\|\s*safe|autoescape|<script", template)
 
 

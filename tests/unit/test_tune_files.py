@@ -1,4 +1,4 @@
-"""Files of a tuning run: evaluations on disk, options, the config file, the verdict."""
+"""Files of a tuning run: evaluations on disk, options, the config file, the selection."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from sglang_cachedit_plugin.cli import main
 from sglang_cachedit_plugin.config.effective import Defaults
 from sglang_cachedit_plugin.config.sources import read_file
 from sglang_cachedit_plugin.errors import SettingError
-from sglang_cachedit_plugin.tune import candidates, command, options, verdict, write
+from sglang_cachedit_plugin.tune import candidates, command, options, selection, write
 from sglang_cachedit_plugin.tune.evaluate import Grid
 from sglang_cachedit_plugin.tune.job import Result
+from sglang_cachedit_plugin.tune.promise import Promise
 from sglang_cachedit_plugin.tune.store import Store, fingerprint
 from sglang_cachedit_plugin.tune.surrogate import Method
 
@@ -50,7 +51,7 @@ def arguments(tmp_path, *more: str, steps: str = "8", size: str = "64x64"):
     prompts.write_text("a\n\nb\nc\nd\n")
     parser = argparse.ArgumentParser()
     options.add_arguments(parser)
-    if not any(each.startswith("--budget") or each.startswith("--speedup") for each in more):
+    if not {"--budget", "--speedup", "--min-psnr"} & set(more):
         more = (*more, "--budget", "4")
     return parser.parse_args([
         "--model-path", str(tmp_path), "--prompts", str(prompts), "--steps", steps, "--size", size,
@@ -76,14 +77,20 @@ def test_options_become_a_plan(tmp_path):
         (["--speedup", "0.5"], "--speedup = 0.5 .*from 1 to 8"),
         (["--evaluations", "-1"], "--evaluations = -1 .*at least 0"),
         (["--heldout", "/nowhere/at/all"], "No such file"),
-        (["--peers", "tecache"], "--peers = 'tecache' .*did you mean 'teacache'"),
-        (["--peers", "fewer,dbcahe"], "--peers = 'dbcahe' .*did you mean 'dbcache'"),
-        (["--peers", "plian"], "did you mean 'plain'"),
-        (["--peers", "plain,teacache"], "plain stands alone"),
-        (["--peers", "fewer,none"], "none stands alone"),
-        (["--peers", "fewer-9"], "--peers = 'fewer-9' .*beginnings of names"),
-        (["--peers", ""], "--peers = '' .*expected none, plain, all"),
-        (["--peers", "fewer,"], "--peers = '' "),
+        (["--baselines", "tecache"], "--baselines = 'tecache' .*did you mean 'teacache'"),
+        (["--baselines", "dpcahce"], "did you mean 'dpcache'"),
+        (["--baselines", "fewer,dbcahe"], "--baselines = 'dbcahe' .*did you mean 'dbcache'"),
+        (["--baselines", "plian"], "did you mean 'plain'"),
+        (["--baselines", "plain,teacache"], "plain stands alone"),
+        (["--baselines", "fewer,none"], "none stands alone"),
+        (["--baselines", "fewer-9"], "--baselines = 'fewer-9' .*beginnings of names"),
+        (["--baselines", ""], "--baselines = '' .*expected none, plain, all"),
+        (["--baselines", "fewer,"], "--baselines = '' "),
+        (["--share", "0.9"], "--share = 0.9 .*expected --min-psnr or --min-ssim"),
+        (["--min-psnr", "35", "--share", "1"], r"--share = 1\.0 .*from 0\.5 to below 1"),
+        (["--min-psnr", "35", "--share", "0.9", "--confidence", "90"], r"--confidence = 90\.0 "),
+        (["--min-psnr", "35", "--share", "0.95"],
+         r"--share = 0\.95 .*expected 45 prompts or more for this with confidence 0\.9, found 3 beside the held-out"),
     ],
 )
 def test_bad_options_are_refused_before_anything_starts(tmp_path, more, words):
@@ -91,13 +98,31 @@ def test_bad_options_are_refused_before_anything_starts(tmp_path, more, words):
         command.prepare(arguments(tmp_path, *more))
 
 
+def test_the_old_name_of_an_option_leads_to_the_new_one(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        arguments(tmp_path, "--peers", "all")
+    assert "argument --peers: it is called --baselines" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("text", "names"), [
-    ("none", ()), ("plain", ("fewer", "growing")), ("all", ("",)),
+    ("none", ()), ("plain", ("growing",)), ("all", ("",)),
     ("fewer-4, growing-output", ("fewer-4", "growing-output")),
     ("taylorseer-1-every-2,dbcache-0.4-long,spectrum-3", ("taylorseer-1-every-2", "dbcache-0.4-long", "spectrum-3")),
 ])
 def test_peers_are_known_words_or_beginnings_of_names(tmp_path, text, names):
-    assert command.prepare(arguments(tmp_path, "--peers", text)).peers == names
+    assert command.prepare(arguments(tmp_path, "--baselines", text)).baselines == names
+
+
+def test_all_prompts_calibrate_a_promise_and_twelve_a_search(tmp_path):
+    calibration, held = tmp_path / "many.txt", tmp_path / "held.txt"
+    calibration.write_text("\n".join(map(str, range(30))))
+    held.write_text("x")
+    more = ["--prompts", str(calibration), "--heldout", str(held)]
+    found = command.prepare(arguments(tmp_path, *more, "--min-psnr", "35", "--share", "0.9"))
+    assert len(found.tune) == 30 and found.promise == Promise(0.9, 0.9)
+    assert len(command.prepare(arguments(tmp_path, *more, "--min-psnr", "35")).tune) == 12
+    with pytest.raises(SettingError, match="one number of steps"):
+        command.prepare(arguments(tmp_path, *more, "--min-psnr", "35", "--share", "0.9", steps="8,12"))
 
 
 @pytest.mark.parametrize(
@@ -121,7 +146,7 @@ def test_the_command_leaves_with_status_2_and_one_line(tmp_path, capsys):
 def point(name: str, kind: str, computed: float, mean: float, **more) -> dict:
     return {
         "name": name, "kind": kind, "label": name, "family": more.pop("family", name), "computed": computed,
-        "psnr": {"mean": mean, "min": mean - 5, "each": [mean]}, "settings": {}, **more,
+        "psnr": {"mean": mean, "p10": mean - 2, "min": mean - 5, "each": [mean]}, "settings": {}, **more,
     }
 
 
@@ -129,21 +154,21 @@ FEWER = [point(f"fewer-{n}", "fewer_steps", n, 20.0 + 2 * n, family="fewer") for
 
 
 def test_the_rival_at_equal_quality_is_found_on_the_line_of_its_family():
-    at, by = verdict.needed([*FEWER, point("spectrum", "peer", 7.5, 31.0)], 31.0)
+    at, by = selection.needed([*FEWER, point("spectrum", "host", 7.5, 31.0)], 31.0)
     assert (at, by["name"]) == (pytest.approx(5.5), "fewer-6")
-    assert verdict.needed(FEWER, 40.0) is None
-    assert verdict.needed(FEWER, 10.0)[0] == 4
+    assert selection.needed(FEWER, 40.0) is None
+    assert selection.needed(FEWER, 10.0)[0] == 4
 
 
-def test_the_verdict_says_who_wins():
+def test_the_selection_says_who_wins():
     tuned = point("tuned-5", "tuned", 5, 33.0)
-    words = verdict.verdict([*FEWER, tuned], tuned)
-    assert "best other at no more computed steps: fewer-4 (4.0 computed) 28.0 dB" in words
+    words = selection.describe([*FEWER, tuned], tuned)
+    assert "best other at no more computed steps: fewer-4 (4.0 computed) 28.0 dB mean" in words
     assert "fewer-8 at 6.5 computed (23 % saved)" in words
     loser = point("tuned-6", "tuned", 6, 30.0)
-    assert "It does not win: fewer-6" in verdict.verdict([*FEWER, loser], loser)
-    assert verdict.better([*FEWER, loser], loser)["name"] == "fewer-6"
-    assert verdict.better([*FEWER, tuned], tuned) is None
+    assert "It does not win: fewer-6" in selection.describe([*FEWER, loser], loser)
+    assert selection.better([*FEWER, loser], loser)["name"] == "fewer-6"
+    assert selection.better([*FEWER, tuned], tuned) is None
 
 
 @pytest.mark.parametrize(
@@ -160,9 +185,23 @@ def test_the_target_chooses_the_fewest_steps_that_meet_it(target, name, remark):
         *(point(f"tuned-{n}", "tuned", n, mean - 9.0, tuning={"psnr": mean})
           for n, mean in ((3, 25.0), (5, 33.0), (7, 36.0))),
     ]
-    chosen, said = verdict.choose(points, 10, target)
+    chosen, said = selection.choose(points, 10, target)
     assert chosen["name"] == name
     assert (said is None) == (remark is None) and (remark or "") in (said or "")
+
+
+def test_error_control_beats_a_schedule_by_its_mean_or_its_tenth_percentile():
+    tuned = point("tuned-5", "tuned", 5, 33.0)
+    control = point("tolerance-0.01", "baseline", 5.4, 32.0, family=candidates.CONTROL)
+    assert selection.better([tuned, control], tuned) is None
+    control["psnr"]["p10"] = 31.5
+    assert selection.better([tuned, control], tuned) is control
+    assert "It does not win: tolerance-0.01 (5.4 computed) 32.0 dB mean, 31.5" in selection.describe(
+        [tuned, control], tuned
+    )
+    # Another setting must be better in the mean, and neither may compute more.
+    assert selection.better([tuned, {**control, "family": "DBCache", "computed": 5}], tuned) is None
+    assert selection.better([tuned, {**control, "computed": 5.6}], tuned) is None
 
 
 PROVENANCE = {

@@ -6,13 +6,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
+from sglang_cachedit_plugin.errors import CacheDitError
 from sglang_cachedit_plugin.evaluation import quality
-from sglang_cachedit_plugin.tune import job, outcome, polish, report, verdict, write
-from sglang_cachedit_plugin.tune.engine import EngineError
+from sglang_cachedit_plugin.evaluation.host_process import HostError
+from sglang_cachedit_plugin.tune import candidates, job, refine, report, selection, write
 from sglang_cachedit_plugin.tune.evaluate import Grid, Prompt
 from sglang_cachedit_plugin.tune.job import Plan
+from sglang_cachedit_plugin.tune.promise import TOLERANCES, Promise
 from sglang_cachedit_plugin.tune.trajectory import Trajectories, products
 from tests.unit.test_tune_files import MODEL, PROVENANCE
 
@@ -43,19 +46,30 @@ class Host:
         return np.random.default_rng(1000 + prompt.seed).normal(size=WIDTH)
 
     def draw(self, prompt: Prompt, steps: int, row=None) -> np.ndarray:
-        places, x, known = sigmas(steps), self.start(prompt), []
+        from sglang_cachedit_plugin.cache.forecast import damped_weights
+
+        places, x, known, cached, before = sigmas(steps), self.start(prompt), [], [], None
         change = np.append(places[1:], 0.0) - places
         weights = iter((row or {}).get("weights", ()))
         for step in range(steps):
             if row is None or row["mask"][step] == "1":
                 output = self.velocity(prompt, places[step])
                 known.append((places[step], output))
-            elif "weights" in row:
+                if cached and row.get("corrector"):
+                    used = known[-(row["corrector"] + 1):]
+                    for each in cached:
+                        factors = damped_weights([1000 * p for p, _ in used], 1000 * places[each])
+                        before = before + change[each] * sum(w * v for w, (_, v) in zip(factors, used, strict=True))
+                    output, x = output + row["carry"] * (before - x) / places[step], before
+                cached = []
+                x = x + change[step] * output
+                continue
+            before = before if cached else x
+            cached.append(step)
+            if "weights" in row:
                 used = next(weights)
                 output = sum(w * v for w, (_, v) in zip(used, known[-len(used):], strict=True))
             else:
-                from sglang_cachedit_plugin.cache.forecast import damped_weights
-
                 used = known[-(row["order"] + 1):]
                 factors = damped_weights([1000 * p for p, _ in used], 1000 * places[step], row.get("damping", 1.0))
                 output = sum(w * v for w, (_, v) in zip(factors, used, strict=True))
@@ -83,7 +97,7 @@ class Host:
     def measure(self, prompt, grid, more, *, pictures, keep=False, steps=None):
         self.served += 1
         if more.get("enable_teacache"):
-            raise EngineError("this model has no such thing")
+            raise HostError("this model has no such thing")
         params = more.get("cache_dit_params") or {}
         if more.get("enable_cache_dit"):
             row = self.row(params, grid.steps)
@@ -96,8 +110,16 @@ class Host:
             "denoising_s": 0.1 * (computed or steps or grid.steps), "picture": np.zeros((8, 8, 3), np.uint8),
         }
 
+    @classmethod
+    def row(cls, params, steps):
+        corrector = params["corrector_order"] if params.get("corrector") else 0
+        return {**cls.schedule(params, steps), "corrector": corrector, "carry": params.get("corrector_carry", 0.5)}
+
     @staticmethod
-    def row(params, steps):
+    def schedule(params, steps):
+        if tolerance := params.get("error_tolerance"):
+            gap = 1 + int(200 * tolerance)
+            return {"mask": "".join(str(int(step < 3 or step % gap == 0)) for step in range(steps)), "order": 1}
         if "schedules" in params:
             return {"order": 0, **params["schedules"][0]} if params["forecast"] == "output" else {
                 "order": 0, "mask": params["schedules"][0]["mask"],
@@ -111,7 +133,7 @@ class Host:
 PLAN = Plan(
     grids=[Grid(16, SIZE)], tune=[Prompt("a", 1), Prompt("b", 2), Prompt("c", 3)],
     heldout=[Prompt("d", 11), Prompt("e", 12)], target={"budget": 6}, seed=1, evaluations=2,
-    peers=("fewer", "growing", "dbcache-0.24", "teacache"), shares=(0.25, 0.5),
+    baselines=("growing", "dpcache", "dbcache-0.24", "teacache"), shares=(0.25, 0.5),
 )
 
 
@@ -119,7 +141,7 @@ PLAN = Plan(
 def _short():
     """A short search is enough for a small field."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(polish, "ROUNDS", 60)
+        patch.setattr(refine, "ROUNDS", 60)
         yield
 
 
@@ -130,19 +152,21 @@ def result():
 
 def test_every_budget_is_tuned_and_the_asked_one_is_chosen(result):
     points = {point["name"]: point for point in result.points}
-    assert {"tuned-4", "tuned-6", "tuned-8", "fewer-4", "fewer-8", "growing-6", "growing-output-6"} <= set(points)
+    assert {"tuned-4", "tuned-6", "tuned-8", "fewer-4", "fewer-8", "growing-6", "dpcache-6"} <= set(points)
     assert result.chosen["name"] == "tuned-6"
     assert {name: point["name"] for name, point in result.profiles.items()} == {
         "tuned-25": "tuned-4", "tuned-50": "tuned-8", "chosen": "tuned-6",
     }
+    # Error control with about as many steps is always there: a schedule that loses to it is not written.
+    assert any(name.startswith("tolerance-") and abs(points[name]["computed"] - 6) <= 2 for name in points)
     assert any("TeaCache: the model does not have it" in remark for remark in result.remarks)
 
 
 def test_tuned_schedules_win_where_the_field_is_curved(result):
     for budget in (4, 6, 8):
         tuned = next(p for p in result.points if p["name"] == f"tuned-{budget}")
-        assert verdict.better(result.points, tuned) is None
-        best = max(p["psnr"]["mean"] for p in verdict.rivals(result.points, budget))
+        assert selection.better(result.points, tuned) is None
+        best = max(p["psnr"]["mean"] for p in selection.rivals(result.points, budget))
         assert tuned["psnr"]["mean"] > best + 3.0
 
 
@@ -153,11 +177,11 @@ def test_the_same_seed_finds_the_same(result):
 
 
 def test_a_quality_is_reached_with_the_fewest_steps(result):
-    first = job.run(replace(PLAN, target={"min_psnr": 1.0}, peers=()), Host(), lambda text: None)[0]
+    first = job.run(replace(PLAN, target={"min_psnr": 1.0}, baselines=()), Host(), lambda text: None)[0]
     least = next(p for p in first.points if p["name"] == "tuned-8")["tuning"]["psnr"] - 3.0
-    plan = replace(PLAN, target={"min_psnr": least}, peers=())
+    plan = replace(PLAN, target={"min_psnr": least}, baselines=())
     found = job.run(plan, Host(), lambda text: None)[0]
-    tried = {p["computed"]: p["tuning"]["psnr"] for p in found.points}
+    tried = {p["computed"]: p["tuning"]["psnr"] for p in found.points if p["kind"] == "tuned"}
     assert found.chosen["tuning"]["psnr"] >= least
     assert found.chosen["computed"] == min(computed for computed, value in tried.items() if value >= least)
     assert found.chosen["computed"] <= 8
@@ -173,11 +197,48 @@ class Surprising(Host):
 
 @pytest.mark.parametrize(("host", "missed"), [(Host, False), (Surprising, True)])
 def test_a_quality_that_held_out_prompts_miss_is_said(host, missed):
-    plan = replace(PLAN, target={"min_psnr": 65.0}, peers=())
+    plan = replace(PLAN, target={"min_psnr": 65.0}, baselines=())
     found = job.run(plan, host(), lambda text: None)[0]
     assert found.chosen["tuning"]["psnr"] >= 65.0
     assert (found.chosen["psnr"]["mean"] < 65.0) is missed
     assert any("misses it on the 2 held-out ones" in remark for remark in found.remarks) is missed
+
+
+PROMISED = replace(
+    PLAN, tune=[Prompt("a", seed) for seed in range(100, 130)], heldout=[Prompt("b", seed) for seed in range(200, 210)],
+    target={"min_psnr": 45.0}, promise=Promise(share=0.9, confidence=0.9), baselines=(),
+)
+
+
+def test_the_largest_tolerance_that_keeps_the_promise_is_written(tmp_path):
+    found = job.run(PROMISED, Host(), lambda text: None)[0]
+    tolerance = found.chosen["settings"]["error_tolerance"]
+
+    def missing(value, prompts):
+        figures = Host().measure_all(prompts, found.grid, candidates.tolerance(value).request, pictures=True)
+        return sum(each["psnr"] < 45.0 for each in figures)
+
+    after = TOLERANCES[TOLERANCES.index(tolerance) + 1]
+    assert missing(tolerance, PROMISED.tune) == found.promise["missing"] <= PROMISED.promise.allowed(30)
+    assert missing(after, PROMISED.tune) > PROMISED.promise.allowed(30)
+    assert found.promise["heldout_missing"] == missing(tolerance, PROMISED.heldout)
+    assert found.promise["bound"] <= 0.1
+    # Plain fewer steps are measured whatever is asked for.
+    assert [point["kind"] for point in found.points].count("fewer_steps") == 3
+    write.write(tmp_path / "t.yaml", [found], PROVENANCE, MODEL)
+    assert yaml.safe_load((tmp_path / "t.yaml").read_text()) == {
+        "cache_config": {"error_tolerance": tolerance}, "profiles": {},
+    }
+    said = " ".join((tmp_path / "t.yaml").read_text().replace("#", "").split())
+    bound = f"{found.promise['missing']} of 30 calibration prompts miss it, so at most {found.promise['bound']:.1%} do"
+    assert "At least 90.0% of unseen prompts reach PSNR 45, with confidence 0.9" in said and bound in said
+    figures = report.results(PROMISED, [found], Pictures(), PROVENANCE, MODEL, tmp_path)
+    assert bound in figures["grids"][0]["selection"] and figures["grids"][0]["promise"] == found.promise
+
+
+def test_a_promise_that_no_tolerance_keeps_is_an_error():
+    with pytest.raises(CacheDitError, match=r"PSNR 101 cannot be shown for 90\.0% of prompts"):
+        job.run(replace(PROMISED, target={"min_psnr": 101.0}), Host(), lambda text: None)
 
 
 def test_the_file_holds_the_better_one_where_nothing_can_be_gained(tmp_path):
@@ -185,17 +246,17 @@ def test_the_file_holds_the_better_one_where_nothing_can_be_gained(tmp_path):
     write.write(tmp_path / "t.yaml", [straight], PROVENANCE, MODEL)
     text = (tmp_path / "t.yaml").read_text()
     tuned = straight.chosen
-    if verdict.better(straight.points, tuned) is None:
+    if selection.better(straight.points, tuned) is None:
         assert tuned["psnr"]["mean"] == quality.IDENTICAL_PSNR
     else:
         assert "was better" in text
 
 
 def test_the_outcome_is_what_the_report_takes(result, tmp_path):
-    figures = outcome.results(PLAN, [result], Pictures(), PROVENANCE, MODEL, tmp_path)
+    figures = report.results(PLAN, [result], Pictures(), PROVENANCE, MODEL, tmp_path)
     page = report.write_report(figures, tmp_path)
     assert page.stat().st_size > 5000
-    assert figures["grids"][0]["verdict"].startswith("tuned, 6 computed")
+    assert figures["grids"][0]["selection"].startswith("tuned, 6 computed")
     assert (tmp_path / "pictures" / "0-chosen.png").is_file()
     assert figures["grids"][0]["methods"][0]["method"].startswith("output")
 
@@ -221,7 +282,7 @@ class Videos(Host):
 
 def test_of_a_video_the_sheet_has_the_middle_frame(result, tmp_path):
     video = replace(result, grid=Grid(result.grid.steps, (*SIZE, 3)))
-    figures = outcome.results(PLAN, [video], Videos(), PROVENANCE, MODEL, tmp_path)
+    figures = report.results(PLAN, [video], Videos(), PROVENANCE, MODEL, tmp_path)
     page = report.write_report(figures, tmp_path).read_text()
     for column in ("uncached", "chosen"):
         still = np.asarray(Image.open(tmp_path / "pictures" / f"0-{column}.png"))

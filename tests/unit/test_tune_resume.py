@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sglang_cachedit_plugin.tune import job, polish, write
-from sglang_cachedit_plugin.tune.engine import Outcome
+from sglang_cachedit_plugin.evaluation.host_process import Outcome
+from sglang_cachedit_plugin.tune import job, refine, write
 from sglang_cachedit_plugin.tune.evaluate import Evaluator, Grid, Progress, Prompt
 from sglang_cachedit_plugin.tune.job import Plan
 from sglang_cachedit_plugin.tune.store import Store
@@ -15,7 +15,7 @@ from tests.unit.test_tune_job import Host, sigmas
 
 PLAN = Plan(
     grids=[Grid(12, (8, 8))], tune=[Prompt("a", 1), Prompt("b", 2)], heldout=[Prompt("c", 11)], target={"budget": 5},
-    seed=1, evaluations=2, peers=("fewer", "growing"), shares=(0.5,),
+    seed=1, evaluations=2, baselines=("fewer", "growing"), shares=(0.5,),
 )
 
 
@@ -64,7 +64,7 @@ class Fields(Host):
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch):
-    monkeypatch.setattr(polish, "ROUNDS", 60)
+    monkeypatch.setattr(refine, "ROUNDS", 60)
 
 
 def tune(folder, engine) -> str:

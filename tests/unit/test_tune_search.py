@@ -1,4 +1,4 @@
-"""The search: exact against all masks, improved on a known optimum, foretold against a loop that is really run."""
+"""The search: exact against all masks, improved on a known optimum, predicted against a loop that is really run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_cachedit_plugin.cache.forecast import damped_weights
-from sglang_cachedit_plugin.tune import polish, search
+from sglang_cachedit_plugin.tune import refine, search
 from sglang_cachedit_plugin.tune.evaluate import Grid, Prompt
 from sglang_cachedit_plugin.tune.surrogate import Method, predict, score
 from sglang_cachedit_plugin.tune.trajectory import Trajectories, combine, products
@@ -84,13 +84,22 @@ LINEAR = Method(1)
 
 def loop(start: np.ndarray, field, mask=(1,) * STEPS, method=LINEAR):
     """Euler's method with forecasts, really run: inputs, outputs and the final state."""
-    x, known, inputs, outputs = start, [], [], []
+    x, known, inputs, outputs, cached = start, [], [], [], []
     for step in range(STEPS):
         inputs.append(x)
         if mask[step]:
             output = field(step, x)
             known.append((1000 * SIGMAS[step], output))
+            if cached and method.corrector:
+                y, used = inputs[cached[0]], known[-(method.corrector + 1):]
+                for each in cached:
+                    weights = damped_weights([place for place, _ in used], 1000 * SIGMAS[each])
+                    y = y + CHANGE[each] * sum(w * value for w, (_, value) in zip(weights, used, strict=True))
+                output = output + method.carry * (y - x) / SIGMAS[step]
+                x = y
+            cached = []
         else:
+            cached.append(step)
             used = known[-(method.order + 1):]
             weights = damped_weights([place for place, _ in used], 1000 * SIGMAS[step], method.damping)
             output = sum(weight * value for weight, (_, value) in zip(weights, used, strict=True))
@@ -116,8 +125,10 @@ def wavy(prompt, step, x):
 MASK = (1, 1, 0, 1, 0, 0, 1)
 
 
-@pytest.mark.parametrize("method", [Method(1), Method(2, 0.6)])
-def test_the_foretold_error_is_that_of_the_loop_where_drift_stays(method):
+@pytest.mark.parametrize("method", [
+    Method(1), Method(2, 0.6), Method(1, corrector=1), Method(1, corrector=2, carry=0.0), Method(2, 0.7, corrector=2),
+])
+def test_the_predicted_error_is_that_of_the_loop_where_drift_stays(method):
     trajectories, starts = recorded(wavy)
     found = predict(trajectories, MASK, method)
     for prompt, start in enumerate(starts):
@@ -127,7 +138,7 @@ def test_the_foretold_error_is_that_of_the_loop_where_drift_stays(method):
         assert found.decibels[prompt] == pytest.approx(-10 * np.log10(error + 1e-7), abs=1e-6)
 
 
-def test_the_foretold_error_is_that_of_the_loop_where_drift_vanishes():
+def test_the_predicted_error_is_that_of_the_loop_where_drift_vanishes():
     def towards(prompt, step, x):
         return (x - 3.0 * wavy(prompt, step, x)) / SIGMAS[step]
 
@@ -149,6 +160,28 @@ def test_all_computed_is_without_error_and_fitted_weights_beat_the_polynomial():
     assert [len(row) for row in fitted.weights] == [2, 3, 3]
 
 
+def test_nothing_is_corrected_over_the_start_of_another_transformer():
+    trajectories, _ = recorded(wavy)
+    mask = (1, 1, 0, 1, 1, 0, 1)
+    two = replace(trajectories, starts=frozenset({0, 3}))
+    plain, corrected = (predict(two, mask, Method(1, corrector=order)) for order in (0, 1))
+    # What was cached just before it stays, what was cached after it is corrected.
+    assert corrected.drift[3] == pytest.approx(plain.drift[3])
+    assert corrected.drift[6] != pytest.approx(plain.drift[6])
+    whole = [predict(trajectories, mask, Method(1, corrector=order)).drift[3] for order in (0, 1)]
+    assert whole[0] != pytest.approx(whole[1])
+
+
+def test_shrinking_gaps_begin_in_a_row_and_end_with_the_last_step():
+    for steps, budget in ((28, 14), (28, 10), (50, 12), (6, 4), (7, 7), (5, 1)):
+        mask = search.shrinking_gaps(steps, budget)
+        assert sum(mask) == budget and mask[: min(4, budget)] == (1,) * min(4, budget)
+        assert mask[-1] == 1 or budget <= 4
+    places = [step for step, computed in enumerate(search.shrinking_gaps(50, 12)) if computed]
+    gaps = np.diff(places[3:])
+    assert gaps[0] > gaps[-1] and all(before >= after - 1 for before, after in itertools.pairwise(gaps))
+
+
 def test_nothing_is_extrapolated_over_the_start_of_another_transformer():
     trajectories, _ = recorded(wavy)
     two = replace(trajectories, starts=frozenset({0, 3}))
@@ -163,6 +196,31 @@ def test_segment_costs_are_zero_next_to_each_other_and_grow_with_the_gap():
     cost = search.segment_costs(trajectories)
     assert cost(0, 1, 2) == 0.0
     assert 0.0 < cost(0, 1, 3) < cost(0, 1, 4) < cost(0, 1, 6)
+
+
+def test_dpcache_plans_the_path_of_least_summed_forecast_error():
+    trajectories, _ = recorded(wavy)
+    outputs = np.concatenate([np.stack([wavy(b, step, None) for step in range(STEPS)]) / trajectories.peak[b]
+                              for b in range(3)], axis=1)
+
+    def total(mask):
+        known, found = [], 0.0
+        for step, computed in enumerate(mask):
+            if computed:
+                known.append(step)
+                continue
+            used = known[-2:]
+            weights = damped_weights([SIGMAS[each] for each in used], SIGMAS[step])
+            error = sum(w * outputs[each] for w, each in zip(weights, used, strict=True)) - outputs[step]
+            found += np.linalg.norm(error) / np.linalg.norm(outputs[step])
+        return found
+
+    masks = [(1, *rest) for rest in itertools.product((0, 1), repeat=STEPS - 1)]
+    for budget in range(2, STEPS + 1):
+        least = min(total(mask) for mask in masks if sum(mask) == budget)
+        assert total(search.dpcache(trajectories, budget)) == pytest.approx(least, abs=1e-9)
+    two = replace(trajectories, starts=frozenset({0, 4}))
+    assert search.dpcache(two, 3)[4] == 1 and sum(search.dpcache(two, 3)) == 3
 
 
 def test_guidance_is_found_from_the_latents():
@@ -206,7 +264,7 @@ def two_branches(parts=(4.0, -3.0)) -> Trajectories:
     )
 
 
-def test_masks_of_two_branches_are_foretold_as_each_alone():
+def test_masks_of_two_branches_are_predicted_as_each_alone():
     t, other = two_branches(), (1, 1, 1, 0, 0, 1, 0)
     assert predict(t, (*MASK, *MASK), LINEAR).decibels == pytest.approx(predict(t, MASK, LINEAR).decibels, abs=1e-6)
     found = predict(t, (*MASK, *other), LINEAR)
@@ -231,8 +289,8 @@ def test_a_branch_that_hardly_changes_gives_its_steps_to_the_other():
     assert predict(t, mask, LINEAR).score > predict(t, MASK, LINEAR).score + 3.0
 
 
-class Foretold:
-    """In place of the evaluator: trials go exactly as foretold without recall."""
+class Predicted:
+    """In place of the evaluator: trials go exactly as predicted without recall."""
 
     def __init__(self, trajectories):
         self.t = trajectories
@@ -244,16 +302,18 @@ class Foretold:
         (row,) = more["cache_dit_params"]["schedules"]
         masks = [tuple(map(int, row[name])) for name in ("mask", "uncond_mask") if name in row]
         assert all(len(mask) == self.t.steps for mask in masks)
-        method = Method(order=row.get("order", 0), damping=row.get("damping", 1.0))
+        params = more["cache_dit_params"]
+        corrector = params["corrector_order"] if params.get("corrector") else 0
+        method = Method(row.get("order", 0), row.get("damping", 1.0), 0, corrector, params.get("corrector_carry", 0.5))
         found = predict(self.t, tuple(itertools.chain(*masks)), method)
         return [{"latent_psnr": each} for each in found.decibels[: len(prompts)]]
 
 
 def test_the_tuner_finds_a_mask_for_each_branch_and_forecasts_residuals_with_both(monkeypatch):
-    monkeypatch.setattr(polish, "ROUNDS", 60)
+    monkeypatch.setattr(refine, "ROUNDS", 60)
     prompts = [Prompt(text, seed) for seed, text in enumerate("abc")]
-    trials = Foretold(two_branches((4.0, -0.01)))
-    tuner = polish.Tuner(trials, Grid(STEPS, (64, 64)), prompts, seed=1, evaluations=2, say=lambda text: None)
+    trials = Predicted(two_branches((4.0, -0.01)))
+    tuner = refine.Tuner(trials, Grid(STEPS, (64, 64)), prompts, seed=1, evaluations=2, say=lambda text: None)
     best = tuner.tune(4)
     assert len(best.mask) == 2 * STEPS and sum(best.mask) == 8
     assert best.mask[:STEPS] != best.mask[STEPS:]
@@ -281,14 +341,14 @@ def late_turns():
 @pytest.fixture
 def begun(monkeypatch):
     """A trial with 10 of 24 steps, given the price and the parts of a beginning."""
-    monkeypatch.setattr(polish, "ROUNDS", 60)
+    monkeypatch.setattr(refine, "ROUNDS", 60)
     prompts = [Prompt(text, seed) for seed, text in enumerate("abc")]
 
     def tune(price, *parts):
-        monkeypatch.setattr(polish, "BEGINNING_PRICE", price)
-        monkeypatch.setattr(polish, "BEGINNINGS", parts)
-        trials, grid = Foretold(late_turns()), Grid(24, (64, 64))
-        return polish.Tuner(trials, grid, prompts, seed=1, evaluations=0, say=lambda _: None).tune(10)
+        monkeypatch.setattr(refine, "BEGINNING_PRICE", price)
+        monkeypatch.setattr(refine, "BEGINNINGS", parts)
+        trials, grid = Predicted(late_turns()), Grid(24, (64, 64))
+        return refine.Tuner(trials, grid, prompts, seed=1, evaluations=0, say=lambda _: None).tune(10)
 
     return tune
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_cachedit_plugin.cache.error_control import BEGINNING, LONGEST, RESTART, ErrorControl
-from sglang_cachedit_plugin.cache.readings import relative_error
+from sglang_cachedit_plugin.cache.similarity import relative_error
 from tests.unit.cache.loops import SCHEDULERS, Loop, noise, uncached
 from tests.unit.cache.test_corrector import BASES, curved, polynomial
 

@@ -1,6 +1,6 @@
-"""One host process of a comparison: ``python -m sglang_cachedit_plugin.bench.worker REPLIES``.
+"""One host process of ``host_process``: ``python -m sglang_cachedit_plugin.evaluation.worker REPLIES``.
 
-Reads one JSON object a line from stdin: first ``{"arguments": [host flags]}``, then requests
+Reads one JSON object a line from stdin: first ``{"server": [host flags] or {server arguments}}``, then requests
 ``{"request": {sampling parameters}, "picture": path or null}``. REPLIES is the number of an open file that takes
 one JSON object for each: ``{"start_s"}``, then ``{"seconds", "metrics", "peak_memory_mb", "peak_rss_mb", "error"}``.
 The host's own output goes to stdout and stderr.
@@ -31,34 +31,37 @@ class LastError(logging.Handler):
         self.text = str(cause or record.getMessage())
 
 
-def _server_args(arguments: list[str]) -> Any:
-    """The host's server arguments of a command line, as its own commands make them."""
+def _generator(server: list[str] | dict[str, Any]) -> Any:
+    """The host's offline engine, with server arguments by name or as its own commands read them from flags."""
     from sglang.multimodal_gen.runtime.entrypoints.cli import utils
+    from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import DiffGenerator
     from sglang.multimodal_gen.runtime.server_args import ServerArgs
     from sglang.multimodal_gen.runtime.utils.argparse import FlexibleArgumentParser
 
     # A host that waits for its turn would spin a core; 0.5.21 and 0.5.22 cannot wait otherwise.
-    if hasattr(ServerArgs, "sleep_on_idle"):
-        arguments = [*arguments, "--sleep-on-idle"]
+    waits = hasattr(ServerArgs, "sleep_on_idle")
+    if isinstance(server, dict):
+        return DiffGenerator.from_pretrained(**{**({"sleep_on_idle": True} if waits else {}), **server})
+    arguments = [*server, "--sleep-on-idle"] if waits else server
     sys.argv[1:] = arguments  # the host looks at it while it builds its parser
     parser = ServerArgs.add_cli_args(FlexibleArgumentParser())
     # The pipeline's own flags came with 0.5.23.
     add_flags = getattr(utils, "add_resolved_pipeline_config_cli_args", None)
     if add_flags is None:
-        return ServerArgs.from_cli_args(*parser.parse_known_args(arguments))
+        return DiffGenerator.from_server_args(ServerArgs.from_cli_args(*parser.parse_known_args(arguments)))
     add_flags(parser)
     known, rest = parser.parse_known_args(arguments)
-    return ServerArgs.from_cli_args(known, rest, argv=arguments)
+    return DiffGenerator.from_server_args(ServerArgs.from_cli_args(known, rest, argv=arguments))
 
 
 class Host:
     """The host's offline engine in this process, its workers in children."""
 
-    def __init__(self, arguments: list[str]):
-        from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import DiffGenerator, logger
+    def __init__(self, server: list[str] | dict[str, Any]):
+        from sglang.multimodal_gen.runtime.entrypoints.diffusion_generator import logger
 
         self.errors = LastError()
-        self.generator = DiffGenerator.from_server_args(_server_args(arguments))
+        self.generator = _generator(server)
         logger.addHandler(self.errors)
         self.workers = [process.pid for process in self.generator.local_scheduler_process or ()]
 
@@ -86,12 +89,9 @@ class Host:
 
 
 def save(frames: np.ndarray, path: Path) -> None:
-    """Frames (count, height, width, 3), uint8: as ``path`` (.npy), and one frame as PNG to look at."""
-    from PIL import Image
-
+    """Frames (count, height, width, 3), uint8, as ``path`` (.npy); a single one without the first axis."""
     path.parent.mkdir(parents=True, exist_ok=True)
     np.save(path, frames if len(frames) > 1 else frames[0])
-    Image.fromarray(frames[len(frames) // 2]).save(path.with_suffix(".png"))
 
 
 def _reset_peaks(pids: list[int]) -> None:
@@ -124,7 +124,7 @@ def main() -> None:
 
     started = time.perf_counter()
     try:
-        host = Host(json.loads(sys.stdin.readline())["arguments"])
+        host = Host(json.loads(sys.stdin.readline())["server"])
     except Exception as error:
         reply({"error": f"{type(error).__name__}: {error}"})
         raise

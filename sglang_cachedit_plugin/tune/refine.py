@@ -14,8 +14,13 @@ from .surrogate import Mask, Method, predict, score
 from .trajectory import Trajectories
 
 RECALLS = (0.0, 0.5, 0.9)
-METHODS = (Method(order=1, damping=0.8), Method(fitted=3))
-MORE_METHODS = (Method(order=2, damping=0.7), Method(order=3, damping=0.5), Method(order=1))
+METHODS = (Method(order=1, corrector=2), Method(order=1, damping=0.8), Method(fitted=3))
+MORE_METHODS = (
+    Method(order=1, corrector=1), Method(order=1, damping=0.8, corrector=2), Method(order=2, damping=0.7, corrector=2),
+    Method(fitted=3, corrector=2), Method(order=2, damping=0.7),
+)
+CARRIES = (0.0, 1.0)
+"""Tried beside the usual one where the best method corrects."""
 ROUNDS = 1500
 HEAT = 0.3
 """dB: by how much a trial may be worse than the schedule it came from, at the start."""
@@ -91,7 +96,7 @@ class Tuner:
     def _with_beginning(self, budget: int, best: Trial) -> tuple[Trial, frozenset[int]]:
         """A schedule whose beginning is computed and costs little, else ``best``; and the steps to leave alone.
 
-        Of several that of the least foretold drift in the first half: too long a beginning leaves too little for what
+        Of several that of the least predicted drift in the first half: too long a beginning leaves too little for what
         comes after it.
         """
         allowed = []
@@ -113,6 +118,10 @@ class Tuner:
             recalls = RECALLS[:2] if method in METHODS else RECALLS[1:2]
             found.append(self._best_of([self._first(budget, recall, method) for recall in recalls]))
         found.sort(key=lambda trial: -trial.score)
+        if found[0].method.corrector:
+            carried = [replace(found[0].method, carry=carry) for carry in CARRIES]
+            found += [self._best_of([self._first(budget, found[0].recall, method)]) for method in carried]
+            found.sort(key=lambda trial: -trial.score)
         self._methods = tuple(trial.method for trial in found[:2])
         return found
 
@@ -135,13 +144,13 @@ class Tuner:
             return predict(trajectories, mask, method).score
 
         starts = [search.shortest(cost, self.grid.steps, budget, minimax=minimax) for minimax in (False, True)]
-        starts.append(search.growing_window(self.grid.steps, budget))
-        start = max((_with(fixed, mask) for mask in starts), key=predicted)
+        starts += [spaced(self.grid.steps, budget) for spaced in (search.growing_window, search.shrinking_gaps)]
+        start = max((search.with_computed(fixed, mask) for mask in starts), key=predicted)
         return search.anneal(predicted, start, ROUNDS, rng, fixed), method, recall
 
     def _apart(self, best: Trial, fixed: frozenset[int]) -> Trial:
         """The best of what the surrogate finds with other masks for the two branches, as many forwards in all."""
-        method = Method(order=1, damping=0.8) if best.method.fitted else best.method
+        method = Method(order=1, damping=0.8) if best.method.fitted else replace(best.method, corrector=0)
         shared = best.mask
         for recall in RECALLS:
             t = self.by_recall[recall]
@@ -210,7 +219,8 @@ class Tuner:
         timesteps = self.by_recall[recall].timesteps
         masks = surrogate.by_branch(mask, self.grid.steps)
         return {
-            **OUTPUT, "schedules": [row(self.grid.steps, self.grid.size, timesteps, masks, method, predicted.weights)],
+            **OUTPUT, **method.settings,
+            "schedules": [row(self.grid.steps, self.grid.size, timesteps, masks, method, predicted.weights)],
         }
 
     def candidate(self, trial: Trial, name: str) -> Candidate:
@@ -240,16 +250,6 @@ class Tuner:
             value, decibels = self._measure(candidate.request, best)
             found.append((candidate, value, len(decibels)))
         return found
-
-
-def _with(fixed: frozenset[int], mask: Mask) -> Mask:
-    """``mask`` with ``fixed`` steps computed, in place of its last others."""
-    missing = [step for step in sorted(fixed) if not mask[step]]
-    ones = [step for step, computed in enumerate(mask) if computed and step not in fixed]
-    changed = list(mask)
-    for off, on in zip(reversed(ones), missing, strict=False):
-        changed[off], changed[on] = 0, 1
-    return tuple(changed)
 
 
 def _named(masks: Sequence[Mask]) -> Mask | dict[str, Mask]:
