@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from ..adapters import find_adapter
+from ..cache.block_lists import why_not_cached
 from ..cache.mount import CachedModel
 from ..cache.parallel import tell_parallel
 from ..cache.solvers import Solver
@@ -252,16 +252,13 @@ def check_worker(worker: Any) -> None:
         return
     settings = effective.current().decide(None, None).resolved.primary
     for name, module in getattr(worker.pipeline, "modules", {}).items():
-        row = find_adapter(type(module)) if isinstance(module, nn.Module) else None
-        reason = "" if row is None else row.unsupported
-        if row is not None and row.output_only and settings.forecast != "output" and settings.error_tolerance is None:
-            reason = f"{row.output_only}; error_tolerance or forecast: output can be used"
-        if not reason:
+        reason = why_not_cached(type(module), settings) if isinstance(module, nn.Module) else None
+        if reason is None:
             continue
         if settings.strict:
-            raise MountError(Reason("model", f"{type(module).__name__}: {reason}"))
+            raise MountError(reason)
         if sglang_api.is_first_rank():
-            sglang_api.logger().warning("cache-dit: off [model]: %s (%s): %s", name, type(module).__name__, reason)
+            sglang_api.logger().warning("cache-dit: off [%s]: %s: %s", reason.code, name, reason)
 
 
 def run_stage(original: Callable[..., Any], stage: Any, batch: Any, server_args: Any) -> Any:
