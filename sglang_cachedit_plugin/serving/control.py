@@ -10,7 +10,8 @@ from typing import Any
 from fastapi import APIRouter, HTTPException, Request
 
 from ..config import effective
-from ..config.overrides import MAX_BYTES, Overrides, merged, parse, read_overrides
+from ..config.json_schema import change_schema
+from ..config.sources import MAX_CHANGE_BYTES, Overrides, merged, parse_change, read_overrides
 from ..errors import SettingError, one_line
 from ..integration import log, sglang_api
 from . import auth, channel, models
@@ -57,15 +58,13 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": models.Refusal, "description": "A setting that cannot be used; nothing was changed."},
     401: {"model": models.Refusal, "description": "The header Authorization with the control key is missing or wrong."},
     403: {"model": models.Refusal, "description": "The server has no control key, and the client is elsewhere."},
-    413: {"model": models.Refusal, "description": f"The body is larger than {MAX_BYTES} bytes."},
+    413: {"model": models.Refusal, "description": f"The body is larger than {MAX_CHANGE_BYTES} bytes."},
     501: {"model": models.Refusal, "description": "Roles run apart; their settings cannot be changed."},
     503: {"model": models.Refusal, "description": "A worker did not take the change; the old settings were put back."},
 }
 
 
-_BODY = {"requestBody": {
-    "required": True, "content": {"application/json": {"schema": models.schema(models.Change)}},
-}}
+_BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": change_schema()}}}}
 
 
 @router.put(
@@ -102,9 +101,9 @@ async def _change(request: Request) -> dict[str, Any]:
         raise HTTPException(501, "roles that run apart take their settings from their own environment and file")
     body = None
     if request.method != "DELETE":
-        raw = await Request(request.scope, limited(request.receive, MAX_BYTES)).body()
+        raw = await Request(request.scope, limited(request.receive, MAX_CHANGE_BYTES)).body()
         try:
-            body = parse(raw)
+            body = parse_change(raw)
         except SettingError as error:
             raise HTTPException(400, str(error)) from None
     # A client that goes away must not leave a change half made.

@@ -7,9 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_cachedit_plugin.config.effective import Defaults
-from sglang_cachedit_plugin.config.overrides import Overrides, parse, read_overrides
-from sglang_cachedit_plugin.config.profiles import BUILT_IN
-from sglang_cachedit_plugin.config.sources import read_environment, read_file
+from sglang_cachedit_plugin.config.sources import (
+    BUILT_IN,
+    Overrides,
+    parse_change,
+    read_environment,
+    read_file,
+    read_overrides,
+)
 from sglang_cachedit_plugin.errors import SettingError
 
 FILE = read_file({
@@ -130,7 +135,7 @@ def test_a_bad_change_is_refused_in_one_line(body, parts):
 )
 def test_a_body_that_is_not_json_is_refused_in_one_line(text):
     with pytest.raises(SettingError, match="not valid JSON") as caught:
-        parse(text)
+        parse_change(text)
     assert len(str(caught.value).splitlines()) == 1
 
 

@@ -7,9 +7,8 @@ import json
 import pytest
 
 from sglang_cachedit_plugin.config import sources
-from sglang_cachedit_plugin.config.config_file import load_file
 from sglang_cachedit_plugin.config.settings import KNOBS, CacheSettings
-from sglang_cachedit_plugin.config.sources import Source, read_environment, read_file, read_request, resolve
+from sglang_cachedit_plugin.config.sources import Source, load_file, read_environment, read_file, read_request, resolve
 from sglang_cachedit_plugin.errors import SettingError
 
 ENV = "SGLANG_CACHE_DIT_"
@@ -124,8 +123,6 @@ BAD_VARIABLES = [
     ({"SCM_CACHE_BINS": "8,3"}, ENV + "SCM_COMPUTE_BINS", "together or not at all"),
     ({"SECONDARY_SCM_COMPUTE_BINS": "8,3"}, ENV + "SECONDARY_SCM_CACHE_BINS", "together or not at all"),
     ({"SCM_COMPUTE_BINS": "8", "SCM_CACHE_BINS": "1,1"}, ENV + "SCM_CACHE_BINS", "expected 0 or 1 cache bins"),
-    ({"MAX_ACCUMULATED_DIFF": "2"}, ENV + "MAX_ACCUMULATED_DIFF", "error_tolerance takes its place"),
-    ({"SECONDARY_MAX_ACCUMULATED_DIFF": "2"}, ENV + "SECONDARY_MAX_ACCUMULATED_DIFF", "error_tolerance takes"),
     ({"SCM_COMPUTE_BINS": "8,", "SCM_CACHE_BINS": "1"}, ENV + "SCM_COMPUTE_BINS", "positive step counts"),
     ({"SCM_COMPUTE_BINS": "8,0", "SCM_CACHE_BINS": "1"}, ENV + "SCM_COMPUTE_BINS", "positive step counts"),
 ]
@@ -210,8 +207,7 @@ def test_a_bad_file(tmp_path, text, field, words):
     path.write_text(text)
     with pytest.raises(SettingError) as caught:
         read_file(str(path))
-    one_line(caught.value, field, "command line" if field == FILE and "sections" not in words
-             and words != "empty" else "bad.yaml", words)
+    one_line(caught.value, field, "command line" if field == FILE and "sections" not in words else "bad.yaml", words)
 
 
 def test_bytes_that_are_no_text_and_paths_that_are_no_file(tmp_path):
