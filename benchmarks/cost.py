@@ -38,7 +38,7 @@ def main() -> None:
     pipe = pipelines.PIPELINES["flux"](args.size, device, dtype)
     pipe.set_progress_bar_config(disable=True)
     cache = PipelineCache(pipe)
-    cache.cached_model()
+    cache.mount()
     embeddings = pipe.encode_prompt("a red apple", None, device=device, max_sequence_length=512)
 
     def draw(settings: dict[str, Any]) -> tuple[float, float, int, Session]:

@@ -103,7 +103,7 @@ class Job:
         if stock:
             enable_stock(self.pipe, sections)
             return
-        self.cache.cached_model()
+        self.cache.mount()
         if sections:
             cache_dit_sections.apply(self.pipe, sections)
             self.cache.identify_outside()

@@ -36,7 +36,7 @@ def load(original: Callable[..., Any], pipeline: Any, pipe: Any, server_args: An
     # that is replaced after it was compiled is compiled again. Without any of this the first request mounts.
     if current.enabled or cache.compiled or sections:
         try:
-            cache.cached_model()
+            cache.mount()
             pipeline._cache_dit_enabled = True
         except MountError as error:
             if current.decide(None, None).resolved.primary.strict:
