@@ -271,6 +271,7 @@ def test_copies_of_a_hooked_scheduler_make_plain_steps():
         ({"enable_taylorseer": True}, False, 0),
         ({"enable_dmd": True}, False, 0),
         ({"forecast": "output"}, True, 3),
+        ({"error_tolerance": 0.01}, False, 3),
     ],
 )
 def test_forecasts_under_guidance_are_corrected_only_where_it_is_asked_for(settings_, asked, corrected):

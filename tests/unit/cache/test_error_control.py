@@ -325,3 +325,19 @@ def test_every_tolerance_gives_finite_latents_and_a_full_account(tolerance):
     decisions = decisions_of(loop)
     assert len(decisions) == STEPS
     assert loop.stats.corrector.corrected_steps == decisions.count(False)
+
+
+@pytest.mark.parametrize("follows", [0.0, 0.5, 0.75, 1.0])
+def test_outputs_that_follow_the_latents_end_three_times_nearer_with_the_corrector(follows):
+    """As those of a model do: the output moves with the latents, by so much of what keeps the clean latents."""
+
+    def output(number: int, position: float, latents: torch.Tensor) -> torch.Tensor:
+        return curved(number, position, latents) + follows * (latents - noise()) / max(position, 0.05)
+
+    exact = uncached("diffusers Euler", STEPS, output)
+    errors = []
+    for corrector in (False, True):
+        loop = Loop("diffusers Euler", STEPS, output, error_tolerance=0.02, corrector=corrector)
+        errors.append(float((loop.run() - exact).norm() / exact.norm()))
+        assert not all(decisions_of(loop))
+    assert errors[1] < errors[0] / 3
