@@ -11,7 +11,7 @@ from fastapi import HTTPException
 from sglang_cachedit_plugin.config import effective
 from sglang_cachedit_plugin.config.sources import PREFIX
 from sglang_cachedit_plugin.integration import sglang_api, startup
-from sglang_cachedit_plugin.serving import requests
+from sglang_cachedit_plugin.serving import validation
 from tests.unit.test_control import ADDRESS, client, replicas, start_up
 
 __all__ = ["replicas", "start_up"]
@@ -75,7 +75,7 @@ def in_file(variables, keys, *, monkeypatch, capsys, tmp_path) -> str:
 
 def in_request(variables, keys, *, monkeypatch, capsys, tmp_path) -> str:
     with pytest.raises(HTTPException) as caught:
-        requests.check("id", enable_cache_dit=True, cache_dit_params=keys)
+        validation.check("id", enable_cache_dit=True, cache_dit_params=keys)
     assert caught.value.status_code == 400
     return caught.value.detail
 
