@@ -51,6 +51,9 @@ def settings() -> str:
         + " have an effect: other settings in the same source are refused, and across sources the strongest that names "
         "either decides.",
         "",
+        f"`{PREFIX}LOG` is `requests` (the default), `changes` or `quiet`: what the [log](serving.md#log) says. "
+        f"`{PREFIX}CONTROL_KEY` guards [changes of a running server](serving.md#who-may).",
+        "",
         "An empty variable is unset. True is `1`, `true`, `yes`, `y`, `t` or `on`, false `0`, `false`, `no`, `n`, "
         "`f` or `off`, in any case, as SGLang reads them. Any other value that is not accepted ends the start with one "
         "line.",

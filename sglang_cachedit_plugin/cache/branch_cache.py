@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..config.settings import CacheSettings
+from ..errors import Reason
 from ..report.stats import COND, BranchStats, TransformerStats
 from . import rank_agreement
 from .compiling import untraced
@@ -158,9 +159,8 @@ class BranchCache:
             changes = self._changes[branch]
             changes.append(step)
             steps = f"step{'s' * (len(changes) > 1)} {', '.join(map(str, changes))}"
-            self._reported.remark(
-                f"{branch} input", f"{branch}: its input changed shape or dtype at {steps}, computed anew"
-            )
+            why = f"{branch}: its input changed shape or dtype at {steps}, computed anew"
+            self._reported.remark(f"{branch} input", Reason("input", why))
         return True
 
     @untraced

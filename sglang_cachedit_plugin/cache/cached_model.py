@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import MountError
+from ..errors import MountError, reason_of
 from . import similarity
 from .cached_transformer import CachedTransformer
 from .spec import RequestSpec
@@ -72,7 +72,7 @@ class CachedModel:
                 transformer.unmount()
             self.mounted.clear()
             if isinstance(error, MountError):
-                self.state, self.reason = State.UNMOUNTABLE, str(error)
+                self.state, self.reason = State.UNMOUNTABLE, reason_of(error, "blocks")
             raise
         self.state = State.BYPASSED
 

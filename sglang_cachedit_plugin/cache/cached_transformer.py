@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .. import adapters
-from ..errors import MountError
+from ..errors import MountError, Reason
 from ..report.stats import TransformerStats
 from . import block_lists
 from .branch_cache import BranchCache
@@ -230,25 +230,14 @@ class CachedTransformer:
         self.probe.another_try()
         if self.probe.problem is not None:
             raise MountError(f"{name}: {self.probe.problem}")
-        if self._output_only:
-            if settings.forecast != "output":
-                raise MountError(f"{name}: {self._output_only}; forecast: output can be used")
-            if not spec.plan.static:
-                raise MountError(
-                    f"{name}: {self._output_only}, so no difference can be measured; use a schedule with "
-                    "steps_computation_policy: static"
-                )
-            return
-        first, last, blocks = settings.Fn_compute_blocks, settings.Bn_compute_blocks, min(self.num_blocks)
-        if first + last > blocks:
-            raise MountError(
-                f"Fn_compute_blocks {first} + Bn_compute_blocks {last} exceed the {blocks} blocks of {self.name}"
-            )
-        if last > first and any(each.blocks.mirrored for each in self._lists.shared):
-            raise MountError(
-                f"{name}: its last blocks take what its first ones made: Bn_compute_blocks {last} must not exceed "
-                f"Fn_compute_blocks {first}"
-            )
+        why = block_lists.why_not_cached(type(self.module), settings, self.num_blocks, name=self.name)
+        if why is not None:
+            raise MountError(why)
+        if self._output_only and not spec.plan.static:
+            raise MountError(Reason(
+                "model", f"{name}: {self._output_only}, so no difference can be measured; use a schedule with "
+                "steps_computation_policy: static"
+            ))
 
     @property
     def num_blocks(self) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..config.settings import CacheSettings
+from ..errors import Reason
 from ..report.stats import COND, ErrorStats, RequestStats
 from . import rank_agreement
 from .compiling import untraced
@@ -78,7 +79,7 @@ class DenoisingSteps:
         self._corrector.forget()
         if self._settings.error_tolerance is not None:
             self._control = None
-            self._stats.note(f"error_tolerance: {reason}; every step is computed")
+            self._stats.note(Reason("error_control", f"error_tolerance: {reason}; every step is computed"))
 
     def _choose(self, ran: frozenset[tuple[str, str]]) -> None:
         """Leave the corrector out where measurement shows that it does harm, unless it was asked for."""
@@ -99,7 +100,8 @@ class DenoisingSteps:
             self._settle()
             self._stats.error_control.add_loop(self._control.errors, self._control.passed_on)
             if self._control.problem is not None:
-                self._stats.note(f"{self._control.problem}: every step after it was computed")
+                why = f"{self._control.problem}: every step after it was computed"
+                self._stats.note(Reason("error_control", why))
 
     def grow(self) -> None:
         """The picture has grown: nothing before counts, and the host may have moved the scheduler's next steps."""

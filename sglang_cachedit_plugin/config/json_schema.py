@@ -70,9 +70,13 @@ def change_schema(*, patch: bool = False) -> dict[str, Any]:
     return settings | {"description": text, "properties": settings["properties"] | own}
 
 
-def params_schema() -> dict[str, Any]:
-    """The schema of a request's ``cache_dit_params``; what excludes what is left to the checker."""
-    return _with_secondary(_PROFILE, rules=False)
+def request_schema() -> dict[str, Any]:
+    """The schemas of the fields of a request; what excludes what is left to the checker."""
+    profile = _PROFILE | {"description": "quality, balanced, fast, or another one of the server's."}
+    text = "Settings of the cache for this request, `profile` and `secondary`."
+    switch = ENABLED.schema() | {"description": "Whether to cache; the server decides where left out."}
+    params = _with_secondary(profile, rules=False) | {"description": text}
+    return {"enable_cache_dit": switch, "cache_dit_params": params}
 
 
 def _with_secondary(profile: Mapping[str, Any], *, rules: bool) -> dict[str, Any]:

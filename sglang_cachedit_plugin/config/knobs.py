@@ -265,7 +265,9 @@ def read_mapping(
         if label in refused:
             raise SettingError(label, value, origin, refused[label])
         if name not in knobs or not isinstance(key, str):
-            near = nearest(label, [*knobs, *spellings, *others])
+            variables = {knob.env: name for name, knob in knobs.items() if knob.env}
+            near = variables.get(label.upper().removeprefix("SGLANG_CACHE_DIT_"))
+            near = near or nearest(label, [*knobs, *spellings, *others])
             raise SettingError(prefix + label, value, origin, "unknown key", near)
         if name in typed:
             raise SettingError(label, value, origin, f"given twice, also as {typed[name]}")

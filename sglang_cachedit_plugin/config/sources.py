@@ -54,6 +54,7 @@ FILE_SECTIONS = (
 )
 CHANGE_SECTIONS = ("enabled", "profile", "cache_config", "secondary", "profiles")
 ENABLED = Flag()
+LOG = Choice(choices=LOG_LEVELS)
 
 
 @dataclass(frozen=True)
@@ -159,13 +160,15 @@ def read_environment(
     for variable in sorted(name for name in environ if name.startswith(PREFIX) and name not in known):
         if variable not in host_variables():
             why = RETIRED_VARIABLES.get(variable)
-            near = None if why else nearest(variable, known)
+            if (both := variable.replace("SECONDARY_", "")) in VARIABLES and both != variable:
+                why = f"{both} holds for both transformers"
+            spelt = {PREFIX + name.upper(): known_as for known_as, name in VARIABLES.items()}
+            near = None if why else spelt.get(variable) or nearest(variable, known)
             raise SettingError(variable, environ[variable], "environment", why or "unknown variable", near)
         warnings.append(f"{variable} is known to the host but not to this plugin and has no effect")
     # Empty is unset: deployments clear a variable that way.
     given = {name: environ[name] for name in known if environ.get(name, "").strip()}
-    if LOG_VARIABLE in given:
-        Choice(choices=LOG_LEVELS).parse(LOG_VARIABLE, given[LOG_VARIABLE], "environment")
+    LOG.parse(LOG_VARIABLE, given.get(LOG_VARIABLE, LOG_LEVELS[0]), "environment")
     enabled, profile = given.get(ENABLED_VARIABLE), given.get(PROFILE_VARIABLE, "").strip() or None
     source = Source(
         primary=_variables(given, VARIABLES), secondary=_variables(given, SECONDARY_VARIABLES), profile=profile,
@@ -191,13 +194,25 @@ def keys(*, secondary: bool) -> dict[str, Knob]:
     return {name: knob for name, knob in KNOBS.items() if knob.per_transformer or not secondary} | dict(INERT_KNOBS)
 
 
+_FOR_BOTH = {
+    name: "it holds for both transformers and stands outside of secondary"
+    for name, knob in KNOBS.items() if not knob.per_transformer
+}
+_ELSEWHERE = {
+    "enabled": "a request says enable_cache_dit, beside cache_dit_params; a file's cache_config switches caching on",
+    "enable_cache_dit": "a request says it beside cache_dit_params, a change of the server says enabled",
+    "profile": "a profile is named beside cache_config, not in it",
+}
+"""What is no setting, and where it is said."""
+
+
 def read_layer(
     raw: Any, origin: str, warnings: list[str], *, extra: Collection[str] = (), secondary: bool = False
 ) -> dict[str, Value]:
     """Check one mapping of knobs; keys in ``extra`` are left to the caller."""
     values, typed = read_mapping(
-        raw, keys(secondary=secondary), origin, warnings, spellings=ALIASES, misspelt=MISSPELT, refused=RETIRED_KNOBS,
-        others=extra,
+        raw, keys(secondary=secondary), origin, warnings, spellings=ALIASES, misspelt=MISSPELT, others=extra,
+        refused={**RETIRED_KNOBS, **_ELSEWHERE, **(_FOR_BOTH if secondary else {})},
     )
     if old := [key for key in RETIRED if any(key in row for row in raw.get("schedules") or ())]:
         warnings.append(f"{', '.join(old)} in schedules ({origin}) is ignored: error_tolerance takes its place")
@@ -216,7 +231,8 @@ def read_file(path_or_mapping: str | Mapping[str, Any]) -> FileConfig:
     sections = [*FILE_SECTIONS, "parallel_kwargs"]
     for key in raw:
         if key not in sections:
-            raise SettingError(key_name(key), raw[key], label, "unknown section", nearest(key_name(key), sections))
+            allowed = "settings stand in cache_config" if key in KNOBS or key in ALIASES else "unknown section"
+            raise SettingError(key_name(key), raw[key], label, allowed, nearest(key_name(key), sections))
     warnings: list[str] = []
     profiles = _read_profiles(raw.get("profiles"), label, f"{label} profiles", warnings)
     if (profile := raw.get("profile")) is not None and not (isinstance(profile, str) and profile):

@@ -42,9 +42,9 @@ def examine(
     found["warnings"] += [f"rows of other packages: {problem}" for problem in entry_points.load().problems]
     settings, found["settings"] = _settings(config, num_gpus, found)
     if model_path is not None and settings is not None and all(found["versions"].values()):
-        from . import model_check
+        from . import model
 
-        found["model"] = model_check.examine(model_path, model_id, settings, found)
+        found["model"] = model.examine(model_path, model_id, settings, found)
     found["ok"] = not found["problems"]
     return found
 
@@ -120,9 +120,9 @@ def lines(found: dict[str, Any], *, verbose: bool = False) -> list[str]:
             keys = value.items() if isinstance(value, dict) else [("", value)]
             out += [f"  {section + ('.' if key else '') + key:<40} {each}" for key, each in keys]
     if found.get("model"):
-        from . import model_check
+        from . import model
 
-        out += model_check.lines(found["model"])
+        out += model.lines(found["model"])
     if not verbose:
         return out
     out += ["versions", *(f"  {name:<24} {each or 'not installed'}" for name, each in found["versions"].items())]

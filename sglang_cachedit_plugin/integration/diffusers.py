@@ -18,7 +18,7 @@ from ..cache.spec import Groups, Identity
 from ..cache.stretch import Stretch
 from ..config import effective
 from ..config.sources import file_label
-from ..errors import MountError
+from ..errors import MountError, Reason, reason_of
 from ..report.stats import COND
 from . import cache_dit_sections, ranks, recording, request, sglang_api, startup
 from .request import WORKER, Facts, Session
@@ -41,7 +41,8 @@ def load(original: Callable[..., Any], pipeline: Any, pipe: Any, server_args: An
         except MountError as error:
             if current.decide(None, None).resolved.primary.strict:
                 raise
-            sglang_api.logger().warning("cache-dit: off: %s", error)
+            reason = reason_of(error, "blocks")
+            sglang_api.logger().warning("cache-dit: off [%s]: %s", reason.code, reason)
     # 2. Sections: what splits a transformer hooks around the mount, so forwards are told apart outside of it.
     if sections:
         classes = {type(module).__name__ for module in cache.modules.values()}
@@ -74,7 +75,7 @@ def _request(cache: PipelineCache | None, session: Session, batch: Any) -> Abstr
     if not session.decision.enabled:
         return nullcontext() if session.recording is None else cache.uncached(session)
     if cache.refusal is not None:
-        session.refuse(cache.refusal)
+        session.refuse(Reason("model", cache.refusal))
         return nullcontext()
     return cache.request(session, batch.num_inference_steps, sglang_api.size_of(batch), warmup=batch.is_warmup)
 
@@ -111,7 +112,7 @@ class PipelineCache(CachedModel):
     def mount(self) -> None:
         """As for any model; MountError is kept for the first request that wants caching."""
         if self.refusal is not None:
-            raise MountError(self.refusal)
+            raise MountError(Reason("model", self.refusal))
         super().mount()
 
     @contextmanager
@@ -128,7 +129,8 @@ class PipelineCache(CachedModel):
             ))
             yield
             if session.stats.enabled and not run.loop_set:
-                session.refuse(f"{type(self.pipe).__name__} does not set the timesteps of its scheduler")
+                why = f"{type(self.pipe).__name__} does not set the timesteps of its scheduler"
+                session.refuse(Reason("model", why))
 
     @contextmanager
     def uncached(self, session: Session) -> Iterator[None]:

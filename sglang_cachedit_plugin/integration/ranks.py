@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..cache.spec import Groups
-from ..errors import HostContractError, MountError, SettingError
+from ..errors import HostContractError, MountError, Reason, SettingError
 
 if TYPE_CHECKING:
     from ..cache.parallel import ParallelLayout
@@ -44,13 +44,13 @@ def groups(
 
     if not known.cfg or not state.model_parallel_is_initialized():
         if dist.is_initialized() and dist.get_world_size() > 1:
-            raise MountError(f"the layout of the {dist.get_world_size()} ranks is not known: each would decide alone")
+            why = f"the layout of the {dist.get_world_size()} ranks is not known: each would decide alone"
+            raise MountError(Reason("ranks", why))
         return Groups()
     weights = weight_ranks(modules)
     if not weights <= set(known.cfg):
-        raise MountError(
-            f"FSDP gathers the weights from {len(weights)} ranks, and {len(known.cfg)} of them serve the request"
-        )
+        why = f"FSDP gathers the weights from {len(weights)} ranks, and {len(known.cfg)} of them serve the request"
+        raise MountError(Reason("ranks", why))
     # A stage may run one forward over the CFG ranks: then the host's SP group is theirs for its duration.
     sp = state.get_sp_group()
     spread = not set(sp.ranks) <= set(known.model)
@@ -62,7 +62,8 @@ def groups(
     )
     if spread or not side_by_side:
         if not spread and not weights <= set(known.model):
-            raise MountError(f"FSDP gathers the weights from {len(weights)} ranks, not all of which run this stage")
+            why = f"FSDP gathers the weights from {len(weights)} ranks, not all of which run this stage"
+            raise MountError(Reason("ranks", why))
         return Groups(forward=forward, **shards)
     cfg_group = known.groups.get(known.cfg)
     return Groups(

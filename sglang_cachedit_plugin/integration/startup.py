@@ -58,7 +58,8 @@ def start_line() -> str | None:
     variables += sum(each is not None for each in (environment.enabled, environment.profile))
     if not given and not variables:
         return None
-    origin, profile = current.switch.origin, current.decide(None, None).resolved.profile
+    described = current.describe()
+    origin, profile = described["enabled"]["origin"], described["profile"]
     parts = ["on" if current.enabled else "off"]
     if current.enabled and profile:
         parts.append(f"profile {profile}")

@@ -6,8 +6,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..config.json_schema import params_schema
-
 
 class ValueWithOrigin(BaseModel):
     """A value in force and where it came from."""
@@ -88,9 +86,3 @@ class Refusal(BaseModel):
     """Why a change was refused, in one line."""
 
     detail: str
-
-
-def request_fields() -> dict[str, Any]:
-    """JSON schemas of the fields that requests for pictures and videos may carry."""
-    switch = {"type": "boolean", "description": "Whether to cache; the server decides where left out."}
-    return {"enable_cache_dit": switch, "cache_dit_params": params_schema()}

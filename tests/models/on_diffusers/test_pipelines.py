@@ -177,7 +177,7 @@ def test_a_unet_is_refused_with_the_reason(monkeypatch):
     stage = Stage(pipe, monkeypatch)
     stage.load()
     reason = "StableDiffusionPipeline denoises with a UNet, only transformers are cached"
-    assert stage.lines == [f"cache-dit: off: {reason}"]
+    assert stage.lines == [f"cache-dit: off [model]: {reason}"]
     picture, report = stage.run(arguments)
     assert torch.equal(picture, plain)
     assert (report["enabled"], report["reason"]) == (False, reason)
@@ -194,7 +194,7 @@ def test_a_refused_class_goes_on_uncached(monkeypatch):
     stage = Stage(pipe, monkeypatch)
     stage.load()
     reason = "AuraFlowTransformer2DModel: its blocks are a secret"
-    assert stage.lines == [f"cache-dit: off: {reason}"]
+    assert stage.lines == [f"cache-dit: off [model]: {reason}"]
     picture, report = stage.run(case.call(SMALL))
     assert torch.equal(picture, plain)
     assert (report["enabled"], report["reason"]) == (False, reason)
