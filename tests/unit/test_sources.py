@@ -101,7 +101,7 @@ def test_a_variable_only_the_host_knows_is_a_warning_and_the_host_is_asked_only_
 
 BAD_VARIABLES = [
     ({"WARMPU": "2"}, ENV + "WARMPU", "unknown variable; did you mean 'SGLANG_CACHE_DIT_WARMUP'?"),
-    ({"SECONDARY_LOCKSTEP": "1"}, ENV + "SECONDARY_LOCKSTEP", "unknown variable"),
+    ({"SECONDARY_LOCKSTEP": "1"}, ENV + "SECONDARY_LOCKSTEP", "SGLANG_CACHE_DIT_LOCKSTEP holds for both transformers"),
     ({"FN": "two"}, ENV + "FN", "'two' (environment): expected a whole number of at least 1"),
     ({"FN": "0"}, ENV + "FN", "expected a whole number of at least 1"),
     ({"FN": "1.5"}, ENV + "FN", "expected a whole number"),
@@ -182,7 +182,7 @@ BAD_FILES = [
     (cache("steps_computation_mask: []"), "steps_computation_mask", "a list of 0 and 1"),
     (cache("scm_preset: fast, steps_computation_mask: slow"), "steps_computation_mask", "also as scm_preset"),
     (cache("scm_preset: [1, 0], num_inference_steps: 3"), "scm_preset", "expected 3"),
-    ("secondary: {lockstep: true}", "lockstep", "unknown key"),
+    ("secondary: {lockstep: true}", "lockstep", "it holds for both transformers"),
     ("", FILE, "empty"),
     ("# nothing\n", FILE, "empty"),
     ("cache_config: [", FILE, "not valid YAML or JSON"),
