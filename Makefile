@@ -46,10 +46,10 @@ test: lint
 	$(PYTEST)
 
 test-unit: setup
-	$(PYTEST) tests/unit tests/contract
+	$(PYTEST) tests/unit tests/contract tests/dist --ignore tests/dist/test_recipes.py
 
 test-host: setup
-	$(PYTEST) tests/models tests/dist tests/e2e -m "not soak"
+	$(PYTEST) tests/models tests/e2e tests/dist/test_recipes.py -m "not soak"
 
 test-soak: setup
 	$(PYTEST) tests/e2e -m soak

@@ -19,6 +19,10 @@ MODULES = (
 )
 OWN = ("sglang.multimodal_gen.", "sglang_cachedit_plugin")
 
+# Imports read the environment; this is ``host_environment``.
+for name in [name for name in os.environ if name.startswith("SGLANG_")]:
+    del os.environ[name]
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 for each in MODULES:
     importlib.import_module(each)
 early = [name for name in sys.modules if name.startswith(OWN)]

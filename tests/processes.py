@@ -4,16 +4,19 @@ A start of the host imports torch, transformers and SGLang for 14 s, in the laun
 process of each session of tests has imported them (``preloaded.py``) and forks what the tests start. A fork runs the
 same script or module, in a session, a folder and an environment of its own. The workers that it spawns are forked from
 a copy of it that was made before it ran anything. What an import reads from the environment is what
-``host_environment`` has: processes that need it otherwise, and those that show that the real command line works, are
-``cold``, started in the ordinary way.
+``host_environment`` has. Processes that show that the real command line works are ``cold``, started in the ordinary
+way.
 """
 
 from __future__ import annotations
 
 import atexit
 import ctypes
+import fcntl
+import importlib
 import multiprocessing
 import os
+import random
 import runpy
 import signal
 import socket
@@ -24,9 +27,9 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from multiprocessing import connection, context, forkserver, process, spawn
+from multiprocessing import connection, context, forkserver, process, reduction, spawn
 from pathlib import Path
-from unittest import mock
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 _lock = threading.Lock()
@@ -57,8 +60,7 @@ class Forked:
         self._process = forks.Process(target=_run, args=(self.args, str(cwd), dict(env), files))
         with _lock:
             forks.set_forkserver_preload(["tests.preloaded"])
-            with mock.patch.dict(os.environ, host_environment(), clear=True):
-                self._process.start()
+            self._process.start()
         self.pid = self._process.pid
 
     @property
@@ -138,21 +140,32 @@ def run(
 
 
 def _run(command: list[str], cwd: str, environment: dict[str, str], files: list[str]) -> None:
-    """In the fork: become the command."""
+    """In the fork: become the command, in a session of its own."""
     os.setsid()
     for number, file in enumerate(files, 1):
         opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(opened, number)
         os.close(opened)
+    _become(command, cwd, environment)
+
+
+def _become(command: list[str], cwd: str, environment: dict[str, str]) -> None:
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
     installed = [each for each in sys.path if each.startswith((sys.prefix, sys.base_prefix, "__editable__"))]
     given = environment["PYTHONPATH"].split(os.pathsep)
     sys.path[:] = [*([cwd] if command[0] == "-m" else []), *given, *installed]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+        del sys.modules[name]
     # Whoever asks is told that nobody forked this process.
     process._parent_process, process.current_process().name = None, "MainProcess"
+    random.seed()
+    if "TORCH_LOGS" in environment:
+        # torch has read it when it was imported.
+        sys.modules["torch._logging"]._init_logs()
     forks = _fork_instead_of_spawning()
+    subprocess.Popen = _Popen
     try:
         if command[0] == "-m":
             sys.argv[:] = command[1:]
@@ -205,3 +218,72 @@ def _fork_instead_of_spawning() -> int:
     made = forkserver._forkserver
     made._forkserver_address, made._forkserver_alive_fd, made._forkserver_pid = address, keeps_alive, child
     return child
+
+
+class _Inherited:
+    """A descriptor that arrives as one in the process that it is sent to."""
+
+    def __init__(self, number: int):
+        self._number = number
+
+    def __reduce__(self) -> tuple:
+        return _arrived, (reduction.DupFd(self._number),)
+
+
+def _arrived(sent: Any) -> int:
+    # Higher than any that it may have to become.
+    return fcntl.fcntl(sent.detach(), fcntl.F_DUPFD, 200)
+
+
+class _Popen(subprocess.Popen):
+    """Forks what a command starts as ``python -m MODULE``; the rest is started in the ordinary way."""
+
+    _forked: Any = None
+
+    def _execute_child(
+        self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell,
+        p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, restore_signals, gid, gids, uid, umask,
+        start_new_session, process_group,
+    ) -> None:
+        if shell or list(args)[:2] != [sys.executable, "-m"]:
+            super()._execute_child(
+                args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell,
+                p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, restore_signals, gid, gids, uid, umask,
+                start_new_session, process_group,
+            )
+            return
+        given = dict(enumerate((p2cread, c2pwrite, errwrite))) | {number: number for number in pass_fds}
+        # What travels belongs to the module that whoever unpickles it finds.
+        here = importlib.import_module(__name__)
+        inherited = {number: here._Inherited(own) for number, own in given.items() if own != -1}
+        command, environment = [str(part) for part in args[1:]], dict(os.environ if env is None else env)
+        self._forked = multiprocessing.get_context("forkserver").Process(
+            target=here._spawned, args=(command, str(cwd or os.getcwd()), environment, inherited, start_new_session)
+        )
+        self._forked.start()
+        self.pid, self._child_created = self._forked.pid, True
+        self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
+
+    def _internal_poll(self, *rest: Any, **more: Any) -> int | None:
+        if self._forked is None:
+            return super()._internal_poll(*rest, **more)
+        self.returncode = self._forked.exitcode
+        return self.returncode
+
+    def _wait(self, timeout: float | None) -> int:
+        if self._forked is None:
+            return super()._wait(timeout)
+        self._forked.join(timeout)
+        if self._internal_poll() is None:
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        return self.returncode
+
+
+def _spawned(command: list[str], cwd: str, environment: dict[str, str], files: dict[int, int], session: bool) -> None:
+    if session:
+        os.setsid()
+    for number, file in files.items():
+        os.dup2(file, number)
+        os.close(file)
+    sys.stdin = os.fdopen(0, closefd=False)
+    _become(command, cwd, environment)

@@ -40,9 +40,6 @@ class BlockLists:
         """Number of blocks over which each decision holds."""
         return [each.size for each in self.shared]
 
-    def lengths(self) -> dict[str, int]:
-        return {each.name: len(each.hooks) for each in self.patches}
-
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """The hooks stand in the transformer inside."""

@@ -18,9 +18,9 @@ from .compiling import untraced
 from .corrector import Corrector
 from .error_control import ErrorControl
 from .forecast import Extrapolator
-from .runtime import Groups, RequestSpec
 from .similarity import Reading, relative_error
 from .solvers import Call, Place, Solver, hooked_scheduler
+from .spec import Groups, RequestSpec
 from .step_plan import Action
 
 CARRY, CONTROLLED_CARRY = 0.5, 0.75
@@ -281,7 +281,6 @@ class DenoisingSteps:
         self._report.largest_correction = round(largest, 6) if math.isfinite(largest) else None
 
     def held_bytes(self) -> int:
-        """Bytes of the tensors kept."""
         return self._outputs.held_bytes() + self._corrector.held_bytes()
 
 

@@ -50,7 +50,12 @@ class Defaults:
     @property
     def enabled(self) -> bool:
         """Whether requests that say nothing are cached."""
-        return bool(self._switch(None).value)
+        return bool(self.switch.value)
+
+    @property
+    def switch(self) -> Value:
+        """The same with its origin."""
+        return self._switch(None)
 
     @property
     def profiles(self) -> Mapping[str, Source]:
@@ -64,9 +69,9 @@ class Defaults:
 
     def describe(self) -> dict[str, Any]:
         """The settings that a request without parameters meets, with their origins."""
-        switch, resolved = self._switch(None), self.decide(None, None).resolved
+        resolved = self.decide(None, None).resolved
         return {
-            "enabled": {"value": switch.value, "origin": switch.origin},
+            "enabled": {"value": self.switch.value, "origin": self.switch.origin},
             "profile": resolved.profile,
             "config": resolved.config(),
             "profiles": sorted(self.profiles),
@@ -110,8 +115,8 @@ class Defaults:
             # A stronger source decides the steps in the other way: the profile has no say.
             resolved = replace(resolved, profile=None)
         enabled = self._switch(stage).value if enable is None else enable
-        why = Reason("request", "request") if enable is False else Reason("not_configured", "not configured")
-        return Decision(enabled=enabled, reason=None if enabled else why, resolved=resolved)
+        off = Reason("request", "request") if enable is False else Reason("not_configured", "not configured")
+        return Decision(enabled=enabled, reason=None if enabled else off, resolved=resolved)
 
     def _switch(self, stage: Source | None) -> Value:
         """Live changes outrank the file, the file outranks the environment; then come profiles that a start names."""

@@ -159,6 +159,12 @@ INERT_KNOBS: Mapping[str, Knob] = {
 }
 """Knobs of cache-dit that are read, checked, and need no action here."""
 
+RETIRED_KNOBS: Mapping[str, str] = {
+    "max_accumulated_diff": "there is no such setting any more: error_tolerance takes its place, it measures the "
+    "forecast's error of each request",
+}
+"""Settings of earlier versions, and what to use."""
+
 
 def contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
     """Settings of one source that contradict others of it: name, value, what is wrong."""

@@ -19,8 +19,18 @@ import yaml
 from ..errors import SettingError, nearest, printable, shown
 from .diffusers_sections import read_sections
 from .knobs import Choice, Flag, Knob, key_name, read_mapping, refuse
-from .settings import ALIASES, DBCACHE_KNOBS, GROUPS, INERT_KNOBS, KNOBS, MISSPELT, CacheSettings, contradictions
-from .tuned_schedules import TunedSchedule
+from .settings import (
+    ALIASES,
+    DBCACHE_KNOBS,
+    GROUPS,
+    INERT_KNOBS,
+    KNOBS,
+    MISSPELT,
+    RETIRED_KNOBS,
+    CacheSettings,
+    contradictions,
+)
+from .tuned_schedules import RETIRED, TunedSchedule
 
 PREFIX = "SGLANG_CACHE_DIT_"
 ENABLED_VARIABLE = PREFIX + "ENABLED"
@@ -30,6 +40,7 @@ CONTROL_KEY_VARIABLE = PREFIX + "CONTROL_KEY"
 LOG_VARIABLE = PREFIX + "LOG"
 LOG_LEVELS = ("requests", "changes", "quiet")
 """What the log says besides warnings: a line a request and a change, a change, nothing."""
+_OTHER_VARIABLES = (ENABLED_VARIABLE, PROFILE_VARIABLE, CONTROL_KEY_VARIABLE, LOG_VARIABLE)
 REQUEST = "cache_dit_params"
 """Origin of a request's own settings."""
 CONTROL = "control"
@@ -127,6 +138,9 @@ def _plain(value: Any) -> Any:
 
 
 VARIABLES = {PREFIX + knob.env: name for name, knob in KNOBS.items() if knob.env}
+RETIRED_VARIABLES = {
+    PREFIX + second + name.upper(): why for name, why in RETIRED_KNOBS.items() for second in ("", "SECONDARY_")
+}
 SECONDARY_VARIABLES = {
     f"{PREFIX}SECONDARY_{knob.env}": name for name, knob in KNOBS.items() if knob.env and knob.per_transformer
 }
@@ -141,16 +155,16 @@ def read_environment(
         environ: the variables.
         host_variables: called only for names unknown here; variables that the installed host reads.
     """
-    words = [ENABLED_VARIABLE, PROFILE_VARIABLE, CONTROL_KEY_VARIABLE, LOG_VARIABLE]
-    known = [*words, *VARIABLES, *SECONDARY_VARIABLES]
+    known = [*_OTHER_VARIABLES, *VARIABLES, *SECONDARY_VARIABLES]
     warnings = []
     for variable in sorted(name for name in environ if name.startswith(PREFIX) and name not in known):
         if variable not in host_variables():
-            settings = {PREFIX + name.upper(): variable for variable, name in VARIABLES.items()}
-            near = settings.get(variable) or nearest(variable, known)
-            if (both := variable.replace("SECONDARY_", "")) in VARIABLES:
-                raise SettingError(variable, environ[variable], "environment", f"{both} holds for both transformers")
-            raise SettingError(variable, environ[variable], "environment", "unknown variable", near)
+            why = RETIRED_VARIABLES.get(variable)
+            if (both := variable.replace("SECONDARY_", "")) in VARIABLES and both != variable:
+                why = f"{both} holds for both transformers"
+            spelt = {PREFIX + name.upper(): known_as for known_as, name in VARIABLES.items()}
+            near = None if why else spelt.get(variable) or nearest(variable, known)
+            raise SettingError(variable, environ[variable], "environment", why or "unknown variable", near)
         warnings.append(f"{variable} is known to the host but not to this plugin and has no effect")
     # Empty is unset: deployments clear a variable that way.
     given = {name: environ[name] for name in known if environ.get(name, "").strip()}
@@ -180,7 +194,10 @@ def keys(*, secondary: bool) -> dict[str, Knob]:
     return {name: knob for name, knob in KNOBS.items() if knob.per_transformer or not secondary} | dict(INERT_KNOBS)
 
 
-_BOTH = "it holds for both transformers and stands outside of secondary"
+_FOR_BOTH = {
+    name: "it holds for both transformers and stands outside of secondary"
+    for name, knob in KNOBS.items() if not knob.per_transformer
+}
 _ELSEWHERE = {
     "enabled": "a request says enable_cache_dit, beside cache_dit_params; a file's cache_config switches caching on",
     "enable_cache_dit": "a request says it beside cache_dit_params, a change of the server says enabled",
@@ -195,8 +212,10 @@ def read_layer(
     """Check one mapping of knobs; keys in ``extra`` are left to the caller."""
     values, typed = read_mapping(
         raw, keys(secondary=secondary), origin, warnings, spellings=ALIASES, misspelt=MISSPELT, others=extra,
-        refused=_ELSEWHERE | ({name: _BOTH for name in KNOBS.keys() - keys(secondary=True)} if secondary else {}),
+        refused={**RETIRED_KNOBS, **_ELSEWHERE, **(_FOR_BOTH if secondary else {})},
     )
+    if old := [key for key in RETIRED if any(key in row for row in raw.get("schedules") or ())]:
+        warnings.append(f"{', '.join(old)} in schedules ({origin}) is ignored: error_tolerance takes its place")
     refuse(contradictions(values), origin, typed)
     return {
         name: Value(value, f"{origin}.{typed[name]}") for name, value in values.items() if name not in INERT_KNOBS
@@ -231,31 +250,6 @@ def read_file(path_or_mapping: str | Mapping[str, Any]) -> FileConfig:
     return FileConfig(
         source=source, profiles=profiles, passed_on=passed_on, warnings=tuple(warnings), given=path_or_mapping
     )
-
-
-def merged(before: Mapping[str, Any] | None, change: Any) -> Any:
-    """The change in force with a further one in it, as JSON Merge Patch has it (RFC 7396): null takes a setting back.
-
-    Whether the result can be used is left to ``read_overrides``.
-    """
-    if not isinstance(change, Mapping):
-        return change
-    result, change = _flat(before or {}), _flat(change)
-    for key, value in change.items():
-        name = ALIASES.get(key, key)
-        kept = {each: own for each, own in result.items() if ALIASES.get(each, each) != name}
-        if isinstance(value, Mapping) and isinstance(result.get(key), Mapping) and key in ("secondary", "profiles"):
-            value = merged(result[key], value)
-        result = kept if value is None and (name in KNOBS or key in CHANGE_SECTIONS) else kept | {key: value}
-    return result
-
-
-def _flat(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of ``cache_config`` beside the sections, unless there are some already."""
-    nested = raw.get("cache_config")
-    if not isinstance(nested, Mapping) or not set(raw) <= set(CHANGE_SECTIONS):
-        return dict(raw)
-    return {**{key: value for key, value in raw.items() if key != "cache_config"}, **nested}
 
 
 def _read_profiles(raw: Any, origin: str, beneath: str, warnings: list[str]) -> dict[str, Source]:
@@ -336,6 +330,31 @@ def read_overrides(raw: Any, *, profiles: Mapping[str, Source] = MappingProxyTyp
     source = replace(read_request(request, origin=CONTROL, profiles=known), enabled=enabled)
     check_method(source, known[source.profile] if source.profile else None)
     return Overrides(source=source, profiles=own, given=dict(raw))
+
+
+def merged(before: Mapping[str, Any] | None, change: Any) -> Any:
+    """The change in force with a further one in it, as JSON Merge Patch has it (RFC 7396): null takes a setting back.
+
+    Whether the result can be used is left to ``read_overrides``.
+    """
+    if not isinstance(change, Mapping):
+        return change
+    result, change = _flat(before or {}), _flat(change)
+    for key, value in change.items():
+        name = ALIASES.get(key, key)
+        kept = {each: own for each, own in result.items() if ALIASES.get(each, each) != name}
+        if isinstance(value, Mapping) and isinstance(result.get(key), Mapping) and key in ("secondary", "profiles"):
+            value = merged(result[key], value)
+        result = kept if value is None and (name in KNOBS or key in CHANGE_SECTIONS) else kept | {key: value}
+    return result
+
+
+def _flat(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of ``cache_config`` beside the sections, unless there are some already."""
+    nested = raw.get("cache_config")
+    if not isinstance(nested, Mapping) or not set(raw) <= set(CHANGE_SECTIONS):
+        return dict(raw)
+    return {**{key: value for key, value in raw.items() if key != "cache_config"}, **nested}
 
 
 def check_method(source: Source, profile: Source | None = None) -> None:

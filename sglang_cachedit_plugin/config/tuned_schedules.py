@@ -20,6 +20,8 @@ from .knobs import Knob, Number, Whole, bits, declared, entries, json_list, json
 MAX_ROWS = 256
 MAX_STEPS = 10_000
 MAX_WEIGHTS = 4
+RETIRED = ("spread",)
+"""Keys that rows of earlier files hold; they are left out with a warning."""
 TOLERANCE = 0.005
 """Timesteps count as the tuned ones up to this part of their range."""
 
@@ -111,7 +113,9 @@ class Rows(Knob):
     @property
     def json(self) -> Mapping[str, Any]:
         """Lengths and what excludes what are left to the check."""
-        return json_list(json_object(FIELDS) | {"required": ["steps", "mask"]}, 1, MAX_ROWS)
+        row = json_object(FIELDS) | {"required": ["steps", "mask"]}
+        row["properties"] |= {key: {"description": "Ignored; error_tolerance takes its place."} for key in RETIRED}
+        return json_list(row, 1, MAX_ROWS)
 
     def read(self, value: Any) -> Any:
         if not all(isinstance(each, Mapping) for each in entries(value, 1, MAX_ROWS)):
@@ -131,7 +135,7 @@ class Rows(Knob):
 
 
 def _read_row(name: str, value: Any, origin: str) -> TunedSchedule:
-    read, _ = read_mapping(value, FIELDS, origin, [], prefix=f"{name}.")
+    read, _ = read_mapping(value, FIELDS, origin, [], prefix=f"{name}.", others=RETIRED)
     refuse(((f"{name}.{key}", shown, problem) for key, shown, problem in _problems(read)), origin)
     return TunedSchedule(**read)
 

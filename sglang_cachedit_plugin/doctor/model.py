@@ -19,8 +19,8 @@ from torch import nn
 from .. import adapters
 from ..adapters import Blocks
 from ..cache import block_lists
+from ..cache.cached_model import preset_mask
 from ..cache.error_control import BEGINNING
-from ..cache.mount import preset_mask
 from ..cache.step_plan import build_plan
 from ..config.effective import Defaults
 from ..config.settings import CacheSettings

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from ..cache.block_lists import why_not_cached
-from ..cache.mount import CachedModel
+from ..cache.cached_model import CachedModel
 from ..cache.parallel import tell_parallel
 from ..cache.solvers import Solver
 from ..config import effective
@@ -105,7 +105,8 @@ def load(original: Callable[..., Any], stage: Any, module: Any) -> None:
     except MountError as error:
         if effective.current().decide(None, None).resolved.primary.strict:
             raise
-        sglang_api.logger().warning("cache-dit: off: %s", error)
+        reason = reason_of(error, "blocks")
+        sglang_api.logger().warning("cache-dit: off [%s]: %s", reason.code, reason)
     # 2. Groups are bound with each request: the host lays the same ranks out by the stages under way.
     # 3. The config file's sections are for diffusers alone: the host has split the model itself.
     # 4. Compile: the repeated blocks, unless the deployer chose. The host holds compilation back until stock caching
@@ -168,8 +169,8 @@ def _open(
     model, stages = _model(stage), WORKER.active.stages
     try:
         groups = ranks.groups(
-            [each.stage for each in stages] or [stage], batch, modules=model.modules.values(), joint=joint,
-            patch_size=getattr(stage.transformer, "patch_size", None),
+            WORKER.slices, [each.stage for each in stages] or [stage], batch, joint=joint,
+            modules=model.modules.values(), patch_size=getattr(stage.transformer, "patch_size", None),
         )
     except MountError as error:
         session.refuse(reason_of(error, "ranks"))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..cache.runtime import Identify, Identity
+from ..cache.spec import Identify, Identity
 from ..config.settings import KNOBS
 from ..config.sources import Layer, Source, Value
 from ..errors import Reason

@@ -14,22 +14,22 @@ import torch
 from torch import nn
 
 from ..cache import rank_agreement
+from ..cache.cached_model import CachedModel, preset_mask
 from ..cache.denoising_steps import DenoisingSteps
-from ..cache.mount import CachedModel, preset_mask
-from ..cache.runtime import Groups, Identify, RequestSpec, TransformerSpec
 from ..cache.solvers import Solver
+from ..cache.spec import Groups, Identify, RequestSpec, TransformerSpec
 from ..cache.step_plan import StepPlan, build_plan
 from ..cache.stretch import Stretch
 from ..cache.warmup import Warmup
-from ..config import effective, tuned_schedules
+from ..config import effective
 from ..config.effective import Decision
 from ..config.settings import CacheSettings
 from ..config.sources import REQUEST, Source
-from ..config.tuned_schedules import TunedSchedule
+from ..config.tuned_schedules import TunedSchedule, choose
 from ..errors import MountError, Reason, RefusedError, SettingError, reason_of, refusal_in
 from ..report import metrics, table
 from ..report.stats import CorrectorStats, RequestStats, TransformerStats, reports_of
-from . import log, recording, sglang_api
+from . import log, ranks, recording, sglang_api
 from .recording import Recording
 
 REPORT = "cache_dit"
@@ -84,6 +84,7 @@ class Worker:
         active: the request under way.
         kept: by stage, the sessions of runs whose requests are single steps.
         models: by stage or pipeline, its transformers.
+        slices: the ranks that must agree with this one.
         refusals: by offline engine, why its worker has refused the request under way.
     """
 
@@ -91,10 +92,16 @@ class Worker:
         self.active = ActiveRequest()
         self.kept: dict[Any, Session] = {}
         self.models: weakref.WeakKeyDictionary[Any, CachedModel] = weakref.WeakKeyDictionary()
+        self.slices = ranks.Slices()
         self.refusals: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 
 WORKER = Worker()
+
+
+def groups_ready(result: Any = None, *args: Any, **kwargs: Any) -> None:
+    """After ``initialize_model_parallel``, on every rank."""
+    WORKER.slices = ranks.slices()
 
 
 def describe_models() -> list[dict[str, Any]]:
@@ -484,10 +491,9 @@ class Session:
             self.stats.note(Reason("schedule", why))
             return replace(settings, schedules=None, steps_computation_mask=(1,) * steps), None
         if stretch is None:
-            row, note = tuned_schedules.choose(settings.schedules, steps, facts.size, facts.timesteps)
+            row, note = choose(settings.schedules, steps, facts.size, facts.timesteps)
         else:
-            places = stretch.timesteps
-            row, note = tuned_schedules.choose(settings.schedules, len(places), facts.size, places)
+            row, note = choose(settings.schedules, len(stretch.timesteps), facts.size, stretch.timesteps)
             row = stretch.row(row)
         if note is not None:
             self.stats.note(Reason("schedule", note))

@@ -64,12 +64,14 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
 }
 
 
-_BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": change_schema()}}}}
+def _body(*, patch: bool) -> dict[str, Any]:
+    content = {"application/json": {"schema": change_schema(patch=patch)}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 @router.put(
     "", summary="Change the defaults of all ranks and replicas, between two requests", response_model=models.State,
-    responses=_REFUSALS, openapi_extra=_BODY,
+    responses=_REFUSALS, openapi_extra=_body(patch=False),
 )
 async def change(request: Request) -> dict[str, Any]:
     """Replace the change before by this one. What it does not name is as at start-up."""
@@ -78,7 +80,7 @@ async def change(request: Request) -> dict[str, Any]:
 
 @router.patch(
     "", summary="Change one thing and keep the rest of the change in force", response_model=models.State,
-    responses=_REFUSALS, openapi_extra=_BODY,
+    responses=_REFUSALS, openapi_extra=_body(patch=True),
 )
 async def add(request: Request) -> dict[str, Any]:
     """Add to the change in force; what is named here takes the place of what stood there, null takes it back."""

@@ -86,4 +86,3 @@ class Refusal(BaseModel):
     """Why a change was refused, in one line."""
 
     detail: str
-

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import subprocess
-import sys
 
 import pytest
 
-from tests.processes import ROOT, host_environment, run
+from tests.e2e.conftest import free_ports, run_together
+from tests.processes import host_environment, run
 
 RECIPES = ("hybrid_tp", "parallel_uaa", "parallel_extra", "ring", "parallel_async")
 STEPS = 16
@@ -17,11 +17,23 @@ STEPS = 16
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> dict[tuple[str, str], dict]:
     out = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    done = subprocess.run(
-        [sys.executable, "benchmarks/gpu/recipes.py", "--device", "cpu", "--gpus", "2", "--size", "tiny", "--side", "64",
-         "--steps", str(STEPS), "--only", ",".join([*RECIPES, "parallel_fp8"]), "--out", str(out)],
-        cwd=ROOT, env=host_environment(), capture_output=True, text=True, timeout=900, errors="replace",
-    )
+    arguments = [
+        "-m", "benchmarks.gpu.recipes", "--device", "cpu", "--gpus", "2", "--size", "tiny", "--side", "64",
+        "--steps", STEPS, "--only", ",".join([*RECIPES, "parallel_fp8"]), "--out", out,
+    ]
+    (port,) = free_ports(1)
+    # What torchrun would give its processes.
+    environments = [
+        host_environment(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port), RECIPES_RANK="1", RECIPES_DEVICE="cpu",
+        )
+        for rank in range(2)
+    ]
+    done, other = run_together(*(
+        functools.partial(run, arguments, env=environment, timeout=600) for environment in environments
+    ))
+    assert other.returncode == 0, other.stdout[-2000:] + other.stderr[-3000:]
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return {(row["recipe"], row["run"]): row for row in map(json.loads, out.read_text().splitlines())}
 

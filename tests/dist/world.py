@@ -10,7 +10,6 @@ import datetime
 import importlib
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests import processes
 from tests.unit.blocks import known_classes
 
 LIMIT = 30
@@ -54,12 +54,7 @@ def collectives() -> Iterator[Counter]:
 def run(size: int, module: str, folder: Path) -> dict[str, list[Any]]:
     """Results of every scenario of ``module``, by name and rank."""
     out = folder / f"world{size}"
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.dist.world", str(size), str(out), module],
-        cwd=root, env=environment, capture_output=True, text=True, timeout=600, errors="replace",
-    )
+    done = processes.run(["-m", "tests.dist.world", size, out, module], env=processes.host_environment(), timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     ranks = [torch.load(f"{out}.{rank}") for rank in range(size)]
     return {name: [each[name] for each in ranks] for name in ranks[0]}

@@ -52,8 +52,7 @@ def served(models, tmp_path_factory):
         "SGLANG_CACHE_DIT_ENABLED": "true", "SGLANG_TORCH_COMPILE_MODE": "default", "TORCH_LOGS": "dynamo",
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
     }
-    # Cold: torch reads TORCH_LOGS when it is imported.
-    with serving(models["flux"], folder, *FLAGS, "--enable-metrics", cold=True, **environment) as url:
+    with serving(models["flux"], folder, *FLAGS, "--enable-metrics", **environment) as url:
         answers = {name: _draw(url, params) for name, params in KNOBS.items()}
         log = (folder / "server.log").read_text(errors="replace")
         metrics = httpx.get(f"{url}/metrics").text

@@ -15,8 +15,12 @@ from safetensors.torch import save_file
 from benchmarks.soak.soak import server_process
 from tests.e2e import hurt
 
-TIMEOUT_S = 25
+TIMEOUT_S = 15
 """Of the server's wait for its workers."""
+
+# Three servers, so that two workers share the work.
+pytestmark = pytest.mark.xdist_group("faults elsewhere")
+at_each_step = pytest.mark.xdist_group("faults at each step")
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +65,7 @@ def test_the_faults_meet_cached_and_computed_steps(server):
     hurt.meets_both_kinds_of_steps(server)
 
 
+@at_each_step
 @pytest.mark.parametrize("call", range(2 * hurt.STEPS))
 def test_an_error_in_a_block_at_each_step_and_branch(server, call):
     hurt.survives(server, "block", "error", call)
@@ -116,10 +121,12 @@ def test_another_lora_between_requests(server, lora):
     assert server.picture() == server.fresh["plain"]
 
 
-def test_the_worker_is_not_larger_than_at_rest(server):
+@pytest.mark.parametrize("after", [pytest.param("errors at each step", marks=at_each_step), "faults elsewhere"])
+def test_the_worker_is_not_larger_than_at_rest(server, after):
     hurt.is_not_larger(server)
 
 
+@pytest.mark.xdist_group("termination")
 def test_termination_in_the_middle_of_denoising_ends_all_processes(models, tmp_path):
     """SIGTERM goes to the first process alone, as from a supervisor."""
     with hurt.serving_faults(models, tmp_path / "ended", "--http-graceful-shutdown-timeout", "1") as server:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import os
-import signal
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from tests.e2e.conftest import free_ports, host_environment, run_module
+from tests.e2e.conftest import free_ports, run_module
+from tests.processes import end, host_environment, start
 
 BASE = {"width": 64, "height": 64, "num_inference_steps": 12, "prompt": "red apple", "seed": 1}
 VIDEO = {"negative_prompt": "green cat", "num_frames": 9}
@@ -41,25 +37,35 @@ REQUESTS = {
     "failing": _cached(verify_ranks=True) | {"fail": [1, 5]},
     "after it": _cached(),
 }
+EXACT = {"dit_precision": "fp32"}
+"""Server arguments of what is compared: in float32 the order in which ranks add up hardly shows."""
+
+ROUNDING = 1e-4
+"""Relative distance of the latents of two layouts in float32; caching changes them by at least 40 times that."""
+
 SHARED = ("off", "cached", "verified", "taylorseer", "static")
 LAYOUTS = {
     # name: (model, server arguments, request fields, names of requests)
-    "flux 1": ("flux", {}, {}, SHARED),
-    "flux Ulysses": ("flux", {"ulysses_degree": 2, "sp_degree": 2}, {}, SHARED),
-    "flux TP": ("flux", {"tp_size": 2}, {}, SHARED),
+    "flux 1": ("flux", EXACT, {}, SHARED),
+    "flux Ulysses": ("flux", EXACT | {"ulysses_degree": 2, "sp_degree": 2}, {}, SHARED),
+    "flux TP": ("flux", EXACT | {"tp_size": 2}, {}, SHARED),
     "flux FSDP CFG": (
         "flux", {"use_fsdp_inference": True, "enable_cfg_parallel": True},
         {"negative_prompt": "green cat", "true_cfg_scale": 3.0}, ("off", "measured", "schedule", "output"),
     ),
-    "wan21 1": ("wan21", {}, VIDEO, ("off", "cached", "following")),
+    "wan21 1": ("wan21", EXACT, VIDEO, ("off", "cached", "following")),
     "wan21 CFG": (
-        "wan21", {"enable_cfg_parallel": True}, VIDEO,
+        "wan21", EXACT | {"enable_cfg_parallel": True}, VIDEO,
         ("off", "cached", "following", "lockstep", "failing", "after it"),
     ),
-    "wan22 1": ("wan22", {}, VIDEO, ("off", "cached")),
-    "wan22 CFG": ("wan22", {"enable_cfg_parallel": True}, VIDEO, ("off", "cached", "lockstep")),
-    "wan22 Ulysses": ("wan22", {"ulysses_degree": 2, "sp_degree": 2}, VIDEO, ("off", "cached")),
+    "wan22 1": ("wan22", EXACT, VIDEO, ("off", "cached")),
+    "wan22 CFG": ("wan22", EXACT | {"enable_cfg_parallel": True}, VIDEO, ("off", "cached", "lockstep")),
+    "wan22 Ulysses": ("wan22", EXACT | {"ulysses_degree": 2, "sp_degree": 2}, VIDEO, ("off", "cached")),
 }
+
+
+def ranks_of(layout: str) -> int:
+    return 1 if layout.endswith(" 1") else 2
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +77,7 @@ def results(models, tmp_path_factory):
         (port,) = free_ports(1)
         jobs.append({
             "name": name,
-            "ranks": 1 if not server else 2,
+            "ranks": ranks_of(name),
             "server": {"model_path": str(models[model]), "backend": "sglang", "master_port": port} | server,
             "requests": [BASE | fields | REQUESTS[request] for request in requests],
         })
@@ -110,8 +116,8 @@ def _all_steps(ranks):
 
 PARALLEL = [
     (layout, request)
-    for layout, (_, server, _, requests) in LAYOUTS.items()
-    if server
+    for layout, (_, _, _, requests) in LAYOUTS.items()
+    if ranks_of(layout) == 2
     for request in requests
     if request not in ("failing",)
 ]
@@ -136,16 +142,12 @@ def test_no_rank_fails_and_ranks_that_share_a_forward_report_the_same(results, l
 def test_the_steps_and_the_picture_are_those_of_one_rank(results, layout, request_name):
     single = layout.split()[0] + " 1"
     alone, together = results[single][request_name], results[layout][request_name]
-    uncached = _distance(_latents(results[layout]["off"]), _latents(results[single]["off"]))
-    rounding = 1.3 * uncached
     if request_name != "off":
         assert _all_steps(together) == _all_steps(alone)
-        # The rounding of a computed output counts for the steps that are cached after it as well.
-        computed, cached = (sum(len(steps[kind]) for steps in _all_steps(together).values()) for kind in (0, 1))
-        rounding = max(rounding, uncached * math.sqrt((computed + cached) / computed))
         changed = _distance(_latents(alone), _latents(results[single]["off"]))
-        assert changed > max(1.3 * uncached, 4e-3), "caching must show"
-    assert _distance(_latents(together), _latents(alone)) <= max(rounding, 1e-3)
+        assert changed > 40 * ROUNDING, "caching must show"
+    print("DIST", layout, request_name, _distance(_latents(together), _latents(alone)))
+    assert _distance(_latents(together), _latents(alone)) <= ROUNDING
 
 
 def test_verifying_changes_nothing(results):
@@ -184,26 +186,25 @@ def test_a_failure_on_one_rank_ends_the_request_on_both_and_the_next_one_works(r
     assert _all_steps(before) == _all_steps(after)
 
 
-def _generate(model, folder, *flags, timeout=600, **environment):
+def _generate(model, folder, *flags, timeout=600, cold=False, **environment):
     """What ``sglang generate`` on two processes prints: launcher, scheduler, two workers."""
     master, scheduler, _ = free_ports(3)
     command = [
-        Path(sys.executable).with_name("sglang"), "generate", "--model-path", str(model), "--prompt", "red apple",
-        "--width", "64", "--height", "64", "--num-inference-steps", "12", "--seed", "1", "--num-gpus", "2",
-        "--attention-backend", "torch_sdpa", "--warmup-mode", "off", "--master-port", str(master),
-        "--scheduler-port", str(scheduler), "--output-path", str(folder), *flags,
+        "sglang", "generate", "--model-path", model, "--prompt", "red apple", "--width", "64", "--height", "64",
+        "--num-inference-steps", "12", "--seed", "1", "--num-gpus", "2", "--attention-backend", "torch_sdpa",
+        "--warmup-mode", "off", "--master-port", master, "--scheduler-port", scheduler, "--output-path", folder, *flags,
     ]
-    with subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-        env=host_environment(**environment), start_new_session=True,
-    ) as host:
-        try:
-            log, _ = host.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            # Workers that wait for one another do not end with the launcher.
-            os.killpg(host.pid, signal.SIGKILL)
-            pytest.fail(f"not done in {timeout} s: {host.communicate()[0][-4000:]}")
-    assert host.returncode == 0, log[-4000:]
+    out = folder / "log"
+    host = start(command, cwd=folder, env=host_environment(**environment), out=out, cold=cold)
+    try:
+        status = host.wait(timeout)
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"not done in {timeout} s: {out.read_text(errors='replace')[-4000:]}")
+    finally:
+        # Workers that wait for one another do not end with the launcher.
+        end(host)
+    log = out.read_text(errors="replace")
+    assert status == 0, log[-4000:]
     assert list(folder.rglob("*.png")) + list(folder.rglob("*.jpg")), log[-4000:]
     return log
 
@@ -211,7 +212,7 @@ def _generate(model, folder, *flags, timeout=600, **environment):
 def test_the_command_line_with_two_processes(models, tmp_path):
     """The guard compares every step."""
     log = _generate(
-        models["flux"], tmp_path, "--ulysses-degree", "2", "--sp-degree", "2",
+        models["flux"], tmp_path, "--ulysses-degree", "2", "--sp-degree", "2", cold=True,
         SGLANG_CACHE_DIT_ENABLED="true", SGLANG_CACHE_DIT_RDT="0.9", SGLANG_CACHE_DIT_WARMUP="2",
         SGLANG_CACHE_DIT_VERIFY_RANKS="true",
     )

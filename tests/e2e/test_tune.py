@@ -5,42 +5,43 @@ from __future__ import annotations
 import json
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import yaml
 
-from tests.e2e.conftest import ROOT, host_environment, run_probe
+from tests.e2e.conftest import run_probe
+from tests.processes import ROOT, Forked, end, host_environment
 
 STEPS, BUDGET = 6, 4
 GUIDED = {"negative_prompt": "green cat", "true_cfg_scale": 3.0}
 BASE = {"width": 128, "height": 128, "prompt": "red apple", "seed": 1, **GUIDED}
-MAIN = "import sys; from sglang_cachedit_plugin.cli import main; sys.exit(main())"
 DEMO = ROOT / "sglang_cachedit_plugin" / "demo" / "FLUX.1-dev"
 
 
-def start(folder) -> subprocess.Popen:
+def start(folder) -> Forked:
     command = [
-        sys.executable, "-c", MAIN, "tune", "--model-path", str(DEMO),
-        "--prompts", str(folder / "prompts.txt"), "--steps", str(STEPS), "--size", "128x128", "--budget", str(BUDGET),
-        "--tune-limit", "2", "--heldout-limit", "1", "--evaluations", "1", "--work", str(folder / "work"),
-        "--shares", "0.5", "--report", str(folder / "report"), "--out", str(folder / "tuned.yaml"),
-        "--baselines", "plain",
+        "sglang-cachedit", "tune", "--model-path", DEMO,
+        "--prompts", folder / "prompts.txt", "--steps", STEPS, "--size", "128x128", "--budget", BUDGET,
+        "--tune-limit", "2", "--heldout-limit", "1", "--evaluations", "1", "--work", folder / "work",
+        "--shares", "0.5", "--report", folder / "report", "--out", folder / "tuned.yaml", "--baselines", "plain",
         "--server", "attention_backend=torch_sdpa",
         *(f"--request={name}={value}" for name, value in GUIDED.items()),
     ]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=host_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )
+    log = folder / "log"
+    log.write_text("")
+    return Forked(command, cwd=ROOT, env=host_environment(), out=log)
 
 
-def finish(process: subprocess.Popen) -> str:
-    """What the run said, when it has ended well."""
-    out, err = process.communicate(timeout=900)
-    assert process.returncode == 0, out[-2000:] + err[-4000:]
-    return err
+def finish(process: Forked, folder, status: int = 0) -> str:
+    """What the run said, when it has ended with ``status``."""
+    try:
+        left = process.wait(900)
+    finally:
+        end(process)
+    said = (folder / "log").read_text(errors="replace")
+    assert left == status, said[-4000:]
+    return said
 
 
 def served(said: str) -> int:
@@ -59,13 +60,12 @@ def tuned(tmp_path_factory):
     while len(list(known.glob("*.npz"))) < 4 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=120)[1]
-    assert process.returncode == 130, said[-4000:]
+    said = finish(process, folder, status=130)
     assert "Interrupted. The same command goes on" in said
     assert not (folder / "tuned.yaml").exists()
     kept = {path.name: path.stat().st_mtime_ns for path in known.glob("*.npz")}
     assert len(kept) >= 4
-    assert served(finish(start(folder))) == len(list(known.glob("*.npz"))) - len(kept)
+    assert served(finish(start(folder), folder)) == len(list(known.glob("*.npz"))) - len(kept)
     assert all((known / name).stat().st_mtime_ns == when for name, when in kept.items())
     return folder
 
@@ -86,7 +86,7 @@ def test_the_run_leaves_a_file_and_a_report(tuned):
 
 def test_the_same_command_measures_nothing_again_and_comes_to_the_same(tuned):
     before = (tuned / "tuned.yaml").read_bytes()
-    assert served(finish(start(tuned))) == 0
+    assert served(finish(start(tuned), tuned)) == 0
     assert (tuned / "tuned.yaml").read_bytes() == before
 
 

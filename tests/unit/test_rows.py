@@ -73,3 +73,19 @@ def test_the_strongest_source_decides_on_the_whole_schedule():
     asked = resolve(read_request({"scm_preset": "fast"}), file).primary
     assert (asked.schedules, asked.steps_computation_mask) == (None, "fast")
     assert resolve(file).config()["schedules"]["value"] == ["4 steps 128x64"]
+
+
+def test_spread_of_earlier_files_is_ignored_with_a_warning():
+    row = {**ROW, "spread": "whatever"}
+    file = read_file({"cache_config": {"schedules": [row, {"steps": 9, "mask": "1" * 9}]}})
+    assert file.source.primary["schedules"].value[0] == read_file(
+        {"cache_config": {"schedules": [ROW]}}
+    ).source.primary["schedules"].value[0]
+    assert file.warnings == (
+        "spread in schedules (cache_dit_config cache_config) is ignored: error_tolerance takes its place",
+    )
+
+
+def test_online_safety_of_earlier_files_is_refused_with_what_replaced_it():
+    with pytest.raises(SettingError, match=r"^max_accumulated_diff = 1\.0 .*error_tolerance takes its place"):
+        read_file({"cache_config": {"max_accumulated_diff": 1.0}})

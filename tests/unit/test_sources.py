@@ -101,7 +101,7 @@ def test_a_variable_only_the_host_knows_is_a_warning_and_the_host_is_asked_only_
 
 BAD_VARIABLES = [
     ({"WARMPU": "2"}, ENV + "WARMPU", "unknown variable; did you mean 'SGLANG_CACHE_DIT_WARMUP'?"),
-    ({"SECONDARY_LOCKSTEP": "1"}, ENV + "SECONDARY_LOCKSTEP", "SGLANG_CACHE_DIT_LOCKSTEP holds for both transformers"),
+    ({"SECONDARY_LOCKSTEP": "1"}, ENV + "SECONDARY_LOCKSTEP", "holds for both transformers"),
     ({"FN": "two"}, ENV + "FN", "'two' (environment): expected a whole number of at least 1"),
     ({"FN": "0"}, ENV + "FN", "expected a whole number of at least 1"),
     ({"FN": "1.5"}, ENV + "FN", "expected a whole number"),
@@ -123,6 +123,8 @@ BAD_VARIABLES = [
     ({"SCM_CACHE_BINS": "8,3"}, ENV + "SCM_COMPUTE_BINS", "together or not at all"),
     ({"SECONDARY_SCM_COMPUTE_BINS": "8,3"}, ENV + "SECONDARY_SCM_CACHE_BINS", "together or not at all"),
     ({"SCM_COMPUTE_BINS": "8", "SCM_CACHE_BINS": "1,1"}, ENV + "SCM_CACHE_BINS", "expected 0 or 1 cache bins"),
+    ({"MAX_ACCUMULATED_DIFF": "2"}, ENV + "MAX_ACCUMULATED_DIFF", "error_tolerance takes its place"),
+    ({"SECONDARY_MAX_ACCUMULATED_DIFF": "2"}, ENV + "SECONDARY_MAX_ACCUMULATED_DIFF", "error_tolerance takes"),
     ({"SCM_COMPUTE_BINS": "8,", "SCM_CACHE_BINS": "1"}, ENV + "SCM_COMPUTE_BINS", "positive step counts"),
     ({"SCM_COMPUTE_BINS": "8,0", "SCM_CACHE_BINS": "1"}, ENV + "SCM_COMPUTE_BINS", "positive step counts"),
 ]

@@ -38,7 +38,7 @@ STATIC = {
 }
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=NAMES, scope="module")
 def case(request):
     return request.param, PIPELINES[request.param], PipelineCache(PIPELINES[request.param].build())
 

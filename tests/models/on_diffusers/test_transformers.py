@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def test_last_blocks_that_need_the_first_are_not_computed_without_them():
     assert proof.equals_plain(4)
 
 
+@functools.cache
 def transformers_of_pipelines() -> dict[str, set[str]]:
     """Class names that annotate the parameters ``transformer`` and ``transformer_2``, with the pipelines' names."""
     found: dict[str, set[str]] = {}

@@ -1,4 +1,4 @@
-"""Contexts by identity: no branch sees another, schedules run exactly the blocks they should."""
+"""States by identity: no branch sees another, schedules run exactly the blocks they should."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_cachedit_plugin.cache.runtime import Identity
+from sglang_cachedit_plugin.cache.spec import Identity
 from sglang_cachedit_plugin.errors import MountError
 from sglang_cachedit_plugin.report.stats import BranchStats
 from tests.unit.blocks import Rig, TinyDiT, TwoListsDiT, known_classes, sample
@@ -205,8 +205,9 @@ def test_the_same_identity_twice_computes_everything_from_then_on():
     assert rig.run_counted("cond", 1) == blocks(0), "the next request starts clean"
 
 
-def test_an_earlier_step_starts_a_new_round():
-    knobs = {"residual_diff_threshold": 1.0, "max_continuous_cached_steps": -1, "max_cached_steps": 2}
+@pytest.mark.parametrize("calibrator", [{}, {"enable_taylorseer": True}], ids=["latest", "taylorseer"])
+def test_an_earlier_step_starts_a_new_round(calibrator):
+    knobs = {"residual_diff_threshold": 1.0, "max_continuous_cached_steps": -1, "max_cached_steps": 2, **calibrator}
     rig, fresh = Rig().begin(4, **knobs), Rig().begin(4, **knobs)
     for step in range(4):
         rig.run("cond", step)

@@ -1,4 +1,4 @@
-"""``python -m tests.e2e.lockstep``: the demo model under CFG parallelism on two processes, with and without lockstep.
+"""``python -m benchmarks.lockstep``: the demo model under CFG parallelism on two processes, with and without lockstep.
 
 Six prompts, 28 steps, guidance 3, threshold 0.1 without a cap on steps in a row. Prints the steps on which either
 rank computes (the pair waits for it) and the relative error of the final latents against uncached.
