@@ -30,6 +30,8 @@ demo: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
+	$(BIN)/mypy
+	$(BIN)/python docs/generate.py --check
 
 # Pages are tested in a real Chromium, and without one those tests are skipped. This installs it, as root on Debian.
 browser:

@@ -1,17 +1,21 @@
-"""Writes the generated pages and the README's table of versions from the code: ``python docs/generate.py``."""
+"""Writes the generated pages and the README's table of versions from the code: ``python docs/generate.py``.
+
+With ``--check`` nothing is written; the status is 1 where a page is not what the code gives.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import fields
 from pathlib import Path
 
 from sglang_cachedit_plugin.adapters import DIFFUSERS, NATIVE, Blocks, ModelAdapter
+from sglang_cachedit_plugin.config.diffusers_sections import PARALLELISM, QUANT_SPELLINGS, QUANTIZE, SPELLINGS
 from sglang_cachedit_plugin.config.json_schema import config_schema
-from sglang_cachedit_plugin.config.profiles import KNOBS_OF
-from sglang_cachedit_plugin.config.section_knobs import PARALLELISM, QUANT_SPELLINGS, QUANTIZE, SPELLINGS
-from sglang_cachedit_plugin.config.settings import ALIASES, EITHER_KNOBS, INERT_KNOBS, KNOBS, CacheSettings, Knob
-from sglang_cachedit_plugin.config.sources import PREFIX
+from sglang_cachedit_plugin.config.knobs import Knob
+from sglang_cachedit_plugin.config.settings import ALIASES, EITHER_KNOBS, INERT_KNOBS, KNOBS, CacheSettings
+from sglang_cachedit_plugin.config.sources import PREFIX, PROFILES
 from sglang_cachedit_plugin.hooks import HOOK_POINTS
 from sglang_cachedit_plugin.integration import host_contract
 from sglang_cachedit_plugin.report import reasons
@@ -41,11 +45,14 @@ def settings() -> str:
         "",
         f"`{PREFIX}PROFILE`, or `profile` at the top level of the file, names the profile of requests that name none, "
         f"and switches caching on unless `{PREFIX}ENABLED` says no. Built in are "
-        + ", ".join(f"`{name}` (`error_tolerance: {knobs['error_tolerance']:g}`)" for name, knobs in KNOBS_OF.items())
+        + ", ".join(f"`{name}` (`error_tolerance: {knobs['error_tolerance']:g}`)" for name, knobs in PROFILES.items())
         + "; [profiles](serving.md#profiles) has the rules. Beside an error tolerance only "
         + ", ".join(f"`{name}`" for name in KNOBS if name in EITHER_KNOBS - {"error_tolerance"})
         + " have an effect: other settings in the same source are refused, and across sources the strongest that names "
         "either decides.",
+        "",
+        f"`{PREFIX}LOG` is `requests` (the default), `changes` or `quiet`: what the [log](serving.md#log) says. "
+        f"`{PREFIX}CONTROL_KEY` guards [changes of a running server](serving.md#who-may).",
         "",
         "An empty variable is unset. True is `1`, `true`, `yes`, `y`, `t` or `on`, false `0`, `false`, `no`, `n`, "
         "`f` or `off`, in any case, as SGLang reads them. Any other value that is not accepted ends the start with one "
@@ -67,8 +74,8 @@ def settings() -> str:
             f"| `{each.name}` | {variable} | `{each.default}` | {_range(knob)} | {knob.unit} | {knob.doc} |"
         )
     lines += ["", "Other spellings: " + ", ".join(f"`{a}` for `{n}`" for a, n in ALIASES.items()) + "."]
-    lines += ["", "Read and without effect here:", ""]
-    lines += [f"- `{name}`: {why}." for name, why in INERT_KNOBS.items()]
+    lines += ["", "Also read:", ""]
+    lines += [f"- `{name}`: {knob.doc}" for name, knob in INERT_KNOBS.items()]
     lines += _sections()
     return "\n".join(lines) + "\n"
 
@@ -84,7 +91,7 @@ def _sections() -> list[str]:
     for title, knobs in (("parallelism_config", PARALLELISM), ("quantize_config", QUANTIZE)):
         lines += ["", f"### `{title}`", "", "| key | accepted | unit | what it does |", "|---|---|---|---|"]
         lines += [f"| `{name}` | {_range(knob)} | {knob.unit} | {knob.doc} |" for name, knob in knobs.items()]
-    old = {**SPELLINGS["parallelism_config"], **QUANT_SPELLINGS}
+    old = {**SPELLINGS, **QUANT_SPELLINGS}
     lines += ["", "Other spellings: " + ", ".join(f"`{a}` for `{n}`" for a, n in old.items()) + "."]
     lines += ["", "## In an editor", "", _EDITOR]
     return lines
@@ -212,11 +219,18 @@ PAGES = {
 }
 
 
-def main() -> None:
-    """Write all pages."""
-    for name, page in PAGES.items():
-        (HERE / name).write_text(page())
+def main(arguments: list[str]) -> int:
+    """Write all pages, or check them."""
+    pages = {name: page() for name, page in PAGES.items()}
+    if "--check" not in arguments:
+        for name, text in pages.items():
+            (HERE / name).write_text(text)
+        return 0
+    stale = [name for name, text in pages.items() if (HERE / name).read_text() != text]
+    if stale:
+        print(f"docs/{', docs/'.join(stale)}: not what the code gives, run: python docs/generate.py", file=sys.stderr)
+    return int(bool(stale))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -1,3 +1,3 @@
 """Cache-DiT for SGLang Diffusion."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

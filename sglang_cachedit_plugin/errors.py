@@ -53,8 +53,8 @@ class Reason(str):
         made.code = code
         return made
 
-    def __getnewargs__(self) -> tuple[str, str]:
-        return self.code, str(self)
+    def __reduce__(self) -> tuple[type[Reason], tuple[str, str]]:
+        return Reason, (self.code, str(self))
 
     def after(self, prefix: str) -> Reason:
         """The same with ``prefix`` in front of it."""

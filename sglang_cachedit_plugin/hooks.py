@@ -181,7 +181,7 @@ HOOK_POINTS: tuple[HookPoint, ...] = (
     HookPoint(
         target=f"{_RUNTIME}.distributed.parallel_state.initialize_model_parallel",
         parameters=(),
-        kind="after", handler="integration.ranks:groups_ready",
+        kind="after", handler="integration.request:groups_ready",
         why="process groups of the ranks that must agree, where the host has none",
     ),
     HookPoint(

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.gpu import pipelines
-from sglang_cachedit_plugin.config import preflight
+from sglang_cachedit_plugin.config import diffusers_sections
 from sglang_cachedit_plugin.config.effective import Defaults
 from sglang_cachedit_plugin.config.sources import read_file
 from sglang_cachedit_plugin.integration import cache_dit_sections
@@ -67,7 +67,7 @@ def ring_on_cpu() -> None:
             module.fused_merge_attn_states = None
 
 
-def machine(device: torch.device, sections: Mapping[str, Any]) -> preflight.Machine:
+def machine(device: torch.device, sections: Mapping[str, Any]) -> diffusers_sections.Machine:
     """This machine as the preflight sees it."""
     from importlib.metadata import version
 
@@ -75,7 +75,7 @@ def machine(device: torch.device, sections: Mapping[str, Any]) -> preflight.Mach
     # A ring has a kernel on the CPU here, see ring_on_cpu.
     ring = sections.get("parallelism_config", {}).get("ring_size", 1) != 1
     kind = None if ring and device.type == "cpu" else device.type
-    return preflight.Machine(device=kind, capability=capability, cache_dit=version("cache-dit"))
+    return diffusers_sections.Machine(device=kind, capability=capability, cache_dit=version("cache-dit"))
 
 
 class Job:
@@ -94,7 +94,7 @@ class Job:
         self.device, self.family = device, family
         self.file = read_file(config)
         given = self.file.passed_on
-        sections = preflight.fit(given, dist.get_world_size(), machine(device, given), "config")
+        sections = diffusers_sections.fit(given, dist.get_world_size(), machine(device, given), "config")
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.pipe = pipelines.PIPELINES[family](size, device, dtype)
         self.pipe.set_progress_bar_config(disable=True)

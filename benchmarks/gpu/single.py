@@ -32,9 +32,9 @@ import torch
 from benchmarks.gpu import launch
 from benchmarks.gpu.models import Work, build
 from sglang_cachedit_plugin.cache import similarity
-from sglang_cachedit_plugin.cache.mount import CachedModel, preset_mask
-from sglang_cachedit_plugin.cache.runtime import Identity, RequestSpec, TransformerSpec
+from sglang_cachedit_plugin.cache.cached_model import CachedModel, preset_mask
 from sglang_cachedit_plugin.cache.similarity import residual_sums
+from sglang_cachedit_plugin.cache.spec import Identity, RequestSpec, TransformerSpec
 from sglang_cachedit_plugin.cache.step_plan import build_plan
 from sglang_cachedit_plugin.cache.warmup import Warmup
 from sglang_cachedit_plugin.config.settings import CacheSettings

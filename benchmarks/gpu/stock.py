@@ -12,8 +12,8 @@ from torch import nn
 
 from benchmarks.gpu.spread import Spread
 from sglang_cachedit_plugin import adapters
-from sglang_cachedit_plugin.cache.mount import CachedModel, preset_mask
-from sglang_cachedit_plugin.cache.runtime import Groups, Identity, RequestSpec, TransformerSpec
+from sglang_cachedit_plugin.cache.cached_model import CachedModel, preset_mask
+from sglang_cachedit_plugin.cache.spec import Groups, Identity, RequestSpec, TransformerSpec
 from sglang_cachedit_plugin.cache.step_plan import build_plan
 from sglang_cachedit_plugin.config.settings import CacheSettings
 from sglang_cachedit_plugin.report.stats import RequestStats
@@ -66,8 +66,7 @@ class HostLayout:
             sequence_parallel_degree=ulysses * ring, ulysses_degree=ulysses, ring_degree=ring,
             tensor_parallel_degree=tp, classifier_free_guidance_degree=cfg,
         )
-        ranks.groups_ready()
-        self.groups = ranks.groups([], None)
+        self.groups = ranks.groups(ranks.slices(), [], None)
         self.sp = state.get_sp_group().device_group if ulysses * ring > 1 else None
         self.tp = state.get_tp_group().device_group if tp > 1 else None
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..evaluation.host_process import HostError
 from .variants import PLUGIN, UNCACHED, Variant, changed, steady
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 class Host(Protocol):
@@ -125,27 +127,6 @@ def requests_of(variants: Sequence[Variant], work: Work) -> int:
     return each * len(variants) + 2 * work.switches * switching
 
 
-class Progress:
-    """A bar on a terminal, lines elsewhere; on stderr."""
-
-    def __init__(self, total: int):
-        self.total, self.done, self._spent = total, 0, 0.0
-
-    def step(self, what: str, seconds: float) -> None:
-        """One request is done that took so long; starts of hosts are not counted."""
-        self.done += 1
-        self._spent += seconds
-        left = self._spent / self.done * (self.total - self.done)
-        text = f"{self.done}/{self.total} requests, {self._spent:.0f} s, about {left:.0f} s left: {what}"
-        if sys.stderr.isatty():
-            filled = 24 * self.done // self.total
-            print(f"\r\x1b[K[{'#' * filled}{'.' * (24 - filled)}] {text}", end="", file=sys.stderr, flush=True)
-            if self.done == self.total:
-                print(file=sys.stderr)
-        else:
-            print(text, file=sys.stderr, flush=True)
-
-
 def run(
     variants: Sequence[Variant], work: Work, start: Callable[[Variant], Host], *, hosts: str = "each",
 ) -> list[Seat]:
@@ -156,21 +137,20 @@ def run(
         hosts: ``each`` variant has a process and turns are taken by request; ``shared``: the uncached one and the
             plugin's share the plugin's process, turns likewise; ``one``: one process after another.
     """
-    progress = Progress(requests_of(variants, work))
-    if hosts == "one":
-        seats = []
-        for variant in variants:
-            seats += _together([[variant]], work, start, progress)
-        return seats
+    from tqdm import tqdm
+
     groups = [[variant] for variant in variants]
     if hosts == "shared":
         own = [variant for variant in variants if variant.kind in (UNCACHED, PLUGIN)]
         groups = [own, *([variant] for variant in variants if variant not in own)]
-    return _together(groups, work, start, progress)
+    bar = "{n_fmt}/{total_fmt} requests |{bar:24}| {elapsed}, about {remaining} left: {desc}"
+    with tqdm(total=requests_of(variants, work), bar_format=bar) as progress:
+        together = [[group] for group in groups] if hosts == "one" else [groups]
+        return [seat for part in together for seat in _together(part, work, start, progress)]
 
 
 def _together(
-    groups: Sequence[Sequence[Variant]], work: Work, start: Callable[[Variant], Host], progress: Progress
+    groups: Sequence[Sequence[Variant]], work: Work, start: Callable[[Variant], Host], progress: tqdm
 ) -> list[Seat]:
     seats: list[Seat] = []
     with ExitStack() as stack:
@@ -192,11 +172,11 @@ def _seat(group: Sequence[Variant], start: Callable[[Variant], Host], stack: Exi
     return [Seat(variant, host, shared=len(group) > 1, start_s=host.start_s) for variant in group]
 
 
-def _measure(seats: Sequence[Seat], work: Work, progress: Progress) -> None:
+def _measure(seats: Sequence[Seat], work: Work, progress: tqdm) -> None:
     def ask(seat: Seat, index: int, phase: str, **more: Any) -> None:
-        started = time.perf_counter()
+        progress.set_description_str(f"{seat.variant.name}, {phase}")
         seat.ask(work, index, phase, **more)
-        progress.step(f"{seat.variant.name}, {phase}", time.perf_counter() - started)
+        progress.update()
 
     served: set[int] = set()
     for seat in seats:

@@ -42,7 +42,7 @@ class Server:
     start_s: float | None = None
 
     def __init__(self, url: str, timeout: float):
-        self._url, self._timeout = url, timeout
+        self._url, self._timeout = url.rstrip("/"), timeout
 
     def run(self, request: Mapping[str, Any], picture: Path | None = None) -> dict[str, Any]:
         """One request's reply in the form of ``evaluation.worker``; the server says nothing of its processes."""

@@ -194,6 +194,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             out.append(f"{row['name']}: failed after a changed knob: {row['switch']['error']}")
         if row["reason"]:
             out.append(f"{row['name']}: {row['reason']}")
+        if (row["efficiency"] or 0.0) > 1.0:
+            out.append(f"{row['name']}: warning: above 100 % of ideal, so something else ran beside these: repeat them")
         if row["left_out"]:
             out.append(f"{row['name']}: stock has no {', '.join(row['left_out'])}")
     return "\n".join(out)

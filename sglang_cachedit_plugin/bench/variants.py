@@ -99,16 +99,16 @@ def _split(text: str) -> list[str]:
 
 
 def parse_variant(text: str, kind: str, profiles: Sequence[str] = ()) -> Variant:
-    """``name`` or ``name:k=v,k=v``; a bare name that looks like one of ``profiles`` is refused: it would name none."""
+    """``name:k=v,k=v``, or the name alone of one of ``profiles``."""
     name, colon, settings = text.partition(":")
     origin = f"--{'stock' if kind == STOCK else 'variant'} {name}"
     if not name.strip() or "/" in name:
         raise SettingError(origin, text, "command line", "expected name:setting=value,...")
-    if not colon and (near := nearest(name.strip(), profiles)):
-        raise SettingError(
-            "--variant", text, "command line", "a name alone is a variant with the defaults; expected "
-            "name:setting=value,...", f"{near}:profile={near}",
-        )
+    if not colon and kind == PLUGIN:
+        if name.strip() not in profiles:
+            allowed = "a name alone is that of a profile; expected name:setting=value,..."
+            raise SettingError("--variant", text, "command line", allowed, nearest(name.strip(), profiles))
+        settings = f"profile={name.strip()}"
     return Variant(name=name.strip(), kind=kind, settings=parse_settings(settings, origin))
 
 

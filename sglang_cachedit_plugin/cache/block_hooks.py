@@ -80,14 +80,17 @@ class SharedBlockState:
         self.mixed = False
 
     def reset(self) -> None:
-        """Forget the passes of the last forward, with the tensors they hold."""
+        """Forget the last forward, with the tensors that it holds."""
         self._passes.clear()
         self.mixed = False
 
     @property
-    def unfinished(self) -> bool:
-        """Whether a pass ended before the last hook of its middle: no residual was noted, or no forecast used."""
-        return any(each.open for each in self._passes)
+    def problem(self) -> str | None:
+        """Why the branch of the forward that has ended cannot be cached, None where it can."""
+        if self.mixed:
+            return "samples take turns in the blocks and cannot be told apart"
+        # No residual was noted, or no forecast used.
+        return "the block loop left out its last block" if any(each.open for each in self._passes) else None
 
     @property
     def lost(self) -> bool:
@@ -95,12 +98,10 @@ class SharedBlockState:
         return any(each.cached and (each.open or self.mixed) for each in self._passes)
 
     def watch(self, first: int, last: int) -> BlockProbe:
-        """A probe of the next forward with these numbers of first and last blocks."""
         self.probe = BlockProbe(self.blocks, (first, self.size - last), bare=self._bare)
         return self.probe
 
     def hook(self, block: nn.Module) -> BlockHook:
-        """The hook of the next block."""
         self._first = block if self._first is None else self._first
         self.size += 1
         return BlockHook(self, block, self.size - 1)
@@ -121,7 +122,7 @@ class SharedBlockState:
             current.position = hook.index
             return current, False, self._hand_on(current, streams), None
         if current.position < 0 < first:
-            current.start = self._kept(self._settled(streams[measured]))
+            current.start = self._kept(self._materialized(streams[measured]))
         if first <= hook.index < last and current.entry is None:
             args, kwargs = self._decide(hook, current, streams, args, kwargs)
         elif hook.index >= last and current.open:
@@ -176,10 +177,12 @@ class SharedBlockState:
         return ahead[0]
 
     def _decide(self, hook: BlockHook, current: _Pass, streams: Streams, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        entry = {name: self._settled(value) for name, value in streams.items()}
+        entry = {name: self._materialized(value) for name, value in streams.items()}
         hidden = entry[self.blocks.measured]
+        residual = hidden
         # Where the loop ran none of the first blocks there is no residual; the states themselves are compared.
-        residual = hidden if current.start is None else first_residual(self._first, current.start, hidden)
+        if current.position >= 0 and current.start is not None:
+            residual = first_residual(self._first, current.start, hidden)
         current.state, current.cached = self.cache.decide(current.key, self.blocks.measured, residual)
         current.entry = entry if current.cached else {name: self._kept(value) for name, value in entry.items()}
         current.start, current.open = None, True
@@ -193,13 +196,13 @@ class SharedBlockState:
         if current.cached:
             residuals = {name: cache.forecast(state, name) for name in self.blocks.streams}
             return {name: _sum(entry[name], residual) for name, residual in residuals.items()}
-        streams = {name: self._settled(value) for name, value in streams.items()}
+        streams = {name: self._materialized(value) for name, value in streams.items()}
         for name, value in streams.items():
             cache.note(state, name, value if value is None or entry[name] is None else value - entry[name])
         current.entry = None
         return streams
 
-    def _settled(self, value: Any) -> Any:
+    def _materialized(self, value: Any) -> Any:
         if value is None or isinstance(value, torch.Tensor):
             return value
         if self._materialize is None:
@@ -256,7 +259,6 @@ class BlockHook(nn.Module):
         return self.shared.after(self, current, self.block(*args, **kwargs))
 
     def read(self, args: Any, kwargs: Mapping[str, Any]) -> Streams:
-        """The streams in a call of the block."""
         found: Streams = {}
         for name in self.shared.blocks.streams:
             index = self._indices.get(name, len(args))
@@ -276,7 +278,6 @@ class BlockHook(nn.Module):
 
 
 def fits(block: nn.Module, blocks: Blocks) -> bool:
-    """Whether a block takes the streams of its description."""
     parameters = inspect.signature(block.forward).parameters.values()
     missing = set(blocks.streams) - set(blocks.returned) - {each.name for each in parameters}
     return not missing or any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)

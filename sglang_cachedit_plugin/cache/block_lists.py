@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -12,7 +12,8 @@ from torch import nn
 
 from .. import adapters
 from ..adapters import Blocks, entry_points
-from ..errors import MountError
+from ..config.settings import CacheSettings
+from ..errors import MountError, Reason
 from .block_hooks import SharedBlockState, fits, positional
 from .branch_cache import BranchCache
 from .mount_check import BlockProbe
@@ -38,9 +39,6 @@ class BlockLists:
     def num_blocks(self) -> list[int]:
         """Number of blocks over which each decision holds."""
         return [each.size for each in self.shared]
-
-    def lengths(self) -> dict[str, int]:
-        return {each.name: len(each.hooks) for each in self.patches}
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -97,10 +95,11 @@ def describe(transformer: nn.Module, pipe: Any = None) -> list[Blocks]:
     """
     name, row = type(transformer).__name__, adapters.find_adapter(type(transformer))
     if row is not None and not row.blocks:
-        raise MountError(f"{name}: {row.output_only or row.unsupported}")
+        raise MountError(Reason("model", f"{name}: {row.output_only or row.unsupported}"))
     described = row.blocks if row is not None else _from_register(transformer, pipe)
     if not described:
-        raise MountError("; ".join([f"{name}: no adapter describes its blocks", *entry_points.load().problems]))
+        why = "; ".join([f"{name}: no adapter describes its blocks", *entry_points.load().problems])
+        raise MountError(Reason("no_adapter", why))
     found: dict[str, Blocks] = {}
     for each in described:
         if each.name not in found and all(fits(block, each) for block in _list(transformer, each.name)[1]):
@@ -108,6 +107,37 @@ def describe(transformer: nn.Module, pipe: Any = None) -> list[Blocks]:
     if missing := {each.name for each in described} - set(found):
         raise MountError(f"{name}: its blocks are not as declared: {', '.join(sorted(missing))}")
     return [each for each in found.values() if len(_list(transformer, each.name)[1])]
+
+
+def why_not_cached(
+    cls: type, settings: CacheSettings, sizes: Collection[int] = (), *, name: str = "the model"
+) -> Reason | None:
+    """Why a class is not cached with these settings, None where nothing speaks against it.
+
+    The engine asks before each request, a worker at its start, and the doctor.
+
+    Args:
+        sizes: numbers of blocks over which each decision holds; empty where they are not known.
+        name: of the transformer.
+    """
+    row = adapters.find_adapter(cls)
+    if row is not None and row.unsupported:
+        return Reason("model", f"{cls.__name__}: {row.unsupported}")
+    if settings.error_tolerance is not None:
+        return None
+    if row is not None and row.output_only:
+        why = f"{cls.__name__}: {row.output_only}; error_tolerance or forecast: output can be used"
+        return None if settings.forecast == "output" else Reason("model", why)
+    first, last = settings.Fn_compute_blocks, settings.Bn_compute_blocks
+    if sizes and first + last > min(sizes):
+        why = f"Fn_compute_blocks {first} + Bn_compute_blocks {last} exceed the {min(sizes)} blocks of {name}"
+        return Reason("block_count", why)
+    if last > first and row is not None and any(each.mirrored for each in row.blocks):
+        return Reason(
+            "block_count", f"{cls.__name__}: its last blocks take what its first ones made: Bn_compute_blocks {last} "
+            f"must not exceed Fn_compute_blocks {first}"
+        )
+    return None
 
 
 def _list(transformer: nn.Module, path: str) -> tuple[nn.Module, nn.ModuleList]:

@@ -15,14 +15,15 @@ from typing import Any
 import torch
 
 from ..config.settings import CacheSettings
+from ..errors import Reason
 from ..report.stats import COND, BranchStats, TransformerStats
 from . import rank_agreement
 from .compiling import untraced
 from .dmd import DMDForecaster
 from .forecast import Extrapolator
 from .inputs import Given, differ
-from .runtime import Groups, Identity, TransformerSpec
 from .similarity import reduced_differences, residual_difference, residual_sums
+from .spec import Groups, Identity, TransformerSpec
 from .step_plan import Action
 
 
@@ -128,7 +129,6 @@ class BranchCache:
 
     @property
     def request(self) -> TransformerSpec:
-        """What the request under way wants."""
         assert self.spec is not None
         return self.spec
 
@@ -159,14 +159,12 @@ class BranchCache:
             changes = self._changes[branch]
             changes.append(step)
             steps = f"step{'s' * (len(changes) > 1)} {', '.join(map(str, changes))}"
-            self._reported.remark(
-                f"{branch} input", f"{branch}: its input changed shape or dtype at {steps}, computed anew"
-            )
+            why = f"{branch}: its input changed shape or dtype at {steps}, computed anew"
+            self._reported.remark(f"{branch} input", Reason("input", why))
         return True
 
     @untraced
     def begin_forward(self, identity: Identity) -> None:
-        """The next decisions belong to ``identity``."""
         self._forward_in_step = self._forward_in_step + 1 if identity.step == self._identity.step else 0
         self._identity = identity
         self._outcomes = []
@@ -305,7 +303,6 @@ class BranchCache:
 
     @untraced
     def action(self, cached: int = 0, continuous: int = 0) -> Action:
-        """What the plan says of the forward under way."""
         plan = self.request.plan_of(self._identity.branch)
         return plan.action(self._identity.step - self.request.first_step, cached, continuous)
 

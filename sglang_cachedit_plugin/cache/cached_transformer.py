@@ -6,19 +6,18 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from .. import adapters
-from ..errors import MountError
+from ..errors import MountError, Reason
 from ..report.stats import TransformerStats
 from . import block_lists
 from .branch_cache import BranchCache
-from .compiling import no_compile, with_own_code
+from .compiling import no_compile, untraced, with_own_code
 from .inputs import given
 from .mount_check import MountProbe
 from .output_cache import OutputCache
-from .runtime import Identity, RequestSpec, TransformerSpec
+from .spec import Identity, RequestSpec, TransformerSpec
 
 
 class CachedTransformer:
@@ -62,7 +61,7 @@ class CachedTransformer:
             identity = self._identity(args, kwargs)
             if identity is None:
                 return self._original(*args, **kwargs)
-            if self.request.warmup is not None:
+            if self.request is not None and self.request.warmup is not None:
                 self.request.warmup(self, identity, args, kwargs)
             return self.run(identity, args, kwargs)
 
@@ -111,8 +110,9 @@ class CachedTransformer:
             self.cache.tell(None)
         else:
             output = self._run(identity, args, kwargs)
-        if self.request.on_forward is not None and self.cache.computed_last(identity):
-            self.request.on_forward(self.name, identity, (kwargs.get("hidden_states"), args), output)
+        told = None if self.request is None else self.request.on_forward
+        if told is not None and self.cache.computed_last(identity):
+            told(self.name, identity, (kwargs.get("hidden_states"), args), output)
         return output
 
     def run_around(self, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -128,9 +128,7 @@ class CachedTransformer:
         computed = functools.partial(forward, *args, **kwargs)
         if self.cache.request.plan.static:
             return self._outputs.forward(identity, computed, computed)
-        self.cache.begin_forward(identity)
-        self.cache.record(cached=False)
-        return computed()
+        return self._uncached(identity, computed)
 
     @no_compile
     def run_original(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -143,12 +141,16 @@ class CachedTransformer:
             self._outputs.start_over(identity.branch)
 
     @no_compile
+    def _uncached(self, identity: Identity, forward: Callable[[], Any]) -> Any:
+        self.cache.begin_forward(identity)
+        self.cache.record(cached=False)
+        return forward()
+
+    @no_compile
     def _run(self, identity: Identity, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         original = functools.partial(self._original, *args, **kwargs)
         if self.probe.problem is not None:
-            self.cache.begin_forward(identity)
-            self.cache.record(cached=False)
-            return original()
+            return self._uncached(identity, original)
         hooked = functools.partial(self._probed_forward, identity, args, kwargs)
         if self.cache.request.settings.forecast == "output":
             return self._outputs.forward(identity, hooked, original)
@@ -184,13 +186,10 @@ class CachedTransformer:
         self.cache.begin_forward(identity)
         with self._lists.in_place():
             output = self._hooked(*args, **kwargs)
-            mixed, unfinished, lost = (
-                any(getattr(each, what) for each in self._lists.shared) for what in ("mixed", "unfinished", "lost")
-            )
-        if mixed:
-            self.cache.disable_branch(identity.branch, "samples take turns in the blocks and cannot be told apart")
-        elif unfinished:
-            self.cache.disable_branch(identity.branch, "the block loop left out its last block")
+            problems = [each.problem for each in self._lists.shared if each.problem is not None]
+            lost = any(each.lost for each in self._lists.shared)
+        if problems:
+            self.cache.disable_branch(identity.branch, problems[0])
         if lost:
             self.cache.record(cached=False)
             return self._original(*args, **kwargs)
@@ -211,13 +210,15 @@ class CachedTransformer:
             MountError: F and B do not fit the blocks, only the whole output can be forecast, or an earlier
                 forward has shown that the blocks are not as declared.
         """
-        self._check(request.of(self.name))
+        if (spec := request.of(self.name)) is not None:
+            self._check(spec)
         self.begin(request)
 
-    @torch.compiler.disable
+    @untraced
     def begin(self, request: RequestSpec) -> None:
         """Start over under ``request``, which is known to fit."""
         spec = request.of(self.name)
+        assert spec is not None
         stats = request.stats.transformers.setdefault(self.name, TransformerStats(steps=0))
         stats.steps = spec.plan.num_steps
         self.cache.begin_request(spec, stats, request.groups)
@@ -229,25 +230,14 @@ class CachedTransformer:
         self.probe.another_try()
         if self.probe.problem is not None:
             raise MountError(f"{name}: {self.probe.problem}")
-        if self._output_only:
-            if settings.forecast != "output":
-                raise MountError(f"{name}: {self._output_only}; forecast: output can be used")
-            if not spec.plan.static:
-                raise MountError(
-                    f"{name}: {self._output_only}, so no difference can be measured; use a schedule with "
-                    "steps_computation_policy: static"
-                )
-            return
-        first, last, blocks = settings.Fn_compute_blocks, settings.Bn_compute_blocks, min(self.num_blocks)
-        if first + last > blocks:
-            raise MountError(
-                f"Fn_compute_blocks {first} + Bn_compute_blocks {last} exceed the {blocks} blocks of {self.name}"
-            )
-        if last > first and any(each.blocks.mirrored for each in self._lists.shared):
-            raise MountError(
-                f"{name}: its last blocks take what its first ones made: Bn_compute_blocks {last} must not exceed "
-                f"Fn_compute_blocks {first}"
-            )
+        why = block_lists.why_not_cached(type(self.module), settings, self.num_blocks, name=self.name)
+        if why is not None:
+            raise MountError(why)
+        if self._output_only and not spec.plan.static:
+            raise MountError(Reason(
+                "model", f"{name}: {self._output_only}, so no difference can be measured; use a schedule with "
+                "steps_computation_policy: static"
+            ))
 
     @property
     def num_blocks(self) -> list[int]:
@@ -266,7 +256,8 @@ class CachedTransformer:
 
     def describe(self) -> dict[str, Any]:
         """Class of the transformer, and its cached block lists with their lengths."""
-        return {"class": type(self.module).__name__, "blocks": self._lists.lengths()}
+        blocks = {each.name: len(each.hooks) for each in self._lists.patches}
+        return {"class": type(self.module).__name__, "blocks": blocks}
 
     def unmount(self) -> None:
         """Give the transformer its own forward back."""

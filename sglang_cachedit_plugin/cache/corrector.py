@@ -85,5 +85,4 @@ class Corrector:
         return call.with_tensors(output, sample.to(call.sample.dtype))
 
     def held_bytes(self) -> int:
-        """Bytes of the latents kept."""
         return 0 if self._start is None else self._start[1].nbytes

@@ -11,15 +11,16 @@ from typing import Any
 import torch
 
 from ..config.settings import CacheSettings
+from ..errors import Reason
 from ..report.stats import COND, ErrorStats, RequestStats
 from . import rank_agreement
 from .compiling import untraced
 from .corrector import Corrector
 from .error_control import ErrorControl
 from .forecast import Extrapolator
-from .runtime import Groups, RequestSpec
 from .similarity import Reading, relative_error
 from .solvers import Call, Place, Solver, hooked_scheduler
+from .spec import Groups, RequestSpec
 from .step_plan import Action
 
 CARRY, CONTROLLED_CARRY = 0.5, 0.75
@@ -78,7 +79,7 @@ class DenoisingSteps:
         self._corrector.forget()
         if self._settings.error_tolerance is not None:
             self._control = None
-            self._stats.note(f"error_tolerance: {reason}; every step is computed")
+            self._stats.note(Reason("error_control", f"error_tolerance: {reason}; every step is computed"))
 
     def _choose(self, ran: frozenset[tuple[str, str]]) -> None:
         """Leave the corrector out where measurement shows that it does harm, unless it was asked for."""
@@ -99,7 +100,8 @@ class DenoisingSteps:
             self._settle()
             self._stats.error_control.add_loop(self._control.errors, self._control.passed_on)
             if self._control.problem is not None:
-                self._stats.note(f"{self._control.problem}: every step after it was computed")
+                why = f"{self._control.problem}: every step after it was computed"
+                self._stats.note(Reason("error_control", why))
 
     def grow(self) -> None:
         """The picture has grown: nothing before counts, and the host may have moved the scheduler's next steps."""
@@ -279,7 +281,6 @@ class DenoisingSteps:
         self._report.largest_correction = round(largest, 6) if math.isfinite(largest) else None
 
     def held_bytes(self) -> int:
-        """Bytes of the tensors kept."""
         return self._outputs.held_bytes() + self._corrector.held_bytes()
 
 

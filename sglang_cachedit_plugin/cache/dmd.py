@@ -115,7 +115,6 @@ class DMDForecaster:
         self._fits = None
 
     def evict_oldest(self) -> None:
-        """Drop the value that the next one will push out."""
         del self._known[: max(0, len(self._known) - self._history + 1)]
         self._fits = None
 

@@ -32,8 +32,8 @@ def _version(tensor: torch.Tensor) -> int | None:
 
 def _widened(value: torch.Tensor, returned: torch.Tensor) -> bool:
     """Whether the shape is the same, or a dimension of 1 was broadcast: one prompt's text for several pictures."""
-    same_rank = value.dim() == returned.dim()
-    return same_rank and all(old in (1, new) for old, new in zip(value.shape, returned.shape, strict=True))
+    old, new = value.shape, returned.shape
+    return len(old) == len(new) and all(a in (1, b) for a, b in zip(old, new, strict=True))
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -59,7 +59,6 @@ class _Kept:
         return bool(changed) if changed.device.type == "cpu" else changed
 
     def returned_as(self, output: Any) -> bool:
-        """Whether ``output`` lies where the kept tensor lies."""
         return isinstance(output, torch.Tensor) and output.data_ptr() == self._tensor.data_ptr() != 0
 
 

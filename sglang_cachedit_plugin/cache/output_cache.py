@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from .branch_cache import BranchCache
 from .compiling import no_compile, untraced
 from .forecast import Extrapolator
-from .runtime import Identity, TransformerSpec
+from .spec import Identity, TransformerSpec
 from .step_plan import Action
 
 Forward = Callable[[], Any]
@@ -89,7 +89,6 @@ class OutputCache:
         self._histories.clear()
 
     def start_over(self, branch: str) -> None:
-        """Drop the outputs of a branch."""
         if branch in self._histories:
             self._histories[branch].start_over()
 

@@ -40,7 +40,6 @@ def _gathered(own: torch.Tensor, group: dist.ProcessGroup) -> list[list[Any]]:
 
 
 def _gathered_texts(text: str, group: dist.ProcessGroup) -> dict[int, str]:
-    """``text`` of each rank by its number in the world."""
     data = text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
     rows = _gathered(torch.tensor(list(data), dtype=torch.uint8), group)
     ranks = dist.get_process_group_ranks(group)

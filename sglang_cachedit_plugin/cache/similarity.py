@@ -27,7 +27,6 @@ _PROGRAMS = 528
 
 
 def usable(*tensors: torch.Tensor) -> bool:
-    """Whether the kernel takes these tensors."""
     return triton is not None and all(each.is_cuda and each.is_contiguous() for each in tensors)
 
 

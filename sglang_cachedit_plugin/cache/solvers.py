@@ -137,7 +137,6 @@ class Solver:
         return None
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
-        """The call that the host makes."""
         return Call(self._signature.bind(*args, **kwargs))
 
     def refusal(self, call: Call) -> str | None:
@@ -150,7 +149,6 @@ class Solver:
         return None
 
     def advance(self, call: Call) -> Any:
-        """Make the step; what the scheduler returns."""
         return self.own_step(*call.bound.args, **call.bound.kwargs)
 
     def snapshot(self) -> dict[str, Any]:

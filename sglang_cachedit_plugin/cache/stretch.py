@@ -33,7 +33,6 @@ class Stretch:
 
     @property
     def positions(self) -> tuple[float, ...]:
-        """Timesteps of the run."""
         return self.timesteps[self._part]
 
     @property

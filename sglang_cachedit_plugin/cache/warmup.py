@@ -16,8 +16,8 @@ import torch
 from ..config.settings import CacheSettings
 from ..errors import CacheDitError
 from ..report.stats import RequestStats
-from .compiling import no_compile
-from .runtime import Identity, RequestSpec, TransformerSpec
+from .compiling import no_compile, untraced
+from .spec import Identity, RequestSpec, TransformerSpec
 from .step_plan import StepPlan
 
 
@@ -52,7 +52,7 @@ class Warmup:
                 mounted.run_original(args, kwargs)
             for each in _ways(request, request.of(mounted.name), blocks=bool(mounted.num_blocks)):
                 mounted.begin(each)
-                last = each.of(mounted.name).plan.num_steps - 1
+                last = each.transformers[0].plan.num_steps - 1
                 mounted.run(Identity(identity.branch, 0), args, kwargs)
                 mounted.cache.repeat_values(range(1, last))
                 mounted.run(Identity(identity.branch, last), args, kwargs)
@@ -64,7 +64,7 @@ class Warmup:
             mounted.begin(request)
 
 
-@torch.compiler.disable
+@untraced
 def _ways(request: RequestSpec, spec: TransformerSpec, *, blocks: bool) -> list[RequestSpec]:
     """A computed step and a cached one for each forecast that requests with these settings use.
 

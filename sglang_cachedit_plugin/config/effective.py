@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..errors import Reason, SettingError, nearest
-from .overrides import Overrides
-from .profiles import BUILT_IN
-from .sources import PROFILE_VARIABLE, FileConfig, Resolved, Source, Value, check_method, read_request, resolve
-
-_OFF = Value(False, "default")
+from ..errors import Reason, SettingError
+from .sources import (
+    BUILT_IN,
+    FileConfig,
+    Overrides,
+    Resolved,
+    Source,
+    Value,
+    check_method,
+    profile_of,
+    read_request,
+    resolve,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,18 +50,12 @@ class Defaults:
     @property
     def enabled(self) -> bool:
         """Whether requests that say nothing are cached."""
-        return self.switch.value
+        return bool(self.switch.value)
 
     @property
     def switch(self) -> Value:
-        """The same with its origin: live changes outrank the file, the file outranks the environment."""
-        return self._given_switch or _OFF
-
-    @property
-    def _given_switch(self) -> Value | None:
-        sources = (self.overrides.source, self.file.source, self.environment)
-        given = [*(source.enabled for source in sources), *(source.implied for source in sources)]
-        return next((switch for switch in given if switch is not None), None)
+        """The same with its origin."""
+        return self._switch(None)
 
     @property
     def profiles(self) -> Mapping[str, Source]:
@@ -69,10 +69,11 @@ class Defaults:
 
     def describe(self) -> dict[str, Any]:
         """The settings that a request without parameters meets, with their origins."""
+        resolved = self.decide(None, None).resolved
         return {
             "enabled": {"value": self.switch.value, "origin": self.switch.origin},
-            "profile": self.decide(None, None).resolved.profile,
-            "config": self.decide(None, None).resolved.config(),
+            "profile": resolved.profile,
+            "config": resolved.config(),
             "profiles": sorted(self.profiles),
         }
 
@@ -104,18 +105,26 @@ class Defaults:
         naming = next((index for index, source in enumerate(given) if source.profile), None)
         profile = Source()
         if naming is not None:
-            profile = _named(given[naming], known)
+            profile = profile_of(given[naming], known)
             given.insert(naming + 1, profile)
         if request.profile:
             # Those that the server's settings name were checked with them.
             check_method(request, profile)
-        resolved = resolve(*given, Source() if stage is None else stage)
+        resolved = resolve(*given, stage or Source())
         if profile.controls not in (None, resolved.primary.error_tolerance is not None):
             # A stronger source decides the steps in the other way: the profile has no say.
             resolved = replace(resolved, profile=None)
-        switch = self._given_switch or (stage and stage.enabled) or _OFF
-        enabled = switch.value if enable is None else enable
-        return Decision(enabled=enabled, reason=self._why_off(enable, enabled), resolved=resolved)
+        enabled = self._switch(stage).value if enable is None else enable
+        off = Reason("request", "request") if enable is False else Reason("not_configured", "not configured")
+        return Decision(enabled=enabled, reason=None if enabled else off, resolved=resolved)
+
+    def _switch(self, stage: Source | None) -> Value:
+        """Live changes outrank the file, the file outranks the environment; then come profiles that a start names."""
+        start = (self.file.source, self.environment)
+        given = [each.enabled for each in (self.overrides.source, *start)]
+        given += [Value(True, each.profile_origin) if each.profile else None for each in start]
+        given.append((stage or Source()).enabled)
+        return next((switch for switch in given if switch is not None), Value(False, "default"))
 
     def check_profiles(self) -> None:
         """Check the profiles that the environment and the file name, once both are read.
@@ -125,7 +134,7 @@ class Defaults:
         """
         for source in (self.file.source, self.environment):
             if source.profile:
-                check_method(source, _named(source, self.start_up_profiles))
+                check_method(source, profile_of(source, self.start_up_profiles))
 
     def check(self, fields: Mapping[str, Any]) -> None:
         """Check a request's ``enable_cache_dit`` and ``cache_dit_params`` before any worker hears of it.
@@ -139,24 +148,7 @@ class Defaults:
             raise SettingError(name, switch, "request", "expected true or false")
         self.decide(switch, fields.get("cache_dit_params"))
 
-    @staticmethod
-    def _why_off(enable: bool | None, enabled: bool) -> str | None:
-        if enabled:
-            return None
-        return Reason("request", "request") if enable is False else Reason("not_configured", "not configured")
 
-
-def _named(source: Source, known: Mapping[str, Source]) -> Source:
-    """The profile that a source names."""
-    assert source.profile is not None
-    if source.profile not in known:
-        name = PROFILE_VARIABLE if source.profile_origin == "environment" else "profile"
-        allowed = f"expected one of: {', '.join(sorted(known))}"
-        raise SettingError(name, source.profile, source.profile_origin, allowed, nearest(source.profile, known))
-    return known[source.profile]
-
-
-_lock = threading.Lock()
 _current = Defaults()
 
 
@@ -168,5 +160,4 @@ def current() -> Defaults:
 def install(defaults: Defaults) -> None:
     """Replace the settings of this process."""
     global _current
-    with _lock:
-        _current = defaults
+    _current = defaults

@@ -1,4 +1,4 @@
-"""Where settings come from: environment, config file, request; and which of them wins.
+"""Where settings come from: environment, config file, live change, request; and which of them wins.
 
 Precedence: request > live change > file > environment > the host's stage > default. Each effective value carries its
 origin.
@@ -6,34 +6,31 @@ origin.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from ..errors import SettingError, nearest, shown
-from .config_file import MAX_FILE_BYTES, file_label, load_file, unique_keys
+import yaml
+
+from ..errors import SettingError, nearest, printable, shown
 from .diffusers_sections import read_sections
+from .knobs import Choice, Flag, Knob, key_name, read_mapping, refuse
 from .settings import (
     ALIASES,
-    CALIBRATOR_KNOBS,
     DBCACHE_KNOBS,
+    GROUPS,
     INERT_KNOBS,
     KNOBS,
+    MISSPELT,
     RETIRED_KNOBS,
-    SCHEDULE_KNOBS,
     CacheSettings,
-    Knob,
-    check_consistent,
+    contradictions,
 )
-from .tuned_schedules import TunedSchedule, retired_keys
-
-__all__ = [
-    "BOOL", "CONTROL_KEY_VARIABLE", "ENABLED_VARIABLE", "FILE_SECTIONS", "LOG_LEVELS", "LOG_VARIABLE", "MAX_FILE_BYTES",
-    "PREFIX", "PROFILE_VARIABLE", "SECONDARY_VARIABLES", "VARIABLES", "FileConfig", "Layer", "Resolved", "Source",
-    "Value", "file_label", "load_file", "read_environment", "read_file", "read_layer", "read_request", "resolve",
-    "unique_keys",
-]
+from .tuned_schedules import RETIRED, TunedSchedule
 
 PREFIX = "SGLANG_CACHE_DIT_"
 ENABLED_VARIABLE = PREFIX + "ENABLED"
@@ -43,15 +40,21 @@ CONTROL_KEY_VARIABLE = PREFIX + "CONTROL_KEY"
 LOG_VARIABLE = PREFIX + "LOG"
 LOG_LEVELS = ("requests", "changes", "quiet")
 """What the log says besides warnings: a line a request and a change, a change, nothing."""
+_OTHER_VARIABLES = (ENABLED_VARIABLE, PROFILE_VARIABLE, CONTROL_KEY_VARIABLE, LOG_VARIABLE)
 REQUEST = "cache_dit_params"
 """Origin of a request's own settings."""
+CONTROL = "control"
+"""Origin of a live change's settings."""
 MAX_NAME = 200
 """Longest name of a profile."""
+MAX_FILE_BYTES = 1 << 20
+MAX_CHANGE_BYTES = 64 << 10
 FILE_SECTIONS = (
     "cache_config", "secondary", "profile", "profiles", "parallelism_config", "quantize_config", "attention_backend",
 )
-_MISSPELT = {"enable_sperate_cfg": "enable_separate_cfg"}
-BOOL = Knob(kind="bool", doc="")
+CHANGE_SECTIONS = ("enabled", "profile", "cache_config", "secondary", "profiles")
+ENABLED = Flag()
+LOG = Choice(choices=LOG_LEVELS)
 
 
 @dataclass(frozen=True)
@@ -68,16 +71,11 @@ Layer = Mapping[str, Value]
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One source's settings for the first and for the second transformer.
-
-    Args:
-        implied: the switch where no source says ``enabled``.
-    """
+    """One source's settings for the first and for the second transformer."""
 
     primary: Layer = field(default_factory=dict)
     secondary: Layer = field(default_factory=dict)
     enabled: Value | None = None
-    implied: Value | None = None
     profile: str | None = None
     profile_origin: str = ""
 
@@ -90,9 +88,8 @@ class Source:
 
     def dbcache(self) -> Value | None:
         """A setting that does without an error tolerance, where the source has one."""
-        given = (value for layer in (self.primary, self.secondary) for name, value in layer.items()
-                 if name in DBCACHE_KNOBS)
-        return next(given, None)
+        given = [*self.primary.items(), *self.secondary.items()]
+        return next((value for name, value in given if name in DBCACHE_KNOBS), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +104,15 @@ class FileConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Overrides:
+    """A checked live change (``PUT /v1/cache_dit``), and the mapping it was read from (None: there is none)."""
+
+    source: Source = field(default_factory=Source)
+    profiles: Mapping[str, Source] = field(default_factory=dict)
+    given: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Resolved:
     """The settings of one request with their origins."""
 
@@ -118,35 +124,25 @@ class Resolved:
 
     def config(self) -> dict[str, dict[str, Any]]:
         """The ``config`` part of the report; secondary values appear where they differ."""
-        report = {
-            name: {"value": _plain(getattr(self.primary, name)), "origin": self.origins[name]} for name in KNOBS
-        }
+        found = {name: (getattr(self.primary, name), self.origins[name]) for name in KNOBS}
         for name in KNOBS:
-            value = getattr(self.secondary, name)
-            if value != getattr(self.primary, name):
-                report[f"secondary.{name}"] = {"value": _plain(value), "origin": self.secondary_origins[name]}
-        return report
+            if (value := getattr(self.secondary, name)) != getattr(self.primary, name):
+                found[f"secondary.{name}"] = value, self.secondary_origins[name]
+        return {name: {"value": _plain(value), "origin": origin} for name, (value, origin) in found.items()}
 
 
 def _plain(value: Any) -> Any:
     """A setting as the report shows it: of tuned schedules, what they are for."""
-    if isinstance(value, tuple) and value and isinstance(value[0], TunedSchedule):
-        return [row.label() for row in value]
-    return value
+    rows = isinstance(value, tuple) and value and isinstance(value[0], TunedSchedule)
+    return [row.label() for row in value] if rows else value
 
 
-def _variables(prefix: str, per_transformer_only: bool) -> dict[str, str]:
-    return {
-        prefix + knob.env: name
-        for name, knob in KNOBS.items()
-        if knob.env and (knob.per_transformer or not per_transformer_only)
-    }
-
-
-VARIABLES = _variables(PREFIX, False)
-SECONDARY_VARIABLES = _variables(PREFIX + "SECONDARY_", True)
+VARIABLES = {PREFIX + knob.env: name for name, knob in KNOBS.items() if knob.env}
 RETIRED_VARIABLES = {
     PREFIX + second + name.upper(): why for name, why in RETIRED_KNOBS.items() for second in ("", "SECONDARY_")
+}
+SECONDARY_VARIABLES = {
+    f"{PREFIX}SECONDARY_{knob.env}": name for name, knob in KNOBS.items() if knob.env and knob.per_transformer
 }
 
 
@@ -159,97 +155,71 @@ def read_environment(
         environ: the variables.
         host_variables: called only for names unknown here; variables that the installed host reads.
     """
-    layers: tuple[dict[str, Value], dict[str, Value]] = ({}, {})
-    enabled, profile, warnings = None, None, []
-    for variable in sorted(name for name in environ if name.startswith(PREFIX)):
-        text = environ[variable]
-        if variable in (CONTROL_KEY_VARIABLE, LOG_VARIABLE):
-            _check_level(variable, text)
-            continue
-        if variable in (ENABLED_VARIABLE, PROFILE_VARIABLE, *VARIABLES, *SECONDARY_VARIABLES) and not text.strip():
-            # Empty is unset: deployments clear a variable that way.
-            continue
-        if variable == ENABLED_VARIABLE:
-            enabled = Value(BOOL.parse(variable, text, "environment"), variable)
-        elif variable == PROFILE_VARIABLE:
-            profile = text.strip()
-        elif variable in VARIABLES or variable in SECONDARY_VARIABLES:
-            secondary = variable in SECONDARY_VARIABLES
-            name = (SECONDARY_VARIABLES if secondary else VARIABLES)[variable]
-            layers[secondary][name] = Value(KNOBS[name].parse(variable, text, "environment"), variable)
-        elif (why := RETIRED_VARIABLES.get(variable)) is not None:
-            raise SettingError(variable, text, "environment", why)
-        elif variable in host_variables():
-            warnings.append(f"{variable} is known to the host but not to this plugin and has no effect")
-        else:
-            words = (ENABLED_VARIABLE, PROFILE_VARIABLE, CONTROL_KEY_VARIABLE, LOG_VARIABLE)
-            known = [*words, *VARIABLES, *SECONDARY_VARIABLES]
-            raise SettingError(
-                variable, text, "environment", "unknown variable", nearest(variable, known)
-            )
-    for layer, variables in zip(layers, (VARIABLES, SECONDARY_VARIABLES), strict=True):
-        spelt = {name: variable for variable, name in variables.items()}
-        check_consistent({n: v.value for n, v in layer.items()}, "environment", spelt)
+    known = [*_OTHER_VARIABLES, *VARIABLES, *SECONDARY_VARIABLES]
+    warnings = []
+    for variable in sorted(name for name in environ if name.startswith(PREFIX) and name not in known):
+        if variable not in host_variables():
+            why = RETIRED_VARIABLES.get(variable)
+            if (both := variable.replace("SECONDARY_", "")) in VARIABLES and both != variable:
+                why = f"{both} holds for both transformers"
+            spelt = {PREFIX + name.upper(): known_as for known_as, name in VARIABLES.items()}
+            near = None if why else spelt.get(variable) or nearest(variable, known)
+            raise SettingError(variable, environ[variable], "environment", why or "unknown variable", near)
+        warnings.append(f"{variable} is known to the host but not to this plugin and has no effect")
+    # Empty is unset: deployments clear a variable that way.
+    given = {name: environ[name] for name in known if environ.get(name, "").strip()}
+    LOG.parse(LOG_VARIABLE, given.get(LOG_VARIABLE, LOG_LEVELS[0]), "environment")
+    enabled, profile = given.get(ENABLED_VARIABLE), given.get(PROFILE_VARIABLE, "").strip() or None
     source = Source(
-        primary=layers[0], secondary=layers[1], enabled=enabled, profile=profile,
-        implied=Value(True, PROFILE_VARIABLE) if profile else None, profile_origin="environment" if profile else "",
+        primary=_variables(given, VARIABLES), secondary=_variables(given, SECONDARY_VARIABLES), profile=profile,
+        enabled=Value(ENABLED.parse(ENABLED_VARIABLE, enabled, "environment"), ENABLED_VARIABLE) if enabled else None,
+        profile_origin=PROFILE_VARIABLE if profile else "",
     )
     check_method(source)
     return source, tuple(warnings)
 
 
-def _check_level(variable: str, text: str) -> None:
-    if variable == LOG_VARIABLE and (word := text.strip()) not in ("", *LOG_LEVELS):
-        allowed = f"expected one of {', '.join(LOG_LEVELS)}"
-        raise SettingError(variable, text, "environment", allowed, nearest(word, LOG_LEVELS))
+def _variables(given: Mapping[str, str], variables: Mapping[str, str]) -> dict[str, Value]:
+    layer = {
+        name: Value(KNOBS[name].parse(variable, given[variable], "environment"), variable)
+        for variable, name in variables.items() if variable in given
+    }
+    typed = {name: variable for variable, name in variables.items()}
+    refuse(contradictions({name: value.value for name, value in layer.items()}), "environment", typed)
+    return layer
+
+
+def keys(*, secondary: bool) -> dict[str, Knob]:
+    """Every key of a mapping of settings, but for other spellings."""
+    return {name: knob for name, knob in KNOBS.items() if knob.per_transformer or not secondary} | dict(INERT_KNOBS)
+
+
+_FOR_BOTH = {
+    name: "it holds for both transformers and stands outside of secondary"
+    for name, knob in KNOBS.items() if not knob.per_transformer
+}
+_ELSEWHERE = {
+    "enabled": "a request says enable_cache_dit, beside cache_dit_params; a file's cache_config switches caching on",
+    "enable_cache_dit": "a request says it beside cache_dit_params, a change of the server says enabled",
+    "profile": "a profile is named beside cache_config, not in it",
+}
+"""What is no setting, and where it is said."""
 
 
 def read_layer(
     raw: Any, origin: str, warnings: list[str], *, extra: Collection[str] = (), secondary: bool = False
 ) -> dict[str, Value]:
     """Check one mapping of knobs; keys in ``extra`` are left to the caller."""
-    if not isinstance(raw, Mapping):
-        raise SettingError(origin.rsplit(" ", 1)[-1], raw, origin, "expected a mapping of settings")
-    layer: dict[str, Value] = {}
-    spelt: dict[str, str] = {}
-    known = _known_keys(secondary)
-    for key, value in raw.items():
-        if key in extra:
-            continue
-        if key in _MISSPELT:
-            warnings.append(f"{key} ({origin}) is read as {_MISSPELT[key]}")
-            key = _MISSPELT[key]
-        if key in INERT_KNOBS:
-            if value is not None:
-                BOOL.check(key, value, origin)
-            continue
-        if not isinstance(key, str) or key not in known:
-            raise _unknown(_name(key), value, origin, [*known, *extra])
-        name = ALIASES.get(key, key)
-        if name in layer:
-            raise SettingError(key, value, origin, f"given twice, also as {spelt[name]}")
-        spelt[name] = key
-        layer[name] = Value(KNOBS[name].check(key, value, origin), f"{origin}.{key}")
-        if KNOBS[name].kind == "rows" and (old := retired_keys(value)):
-            warnings.append(f"{', '.join(old)} in {key} ({origin}) is ignored: error_tolerance takes its place")
-    check_consistent({n: v.value for n, v in layer.items()}, origin, spelt)
-    return layer
-
-
-def _unknown(key: str, value: Any, origin: str, known: Collection[str]) -> SettingError:
-    if key in RETIRED_KNOBS:
-        return SettingError(key, value, origin, RETIRED_KNOBS[key])
-    return SettingError(key, value, origin, "unknown key", nearest(key, known))
-
-
-def _name(key: Any) -> str:
-    """A key of a mapping as a field name; YAML allows keys of any type."""
-    return key if isinstance(key, str) else shown(key)
-
-
-def _known_keys(secondary: bool) -> list[str]:
-    names = [name for name, knob in KNOBS.items() if knob.per_transformer or not secondary]
-    return [*names, *(alias for alias, name in ALIASES.items() if name in names), *INERT_KNOBS]
+    values, typed = read_mapping(
+        raw, keys(secondary=secondary), origin, warnings, spellings=ALIASES, misspelt=MISSPELT, others=extra,
+        refused={**RETIRED_KNOBS, **_ELSEWHERE, **(_FOR_BOTH if secondary else {})},
+    )
+    if old := [key for key in RETIRED if any(key in row for row in raw.get("schedules") or ())]:
+        warnings.append(f"{', '.join(old)} in schedules ({origin}) is ignored: error_tolerance takes its place")
+    refuse(contradictions(values), origin, typed)
+    return {
+        name: Value(value, f"{origin}.{typed[name]}") for name, value in values.items() if name not in INERT_KNOBS
+    }
 
 
 def read_file(path_or_mapping: str | Mapping[str, Any]) -> FileConfig:
@@ -261,50 +231,44 @@ def read_file(path_or_mapping: str | Mapping[str, Any]) -> FileConfig:
     sections = [*FILE_SECTIONS, "parallel_kwargs"]
     for key in raw:
         if key not in sections:
-            raise SettingError(_name(key), raw[key], label, "unknown section", nearest(_name(key), sections))
+            allowed = "settings stand in cache_config" if key in KNOBS or key in ALIASES else "unknown section"
+            raise SettingError(key_name(key), raw[key], label, allowed, nearest(key_name(key), sections))
     warnings: list[str] = []
-    profiles = _read_profiles(raw.get("profiles"), label, warnings)
-    # Profiles alone are only there to be named.
-    enabled = Value(True, label) if raw.get("cache_config") is not None else None
+    profiles = _read_profiles(raw.get("profiles"), label, f"{label} profiles", warnings)
     if (profile := raw.get("profile")) is not None and not (isinstance(profile, str) and profile):
         raise SettingError("profile", profile, label, "expected the name of a profile")
     primary, secondary = ({} if raw.get(key) is None else raw[key] for key in ("cache_config", "secondary"))
     source = Source(
         primary=read_layer(primary, f"{label} cache_config", warnings),
         secondary=read_layer(secondary, f"{label} secondary", warnings, secondary=True),
-        enabled=enabled, implied=Value(True, label) if profile else None, profile=profile, profile_origin=label,
+        # Profiles alone are only there to be named.
+        enabled=Value(True, label) if raw.get("cache_config") is not None else None,
+        profile=profile, profile_origin=label,
     )
     check_method(source)
     passed_on = read_sections(raw, label, warnings)
     return FileConfig(
-        source=source, profiles=profiles, passed_on=passed_on, warnings=tuple(warnings),
-        given=path_or_mapping,
+        source=source, profiles=profiles, passed_on=passed_on, warnings=tuple(warnings), given=path_or_mapping
     )
 
 
-def _read_profiles(raw: Any, label: str, warnings: list[str]) -> dict[str, Source]:
+def _read_profiles(raw: Any, origin: str, beneath: str, warnings: list[str]) -> dict[str, Source]:
     if raw is None:
         return {}
     if not isinstance(raw, Mapping):
-        raise SettingError("profiles", raw, label, "expected a mapping of profile name to settings")
-    return {
-        name: read_request(knobs, origin=f"{label} profiles.{name}", warnings=warnings)
-        for key, knobs in raw.items()
-        if (name := profile_name(key, label))
-    }
-
-
-def profile_name(key: Any, origin: str) -> str:
-    """A key of ``profiles``; reports and answers carry it, so it has to be text that can be shown."""
-    name = _name(key)
-    if not name or len(name) > MAX_NAME or not name.isprintable():
-        raise SettingError("profiles", name, origin, f"a profile's name is 1 to {MAX_NAME} printable characters")
-    return name
+        raise SettingError("profiles", raw, origin, "expected a mapping of profile name to settings")
+    profiles = {}
+    for name, knobs in ((key_name(key), knobs) for key, knobs in raw.items()):
+        # Reports and answers carry it.
+        if not name or len(name) > MAX_NAME or not name.isprintable():
+            allowed = f"a profile's name is 1 to {MAX_NAME} printable characters"
+            raise SettingError("profiles", name, origin, allowed)
+        profiles[name] = read_request(knobs, origin=f"{beneath}.{name}", warnings=warnings)
+    return profiles
 
 
 def read_request(
-    raw: Any, *, origin: str = REQUEST, warnings: list[str] | None = None,
-    profiles: Collection[str] | None = (),
+    raw: Any, *, origin: str = REQUEST, warnings: list[str] | None = None, profiles: Collection[str] = ()
 ) -> Source:
     """Settings of one request's ``cache_dit_params``.
 
@@ -315,19 +279,82 @@ def read_request(
         return Source()
     warnings = [] if warnings is None else warnings
     primary = read_layer(raw, origin, warnings, extra=("secondary", "profile"))
-    secondary = raw.get("secondary")
-    profile = raw.get("profile")
-    if profile is not None and not (isinstance(profile, str) and profile in (profiles or ())):
-        choices = ", ".join(sorted(profiles or ())) or "none is defined"
-        raise SettingError(
-            "profile", profile, origin, f"expected one of: {choices}", nearest(_name(profile), profiles or ())
-        )
-    layer = {} if secondary is None else read_layer(
-        secondary, f"{origin}.secondary", warnings, secondary=True
-    )
+    secondary, profile = raw.get("secondary"), raw.get("profile")
+    if profile is not None:
+        _check_profile("profile", profile, origin, profiles)
+    layer = {} if secondary is None else read_layer(secondary, f"{origin}.secondary", warnings, secondary=True)
     source = Source(primary=primary, secondary=layer, profile=profile, profile_origin=origin)
     check_method(source)
     return source
+
+
+def profile_of(source: Source, known: Mapping[str, Source]) -> Source:
+    """The profile that a source names."""
+    variable = source.profile_origin == PROFILE_VARIABLE
+    field, origin = (PROFILE_VARIABLE, "environment") if variable else ("profile", source.profile_origin)
+    _check_profile(field, source.profile, origin, known)
+    return known[str(source.profile)]
+
+
+def _check_profile(field: str, profile: Any, origin: str, known: Collection[str]) -> None:
+    if not isinstance(profile, str) or profile not in known:
+        allowed = f"expected one of: {', '.join(sorted(known)) or 'none is defined'}"
+        raise SettingError(field, profile, origin, allowed, nearest(key_name(profile), known))
+
+
+def read_overrides(raw: Any, *, profiles: Mapping[str, Source] = MappingProxyType({})) -> Overrides:
+    """Check a whole live change.
+
+    Args:
+        raw: ``enabled``, ``profile``, ``secondary`` and ``profiles``, and knobs, flat or under ``cache_config``.
+        profiles: those that the server knows besides those of ``raw``.
+
+    Raises:
+        SettingError: anything in it that cannot be used.
+    """
+    if not isinstance(raw, Mapping):
+        raise SettingError("body", raw, CONTROL, "expected a mapping of settings")
+    enabled = raw.get("enabled")
+    if enabled is not None:
+        enabled = Value(ENABLED.check("enabled", enabled, CONTROL), CONTROL)
+    own = _read_profiles(raw.get("profiles"), CONTROL, f"{CONTROL}.profiles", [])
+    read_layer(raw, CONTROL, [], extra=CHANGE_SECTIONS)
+    knobs = {key: value for key, value in raw.items() if key not in CHANGE_SECTIONS}
+    if (nested := raw.get("cache_config")) is not None:
+        for key in knobs:
+            raise SettingError(key, knobs[key], CONTROL, "settings stand in cache_config or beside it, not both")
+        read_layer(nested, f"{CONTROL}.cache_config", [])
+        knobs = dict(nested)
+    request = {**knobs, "secondary": raw.get("secondary"), "profile": raw.get("profile")}
+    known = {**profiles, **own}
+    source = replace(read_request(request, origin=CONTROL, profiles=known), enabled=enabled)
+    check_method(source, known[source.profile] if source.profile else None)
+    return Overrides(source=source, profiles=own, given=dict(raw))
+
+
+def merged(before: Mapping[str, Any] | None, change: Any) -> Any:
+    """The change in force with a further one in it, as JSON Merge Patch has it (RFC 7396): null takes a setting back.
+
+    Whether the result can be used is left to ``read_overrides``.
+    """
+    if not isinstance(change, Mapping):
+        return change
+    result, change = _flat(before or {}), _flat(change)
+    for key, value in change.items():
+        name = ALIASES.get(key, key)
+        kept = {each: own for each, own in result.items() if ALIASES.get(each, each) != name}
+        if isinstance(value, Mapping) and isinstance(result.get(key), Mapping) and key in ("secondary", "profiles"):
+            value = merged(result[key], value)
+        result = kept if value is None and (name in KNOBS or key in CHANGE_SECTIONS) else kept | {key: value}
+    return result
+
+
+def _flat(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of ``cache_config`` beside the sections, unless there are some already."""
+    nested = raw.get("cache_config")
+    if not isinstance(nested, Mapping) or not set(raw) <= set(CHANGE_SECTIONS):
+        return dict(raw)
+    return {**{key: value for key, value in raw.items() if key != "cache_config"}, **nested}
 
 
 def check_method(source: Source, profile: Source | None = None) -> None:
@@ -336,7 +363,7 @@ def check_method(source: Source, profile: Source | None = None) -> None:
     Args:
         profile: the one that ``source`` names.
     """
-    own, named = (each and each.primary.get("error_tolerance") for each in (source, profile))
+    own, named = (each.primary.get("error_tolerance") if each else None for each in (source, profile))
     if own is not None and own.value is None:
         # It speaks against control itself.
         return
@@ -358,35 +385,30 @@ def _contradiction(value: Value, other: str) -> SettingError:
 
 def resolve(*strongest_first: Source) -> Resolved:
     """Effective settings of sources given strongest first."""
-    strongest_first = _one_method(strongest_first)
-    primary = [source.primary for source in strongest_first]
-    secondary = [layer for source in strongest_first for layer in (source.secondary, source.primary)]
-    settings, origins = _merge(primary)
-    settings_2, origins_2 = _merge(secondary)
-    profile = next((source.profile for source in strongest_first if source.profile), None)
+    sources = _one_method(strongest_first)
+    primary, origins = _merge([source.primary for source in sources])
+    secondary, secondary_origins = _merge([layer for each in sources for layer in (each.secondary, each.primary)])
+    profile = next((source.profile for source in sources if source.profile), None)
     return Resolved(
-        primary=settings, secondary=settings_2, origins=origins, secondary_origins=origins_2, profile=profile
+        primary=primary, secondary=secondary, origins=origins, secondary_origins=secondary_origins, profile=profile
     )
 
 
-def _one_method(strongest_first: Sequence[Source]) -> tuple[Source, ...]:
+def _one_method(strongest_first: Sequence[Source]) -> Sequence[Source]:
     """The sources without what the strongest one leaves without effect that names a tolerance or DBCache's settings."""
     for index, source in enumerate(strongest_first):
-        tolerance, other = source.primary.get("error_tolerance"), source.dbcache()
-        if tolerance is None and other is None:
-            continue
-        weaker = strongest_first[index + 1 :]
-        if tolerance is None:
-            if not any("error_tolerance" in each.primary for each in weaker):
-                break
-            tolerance = Value(None, other.origin)
-            rest = [_without({"error_tolerance"}, each) for each in weaker]
-            decided = replace(source, primary={**source.primary, "error_tolerance": tolerance})
-            return (*strongest_first[:index], decided, *rest)
-        if tolerance.value is not None:
-            return (*strongest_first[: index + 1], *(_without(DBCACHE_KNOBS, each) for each in weaker))
-        break
-    return tuple(strongest_first)
+        stronger, weaker = strongest_first[:index], strongest_first[index + 1 :]
+        if source.controls:
+            return (*stronger, source, *(_without(DBCACHE_KNOBS, each) for each in weaker))
+        if "error_tolerance" in source.primary:
+            break
+        if (other := source.dbcache()) is not None:
+            if any("error_tolerance" in each.primary for each in weaker):
+                primary = {**source.primary, "error_tolerance": Value(None, other.origin)}
+                weaker = tuple(_without({"error_tolerance"}, each) for each in weaker)
+                return (*stronger, replace(source, primary=primary), *weaker)
+            break
+    return strongest_first
 
 
 def _without(names: Collection[str], source: Source) -> Source:
@@ -398,24 +420,104 @@ def _without(names: Collection[str], source: Source) -> Source:
 
 
 def _merge(layers: list[Layer]) -> tuple[CacheSettings, dict[str, str]]:
-    values: dict[str, Any] = {}
-    origins = {f.name: "default" for f in fields(CacheSettings)}
-    # A schedule, and the choice of a calibrator, are taken whole from the strongest source
-    # that speaks of them: the request's preset must not meet the environment's bins.
-    for group in ({name} for name in KNOBS if name not in SCHEDULE_KNOBS | CALIBRATOR_KNOBS):
-        _take(group, layers, values, origins)
-    _take(SCHEDULE_KNOBS, layers, values, origins)
-    _take(CALIBRATOR_KNOBS, layers, values, origins)
-    return CacheSettings(**values), origins
+    found: dict[str, Value] = {}
+    for group in GROUPS:
+        layer = next((layer for layer in layers if not group.isdisjoint(layer)), {})
+        found |= {name: layer[name] for name in group if name in layer}
+    origins = {name: found[name].origin if name in found else "default" for name in KNOBS}
+    return CacheSettings(**{name: value.value for name, value in found.items()}), origins
 
 
-def _take(
-    group: Collection[str], layers: list[Layer], values: dict[str, Any], origins: dict[str, str]
-) -> None:
-    for layer in layers:
-        given = [name for name in group if name in layer]
-        for name in given:
-            values[name] = layer[name].value
-            origins[name] = layer[name].origin
-        if given:
-            return
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Safe YAML that refuses repeated keys and aliases (a small file can expand without bound)."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.YAMLError("aliases are not allowed")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        # A list of keys: what a mapping cannot hold as a key is refused there.
+        _unique([(self.construct_object(key_node, deep=True), None) for key_node, _ in node.value])
+        return super().construct_mapping(node, deep)
+
+
+def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """A mapping, refused when it repeats a key."""
+    mapping: dict[Any, Any] = {}
+    for name, value in pairs:
+        if name in mapping:
+            raise ValueError(f"key {shown(name)} is given twice")
+        mapping[name] = value
+    return mapping
+
+
+def load_file(path: str) -> Any:
+    """The parsed YAML or JSON of a small regular file of UTF-8; SettingError for anything that is not one."""
+    try:
+        # The mark that some editors put first is no part of the text.
+        text = _read_bytes(path).decode("utf-8-sig")
+        if path.endswith(".json"):
+            parsed = json.loads(text, object_pairs_hook=_unique)
+        else:
+            parsed = yaml.load(text, _UniqueKeyLoader)
+        problem = "the file is empty" if parsed is None else None
+    except UnicodeDecodeError:
+        problem = "not UTF-8 text"
+    except OSError as error:
+        problem = error.strerror or "unreadable"
+    except Exception as error:
+        # Besides YAMLError: PyYAML's constructors raise KeyError, IndexError and AttributeError for
+        # scalars that are not what their tag says, such as ``!!bool maybe``.
+        problem = f"not valid YAML or JSON: {error}"
+    if problem is not None:
+        raise SettingError("--cache-dit-config", path, "command line", problem)
+    return parsed
+
+
+def _read_bytes(path: str) -> bytes:
+    """What stands in a regular file; of anything else (a pipe would wait for a writer) nothing is read."""
+    file = Path(path)
+    if not file.is_file():
+        what = "a folder, expected a file" if file.is_dir() else "not a file" if file.exists() else "no such file"
+        raise OSError(0, what)
+    with file.open("rb") as source:
+        content = source.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise OSError(0, f"larger than {MAX_FILE_BYTES} bytes")
+    return content
+
+
+def file_label(path_or_mapping: str | Mapping[str, Any] | None) -> str:
+    """How origins name a config file."""
+    if not isinstance(path_or_mapping, str):
+        return "cache_dit_config"
+    # Reports carry it: a name that is not text must not spoil their encoding.
+    return printable(os.path.basename(path_or_mapping))
+
+
+def parse_change(text: bytes | str) -> Any:
+    """The JSON value of a body; repeated keys and numbers that JSON does not know are refused.
+
+    Raises:
+        SettingError: not such a value.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        start = text[:60].decode("utf-8", "replace") if isinstance(text, bytes) else text[:60]
+        raise SettingError("body", start, CONTROL, f"not valid JSON: {error}") from None
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+PROFILES: Mapping[str, Mapping[str, Any]] = {
+    "quality": {"error_tolerance": 0.003}, "balanced": {"error_tolerance": 0.01}, "fast": {"error_tolerance": 0.08},
+}
+"""Profiles that every server knows, chosen by measurement on the demo models: see docs/quality.md."""
+
+BUILT_IN: Mapping[str, Source] = {
+    name: read_request(knobs, origin=f"built-in profiles.{name}") for name, knobs in PROFILES.items()
+}

@@ -12,11 +12,10 @@ from typing import Any
 from .. import hooks
 from ..adapters import entry_points
 from ..client import differing
-from ..config import effective, preflight
-from ..config.config_file import file_label
+from ..config import diffusers_sections, effective
+from ..config.diffusers_sections import Machine
 from ..config.effective import Defaults
-from ..config.preflight import Machine
-from ..config.sources import read_environment, read_file
+from ..config.sources import file_label, read_environment, read_file
 from ..errors import CacheDitError, HostContractError
 from ..integration import host_contract, sglang_api
 from ..integration.host_contract import untried
@@ -43,9 +42,9 @@ def examine(
     found["warnings"] += [f"rows of other packages: {problem}" for problem in entry_points.load().problems]
     settings, found["settings"] = _settings(config, num_gpus, found)
     if model_path is not None and settings is not None and all(found["versions"].values()):
-        from . import model_check
+        from . import model
 
-        found["model"] = model_check.examine(model_path, model_id, settings, found)
+        found["model"] = model.examine(model_path, model_id, settings, found)
     found["ok"] = not found["problems"]
     return found
 
@@ -92,7 +91,7 @@ def _settings(
         sections = file.passed_on
         if num_gpus is not None:
             # Devices are left alone: the doctor may well run on a machine without any.
-            sections = preflight.fit(
+            sections = diffusers_sections.fit(
                 sections, num_gpus, Machine(cache_dit=sglang_api.version("cache-dit") or ""), file_label(config)
             )
         described["sections"] = dict(sections)
@@ -121,9 +120,9 @@ def lines(found: dict[str, Any], *, verbose: bool = False) -> list[str]:
             keys = value.items() if isinstance(value, dict) else [("", value)]
             out += [f"  {section + ('.' if key else '') + key:<40} {each}" for key, each in keys]
     if found.get("model"):
-        from . import model_check
+        from . import model
 
-        out += model_check.lines(found["model"])
+        out += model.lines(found["model"])
     if not verbose:
         return out
     out += ["versions", *(f"  {name:<24} {each or 'not installed'}" for name, each in found["versions"].items())]

@@ -6,7 +6,7 @@ Every metric takes the reference first. A video's value is the mean over its fra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,23 +102,6 @@ def psnr(reference: np.ndarray, picture: np.ndarray) -> float:
 def ssim(reference: np.ndarray, picture: np.ndarray) -> float:
     """Structural similarity (Wang et al. 2004, scikit-image), 1 for equal pictures; the mean over frames."""
     return float(np.mean(by_frame("ssim", reference, picture)))
-
-
-def flip(reference: np.ndarray, picture: np.ndarray) -> float:
-    """FLIP (Andersson et al. 2020, flip-evaluator, 67 pixels a degree), 0 for equal pictures; the mean over frames."""
-    return float(np.mean(by_frame("flip", reference, picture)))
-
-
-def compare(
-    reference: np.ndarray, picture: np.ndarray, metrics: Iterable[str] | None = None
-) -> dict[str, dict[str, Any]]:
-    """``summary`` over the frames, by metric.
-
-    Args:
-        metrics: names out of ``METRICS``; without it all that are ``available``.
-    """
-    names = available() if metrics is None else metrics
-    return {name: summary(by_frame(name, reference, picture), name) for name in names}
 
 
 def summary(values: Sequence[float], metric: str = "psnr") -> dict[str, Any]:

@@ -79,7 +79,7 @@ def _beneath_offload(pipe: Any) -> Iterator[None]:
 
 @contextmanager
 def _quantisable() -> Iterator[None]:
-    """cache-dit's quantisation on any device that torchao can serve; ``preflight`` has refused what it cannot.
+    """cache-dit's quantisation on any device that torchao can serve; ``fit`` has refused what it cannot.
 
     cache-dit 1.5.1 asks for float8 hardware when its module is imported, and all versions ask for CUDA whatever the
     number format, though int8 weights work on the CPU.

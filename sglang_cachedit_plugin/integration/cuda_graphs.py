@@ -13,13 +13,16 @@ from typing import Any
 from ..cache.cached_transformer import CachedTransformer
 from ..config.effective import Decision
 from ..config.settings import CacheSettings
+from ..errors import Reason
 from .request import WORKER
 
-REFUSED = (
-    "breakable CUDA graphs are on: they replay the transformer as a whole, so only an error tolerance, or "
-    "forecast: output with a static schedule, is cached"
+REFUSED = Reason(
+    "cuda_graphs", "breakable CUDA graphs are on: they replay the transformer as a whole, so only an error tolerance, "
+    "or forecast: output with a static schedule, is cached"
 )
-CAPTURING = "breakable CUDA graphs are captured by this warmup request, every step is computed"
+CAPTURING = Reason(
+    "cuda_graphs", "breakable CUDA graphs are captured by this warmup request, every step is computed"
+)
 
 
 def fits(decision: Decision) -> bool:

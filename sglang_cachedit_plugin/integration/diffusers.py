@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..cache.mount import CachedModel
+from ..cache.cached_model import CachedModel
 from ..cache.parallel import mesh_group
-from ..cache.runtime import Groups, Identity
 from ..cache.solvers import Solver, hooked, hooked_scheduler, latents_of
+from ..cache.spec import Groups, Identity
 from ..cache.stretch import Stretch
 from ..config import effective
-from ..config.config_file import file_label
-from ..errors import MountError
+from ..config.sources import file_label
+from ..errors import MountError, Reason, reason_of
 from ..report.stats import COND
 from . import cache_dit_sections, ranks, recording, request, sglang_api, startup
 from .request import WORKER, Facts, Session
@@ -41,7 +41,8 @@ def load(original: Callable[..., Any], pipeline: Any, pipe: Any, server_args: An
         except MountError as error:
             if current.decide(None, None).resolved.primary.strict:
                 raise
-            sglang_api.logger().warning("cache-dit: off: %s", error)
+            reason = reason_of(error, "blocks")
+            sglang_api.logger().warning("cache-dit: off [%s]: %s", reason.code, reason)
     # 2. Sections: what splits a transformer hooks around the mount, so forwards are told apart outside of it.
     if sections:
         classes = {type(module).__name__ for module in cache.modules.values()}
@@ -74,7 +75,7 @@ def _request(cache: PipelineCache | None, session: Session, batch: Any) -> Abstr
     if not session.decision.enabled:
         return nullcontext() if session.recording is None else cache.uncached(session)
     if cache.refusal is not None:
-        session.refuse(cache.refusal)
+        session.refuse(Reason("model", cache.refusal))
         return nullcontext()
     return cache.request(session, batch.num_inference_steps, sglang_api.size_of(batch), warmup=batch.is_warmup)
 
@@ -111,7 +112,7 @@ class PipelineCache(CachedModel):
     def mount(self) -> None:
         """As for any model; MountError is kept for the first request that wants caching."""
         if self.refusal is not None:
-            raise MountError(self.refusal)
+            raise MountError(Reason("model", self.refusal))
         super().mount()
 
     @contextmanager
@@ -120,19 +121,21 @@ class PipelineCache(CachedModel):
     ) -> Iterator[None]:
         """Run one pipeline call under ``session``."""
         run = _Run(self, session, num_steps)
-        with run.named_contexts(), run.counted_steps() as solver:
+        with run.hooked() as solver:
             session.open(self, Facts(
                 steps=dict.fromkeys(self.modules, (0, num_steps)), identify=run.identify, followed=True,
                 groups=Groups(forward=next(map(mesh_group, self.modules.values()), None)), size=size, solver=solver,
                 compiled=self.compiled if warmup else None,
             ))
             yield
-            run.ended()
+            if session.stats.enabled and not run.loop_set:
+                why = f"{type(self.pipe).__name__} does not set the timesteps of its scheduler"
+                session.refuse(Reason("model", why))
 
     @contextmanager
     def uncached(self, session: Session) -> Iterator[None]:
         """Run one pipeline call without the cache, only to write down its latents."""
-        with _Run(self, session, 0).counted_steps():
+        with _Run(self, session, 0).hooked():
             yield
 
 
@@ -148,19 +151,14 @@ class _Run:
 
     def __init__(self, cache: PipelineCache, session: Session, asked: int):
         self._cache, self._pipe, self._session, self._asked = cache, cache.pipe, session, asked
-        self._step, self._loop_set = 0, False
+        self._step, self.loop_set = 0, False
         self._stretch: Stretch | None = None
         self._context_name: str | None = None
         self._embeddings: list[torch.Tensor] = []
 
-    def ended(self) -> None:
-        """The pipeline has returned."""
-        if self._session.stats.enabled and not self._loop_set:
-            self._session.refuse(f"{type(self._pipe).__name__} does not set the timesteps of its scheduler")
-
     def identify(self, name: str, kwargs: Mapping[str, Any]) -> Identity | None:
         """Branch and step of a forward of transformer ``name``; None for one that is no denoising step."""
-        if not self._loop_set:
+        if not self.loop_set:
             # GLM-Image fills its attention cache from a picture before the loop.
             return None
         if self._stretch is None:
@@ -190,15 +188,6 @@ class _Run:
         # in the same step would be refused as ambiguous.
         return COND
 
-    @contextmanager
-    def named_contexts(self) -> Iterator[None]:
-        """The pipeline's names of its branches are heard."""
-        with ExitStack() as hooks:
-            for module in self._cache.modules.values():
-                if (own := getattr(module, "cache_context", None)) is not None:
-                    hooks.enter_context(hooked(module, cache_context=self._naming(own)))
-            yield
-
     def _naming(self, own: Callable[[str], Any]) -> Callable[[str], Any]:
         @contextmanager
         def cache_context(name: str) -> Iterator[None]:
@@ -212,8 +201,8 @@ class _Run:
         return cache_context
 
     @contextmanager
-    def counted_steps(self) -> Iterator[Solver]:
-        """The scheduler's loops and steps are heard, and its steps go through the session's."""
+    def hooked(self) -> Iterator[Solver]:
+        """The names of branches, loops and steps are heard; the scheduler's steps go through the session's."""
         scheduler = self._pipe.scheduler
         solver, own_set_timesteps = Solver(scheduler, scheduler.step), scheduler.set_timesteps
 
@@ -224,12 +213,16 @@ class _Run:
         @functools.wraps(own_set_timesteps)
         def set_timesteps(*args: Any, **kwargs: Any) -> Any:
             # A new run of the loop: the next section of a long video, the next stage of a pyramid.
-            self._step, self._embeddings, self._stretch, self._loop_set = 0, [], None, True
+            self._step, self._embeddings, self._stretch, self.loop_set = 0, [], None, True
             if self._session.steps is not None:
                 self._session.steps.begin_loop()
             return own_set_timesteps(*args, **kwargs)
 
-        with hooked_scheduler(scheduler, step=step, set_timesteps=set_timesteps):
+        with ExitStack() as hooks:
+            for module in self._cache.modules.values():
+                if (own := getattr(module, "cache_context", None)) is not None:
+                    hooks.enter_context(hooked(module, cache_context=self._naming(own)))
+            hooks.enter_context(hooked_scheduler(scheduler, step=step, set_timesteps=set_timesteps))
             yield solver
 
     def _scheduler_step(self, solver: Solver, *args: Any, **kwargs: Any) -> Any:

@@ -20,13 +20,15 @@ NAMES: dict[str, tuple[str, ...]] = {
         "get_ring_parallel_world_size", "get_sp_group", "get_tp_group", "get_tp_world_size",
         "get_ulysses_parallel_world_size", "get_world_group", "model_parallel_is_initialized",
     ),
+    "sglang.multimodal_gen.runtime.entrypoints.openai.image_api": ("router",),
     "sglang.multimodal_gen.runtime.entrypoints.openai.protocol": (
-        "ImageResponse", "VideoGenerationsRequest", "VideoListResponse", "VideoResponse",
+        "ImageGenerationsRequest", "ImageResponse", "VideoGenerationsRequest", "VideoListResponse", "VideoResponse",
     ),
     "sglang.multimodal_gen.runtime.entrypoints.openai.utils": (
         "add_common_data_to_response", "build_sampling_params", "get_sampling_request_extra_fields",
         "process_generation_batch", "resolve_sampling_params_cls", "temp_dir_if_disabled",
     ),
+    "sglang.multimodal_gen.runtime.entrypoints.openai.video_api": ("router",),
     "sglang.multimodal_gen.runtime.entrypoints.utils": ("prepare_request",),
     "sglang.multimodal_gen.runtime.managers.forward_context": ("get_forward_context_or_none",),
     "sglang.multimodal_gen.runtime.observability.metrics": ("get_metrics",),

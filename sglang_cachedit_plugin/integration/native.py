@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import nn
 
-from ..adapters import find_adapter
-from ..cache.mount import CachedModel
+from ..cache.block_lists import why_not_cached
+from ..cache.cached_model import CachedModel
 from ..cache.parallel import tell_parallel
 from ..cache.solvers import Solver
 from ..config import effective
-from ..errors import MountError
+from ..errors import MountError, Reason, reason_of
 from . import cuda_graphs, native_stages, ranks, request, sglang_api
 from .native_stages import OwnLoop
 from .request import REPORT, WORKER, Facts, Session
@@ -105,7 +105,8 @@ def load(original: Callable[..., Any], stage: Any, module: Any) -> None:
     except MountError as error:
         if effective.current().decide(None, None).resolved.primary.strict:
             raise
-        sglang_api.logger().warning("cache-dit: off: %s", error)
+        reason = reason_of(error, "blocks")
+        sglang_api.logger().warning("cache-dit: off [%s]: %s", reason.code, reason)
     # 2. Groups are bound with each request: the host lays the same ranks out by the stages under way.
     # 3. The config file's sections are for diffusers alone: the host has split the model itself.
     # 4. Compile: the repeated blocks, unless the deployer chose. The host holds compilation back until stock caching
@@ -145,7 +146,8 @@ _BASE = OwnLoop(asks=True)
 def _begin(stage: Any, batch: Any, own: Any = None) -> Session:
     session = request.begin("native", stage, batch, own)
     if session.decision.enabled and (sections := effective.current().file.passed_on):
-        session.stats.note(f"only the diffusers backend reads {', '.join(sections)} of the config file")
+        why = f"only the diffusers backend reads {', '.join(sections)} of the config file"
+        session.stats.note(Reason("sections", why))
     return session
 
 
@@ -155,7 +157,7 @@ def _declined(stage: Any, batch: Any, session: Session) -> str | None:
         return reason
     for switch, name in (("enable_teacache", "TeaCache"), ("enable_spectrum", "Spectrum")):
         if getattr(batch, switch, False):
-            return f"{name} is on: the host leaves out steps itself"
+            return Reason("other_cache", f"{name} is on: the host leaves out steps itself")
     return None
 
 
@@ -167,11 +169,11 @@ def _open(
     model, stages = _model(stage), WORKER.active.stages
     try:
         groups = ranks.groups(
-            [each.stage for each in stages] or [stage], batch, modules=model.modules.values(), joint=joint,
-            patch_size=getattr(stage.transformer, "patch_size", None),
+            WORKER.slices, [each.stage for each in stages] or [stage], batch, joint=joint,
+            modules=model.modules.values(), patch_size=getattr(stage.transformer, "patch_size", None),
         )
     except MountError as error:
-        session.refuse(str(error))
+        session.refuse(reason_of(error, "ranks"))
         return
     # Cosmos 3 keeps its scheduler itself.
     scheduler = getattr(batch, "scheduler", None)
@@ -238,7 +240,7 @@ def _enter_own_loop(stage: Any, batch: Any, server_args: Any, loop: OwnLoop) -> 
         steps = {"transformer": (0, native_stages.num_steps(batch))}
         _open(stage, batch, server_args, session, loop, steps, exact=getattr(batch, "timesteps", None) is not None)
     elif decision.enabled:
-        session.refuse(f"{type(stage).__name__}: {reason}")
+        session.refuse(reason_of(reason, "stage").after(type(stage).__name__))
 
 
 def check_worker(worker: Any) -> None:
@@ -251,16 +253,13 @@ def check_worker(worker: Any) -> None:
         return
     settings = effective.current().decide(None, None).resolved.primary
     for name, module in getattr(worker.pipeline, "modules", {}).items():
-        row = find_adapter(type(module)) if isinstance(module, nn.Module) else None
-        reason = "" if row is None else row.unsupported
-        if row is not None and row.output_only and settings.forecast != "output" and settings.error_tolerance is None:
-            reason = f"{row.output_only}; error_tolerance or forecast: output can be used"
-        if not reason:
+        reason = why_not_cached(type(module), settings) if isinstance(module, nn.Module) else None
+        if reason is None:
             continue
         if settings.strict:
-            raise MountError(f"{type(module).__name__}: {reason}")
+            raise MountError(reason)
         if sglang_api.is_first_rank():
-            sglang_api.logger().warning("cache-dit: off: %s (%s): %s", name, type(module).__name__, reason)
+            sglang_api.logger().warning("cache-dit: off [%s]: %s: %s", reason.code, name, reason)
 
 
 def run_stage(original: Callable[..., Any], stage: Any, batch: Any, server_args: Any) -> Any:

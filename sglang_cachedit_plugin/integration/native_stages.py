@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..cache.runtime import Identify, Identity
+from ..cache.spec import Identify, Identity
 from ..config.settings import KNOBS
 from ..config.sources import Layer, Source, Value
+from ..errors import Reason
 from ..report.stats import COND, COND_ONLY
 from . import sglang_api
 from .request import WORKER
@@ -232,7 +233,7 @@ def refusal(stage: Any) -> str:
     """Why a request runs uncached that the stage does not want cached."""
     loop = of(type(stage))
     when = f": {loop.refuses}" if loop is not None and loop.refuses else ""
-    return f"{type(stage).__name__} keeps this request uncached{when}"
+    return Reason("stage", f"{type(stage).__name__} keeps this request uncached{when}")
 
 
 def source(stage: Any, steps: int | tuple[int, int], *, wanted: bool) -> Source:

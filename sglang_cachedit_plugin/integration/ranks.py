@@ -6,11 +6,12 @@ As in ``sglang_api``, imports of sglang stand inside functions.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..cache.runtime import Groups
-from ..errors import HostContractError, MountError, SettingError
+from ..cache.spec import Groups
+from ..errors import HostContractError, MountError, Reason, SettingError
 
 if TYPE_CHECKING:
     from ..cache.parallel import ParallelLayout
@@ -20,11 +21,13 @@ _ALL_RANKS = ("REPLICATED", "CFG_PARALLEL")
 
 
 def groups(
-    stages: Sequence[Any], batch: Any, *, modules: Iterable[Any] = (), joint: bool = False, patch_size: Any = None
+    known: Slices, stages: Sequence[Any], batch: Any, *, modules: Iterable[Any] = (), joint: bool = False,
+    patch_size: Any = None,
 ) -> Groups:
     """Process groups of one request on the native backend.
 
     Args:
+        known: this process's slices.
         modules: the transformers.
         patch_size: frames, rows and columns of latents that make a token, for latents that are not packed.
         stages: the stages under way, outermost first; where one runs on the main rank alone, or spreads one
@@ -39,32 +42,33 @@ def groups(
 
     from ..cache.parallel import weight_ranks
 
-    if not _layout.cfg or not state.model_parallel_is_initialized():
+    if not known.cfg or not state.model_parallel_is_initialized():
         if dist.is_initialized() and dist.get_world_size() > 1:
-            raise MountError(f"the layout of the {dist.get_world_size()} ranks is not known: each would decide alone")
+            why = f"the layout of the {dist.get_world_size()} ranks is not known: each would decide alone"
+            raise MountError(Reason("ranks", why))
         return Groups()
     weights = weight_ranks(modules)
-    if not weights <= set(_layout.cfg):
-        raise MountError(
-            f"FSDP gathers the weights from {len(weights)} ranks, and {len(_layout.cfg)} of them serve the request"
-        )
+    if not weights <= set(known.cfg):
+        why = f"FSDP gathers the weights from {len(weights)} ranks, and {len(known.cfg)} of them serve the request"
+        raise MountError(Reason("ranks", why))
     # A stage may run one forward over the CFG ranks: then the host's SP group is theirs for its duration.
     sp = state.get_sp_group()
-    spread = not set(sp.ranks) <= set(_layout.model)
+    spread = not set(sp.ranks) <= set(known.model)
     shards = {"sp_rank": sp.rank_in_group, "sp_ranks": sp.world_size, "tokens": _tokens(batch, patch_size)}
-    forward = _layout.group(_layout.cfg if spread else _layout.model)
+    forward = known.groups.get(known.cfg if spread else known.model)
     cfg = state.get_cfg_group()
     side_by_side = cfg.world_size > 1 and all(
         stage.parallelism_type_for(batch).name in _ALL_RANKS for stage in stages
     )
     if spread or not side_by_side:
-        if not spread and not weights <= set(_layout.model):
-            raise MountError(f"FSDP gathers the weights from {len(weights)} ranks, not all of which run this stage")
+        if not spread and not weights <= set(known.model):
+            why = f"FSDP gathers the weights from {len(weights)} ranks, not all of which run this stage"
+            raise MountError(Reason("ranks", why))
         return Groups(forward=forward, **shards)
-    cfg_group = _layout.group(_layout.cfg)
+    cfg_group = known.groups.get(known.cfg)
     return Groups(
         forward=cfg_group if joint else forward, cfg_group=cfg_group, cfg_rank=cfg.rank_in_group,
-        cfg_ranks=cfg.world_size, gathered=not weights <= set(_layout.model), **shards,
+        cfg_ranks=cfg.world_size, gathered=not weights <= set(known.model), **shards,
     )
 
 
@@ -78,51 +82,55 @@ def _tokens(batch: Any, patch_size: Any) -> int | None:
     return None
 
 
-class _Layout:
-    """Ranks of this process's slices of the world, and the process groups of slices.
+@dataclass(frozen=True)
+class Slices:
+    """Ranks of this process's slices of the world, and the process groups of slices of several ranks.
 
-    ``model`` is SP x TP, ``cfg`` is SP x TP x CFG; both lie within one data-parallel replica.
+    ``model`` is SP x TP, ``cfg`` is SP x TP x CFG; both lie within one data-parallel replica. Empty: not known.
     """
 
-    def __init__(self) -> None:
-        self.model: tuple[int, ...] = ()
-        self.cfg: tuple[int, ...] = ()
-        self._groups: dict[tuple[int, ...], Any] = {}
+    model: tuple[int, ...] = ()
+    cfg: tuple[int, ...] = ()
+    groups: Mapping[tuple[int, ...], Any] = field(default_factory=dict)
 
-    def group(self, ranks: tuple[int, ...]) -> Any:
-        """The process group of a slice, None for a single rank."""
-        return self._groups.get(ranks)
 
-    def build(self, axes: dict[str, Any], control: Any) -> None:
-        """Find the slices; make process groups where the host has none. Every rank calls this at the same time.
+def slices() -> Slices:
+    """Find the ranks that must agree; make process groups where the host has none.
 
-        Args:
-            axes: the host's group of this rank along each axis: ``sp``, ``tp`` and ``cfg``.
-            control: a process group of all ranks, for exchanging the axes.
-        """
-        import torch.distributed as dist
+    Every rank calls this at the same time, once its model-parallel groups exist.
 
-        own = {name: list(axis.ranks) for name, axis in axes.items()}
-        everyone: list[dict[str, list[int]]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, own, group=control)
-        known = {tuple(sorted(ranks)) for each in everyone for ranks in each.values()}
-        self._groups = {
-            tuple(sorted(axis.ranks)): axis.device_group for axis in axes.values() if axis.world_size > 1
-        }
-        for kind, names in (("model", ("sp", "tp")), ("cfg", ("sp", "tp", "cfg"))):
-            for ranks in connected([each[name] for each in everyone for name in names]):
-                members = tuple(ranks)
-                if members not in known and len(members) > 1:
-                    known.add(members)
-                    # new_group is collective over the world: ranks outside it take part and keep nothing.
-                    group = dist.new_group(ranks)
-                    if dist.get_rank() in members:
-                        self._groups[members] = group
+    Raises:
+        HostContractError: pipeline parallelism, which SGLang Diffusion does not start with.
+    """
+    import torch.distributed as dist
+    from sglang.multimodal_gen.runtime.distributed import parallel_state as state
+
+    world = state.get_world_group()
+    if world.world_size == 1:
+        return Slices()
+    if getattr(getattr(state, "_PP", None), "world_size", 1) > 1:
+        raise HostContractError("the blocks of one transformer lie on several pipeline ranks: no group can decide")
+    axes = {"sp": state.get_sp_group(), "tp": state.get_tp_group(), "cfg": state.get_cfg_group()}
+    everyone: list[dict[str, list[int]]] = [{} for _ in range(world.world_size)]
+    dist.all_gather_object(everyone, {name: list(axis.ranks) for name, axis in axes.items()}, group=world.cpu_group)
+    known = {tuple(sorted(ranks)) for each in everyone for ranks in each.values()}
+    groups = {tuple(sorted(axis.ranks)): axis.device_group for axis in axes.values() if axis.world_size > 1}
+    own: list[tuple[int, ...]] = []
+    for names in (("sp", "tp"), ("sp", "tp", "cfg")):
+        for ranks in connected([each[name] for each in everyone for name in names]):
+            members = tuple(ranks)
+            if members not in known and len(members) > 1:
+                known.add(members)
+                # new_group is collective over the world: ranks outside it take part and keep nothing.
+                group = dist.new_group(ranks)
                 if dist.get_rank() in members:
-                    setattr(self, kind, members)
-        for members in dict.fromkeys((self.model, self.cfg)):
-            if members in self._groups:
-                _connect(self._groups[members])
+                    groups[members] = group
+            if dist.get_rank() in members:
+                own.append(members)
+    for members in dict.fromkeys(own):
+        if members in groups:
+            _connect(groups[members])
+    return Slices(*own, groups)
 
 
 def _connect(group: Any) -> None:
@@ -137,26 +145,6 @@ def _connect(group: Any) -> None:
         own = torch.zeros(1, device=torch.cuda.current_device())
         dist.all_reduce(own, group=group)
         dist.all_gather([torch.empty_like(own) for _ in range(dist.get_world_size(group))], own, group=group)
-
-
-_layout = _Layout()
-
-
-def groups_ready(result: Any = None, *args: Any, **kwargs: Any) -> None:
-    """After ``initialize_model_parallel``, on every rank: find the ranks that must agree.
-
-    Raises:
-        HostContractError: pipeline parallelism, which SGLang Diffusion does not start with.
-    """
-    from sglang.multimodal_gen.runtime.distributed import parallel_state as state
-
-    world = state.get_world_group()
-    if world.world_size == 1:
-        return
-    if getattr(getattr(state, "_PP", None), "world_size", 1) > 1:
-        raise HostContractError("the blocks of one transformer lie on several pipeline ranks: no group can decide")
-    axes = {"sp": state.get_sp_group(), "tp": state.get_tp_group(), "cfg": state.get_cfg_group()}
-    _layout.build(axes, world.cpu_group)
 
 
 def layout() -> ParallelLayout:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from ..cache.runtime import Identity
+from ..cache.spec import Identity
 
 VARIABLE = "SGLANG_CACHEDIT_RECORD"
 FILE = "last.safetensors"

@@ -14,22 +14,22 @@ import torch
 from torch import nn
 
 from ..cache import rank_agreement
+from ..cache.cached_model import CachedModel, preset_mask
 from ..cache.denoising_steps import DenoisingSteps
-from ..cache.mount import CachedModel, preset_mask
-from ..cache.runtime import Groups, Identify, RequestSpec, TransformerSpec
 from ..cache.solvers import Solver
+from ..cache.spec import Groups, Identify, RequestSpec, TransformerSpec
 from ..cache.step_plan import StepPlan, build_plan
 from ..cache.stretch import Stretch
 from ..cache.warmup import Warmup
-from ..config import effective, resampling
+from ..config import effective
 from ..config.effective import Decision
 from ..config.settings import CacheSettings
 from ..config.sources import REQUEST, Source
-from ..config.tuned_schedules import TunedSchedule
-from ..errors import MountError, RefusedError, SettingError, refusal_in
+from ..config.tuned_schedules import TunedSchedule, choose
+from ..errors import MountError, Reason, RefusedError, SettingError, reason_of, refusal_in
 from ..report import metrics, table
 from ..report.stats import CorrectorStats, RequestStats, TransformerStats, reports_of
-from . import log, recording, sglang_api
+from . import log, ranks, recording, sglang_api
 from .recording import Recording
 
 REPORT = "cache_dit"
@@ -84,6 +84,7 @@ class Worker:
         active: the request under way.
         kept: by stage, the sessions of runs whose requests are single steps.
         models: by stage or pipeline, its transformers.
+        slices: the ranks that must agree with this one.
         refusals: by offline engine, why its worker has refused the request under way.
     """
 
@@ -91,10 +92,16 @@ class Worker:
         self.active = ActiveRequest()
         self.kept: dict[Any, Session] = {}
         self.models: weakref.WeakKeyDictionary[Any, CachedModel] = weakref.WeakKeyDictionary()
+        self.slices = ranks.Slices()
         self.refusals: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 
 WORKER = Worker()
+
+
+def groups_ready(result: Any = None, *args: Any, **kwargs: Any) -> None:
+    """After ``initialize_model_parallel``, on every rank."""
+    WORKER.slices = ranks.slices()
 
 
 def describe_models() -> list[dict[str, Any]]:
@@ -204,7 +211,8 @@ def attach(batch: Any, stats: RequestStats) -> None:
 
 def count(batches: Sequence[Any], stats: RequestStats, *, failed: bool = False) -> None:
     """Count the report of requests that were denoised together, and write its log line."""
-    batches = [each for each in batches if not (sglang_api.serves_nobody(each) or WARMUP in getattr(each, "extra", {}))]
+    batches = [batch for batch in batches if not sglang_api.serves_nobody(batch)]
+    batches = [batch for batch in batches if WARMUP not in getattr(batch, "extra", ())]
     if not batches:
         return
     ended = "refused" if stats.refused else "failed" if failed else None
@@ -375,7 +383,7 @@ class Session:
 
     def _problem(self, spec: RequestSpec, own: Exception | None) -> str:
         """Why the request is not cached, empty where it is: no rank is, where one cannot be."""
-        text = "" if own is None else str(own) or type(own).__name__
+        text = "" if own is None else reason_of(own, "blocks")
         group = spec.groups.cfg_group or spec.groups.forward
         if group is None:
             return text
@@ -385,7 +393,8 @@ class Session:
             ])
             number = hashlib.sha256(wanted.encode()).hexdigest()[:12]
             rank_agreement.verify_same("settings", f"uncached: {own}" if own else f"settings {number}", group)
-        return rank_agreement.problems(text, group)
+        found = rank_agreement.problems(text, group)
+        return found and reason_of(text or found, "other_rank")
 
     def refuse(self, reason: str) -> None:
         """The model or the settings cannot be served cached; the reason goes to the report.
@@ -425,7 +434,7 @@ class Session:
                 where, _, key = origin.rpartition(".")
                 expected = " or ".join(map(str, sorted(fitting)))
                 error = SettingError(key, f"{length} entries", where, f"expected {expected} entries, one a step")
-                self.disable(str(error))
+                self.disable(Reason("refused", error))
                 self.stats.refused = True
                 raise RefusedError(error)
 
@@ -449,9 +458,9 @@ class Session:
                 row, found = None, ()
                 plan = StepPlan(num_steps=count, static=True, computes=self._computes)
             for note in found:
-                self.stats.note(note)
+                self.stats.note(Reason("schedule", note))
             if count and not (plan.may_cache and (plan.static or settings.residual_diff_threshold > 0.0)):
-                self.stats.note(f"{name}: none of its {count} steps can be cached with these settings")
+                self.stats.note(Reason("steps", f"{name}: none of its {count} steps can be cached with these settings"))
             specs.append(
                 TransformerSpec(
                     name=name, settings=settings, plan=plan, first_step=first, timesteps=facts.timesteps,
@@ -478,20 +487,22 @@ class Session:
         if settings.schedules is None or steps == 0:
             return settings, None
         if self._further:
-            self.stats.note(f"schedules are tuned for the first denoising stage, the {steps} steps are computed")
+            why = f"schedules are tuned for the first denoising stage, the {steps} steps are computed"
+            self.stats.note(Reason("schedule", why))
             return replace(settings, schedules=None, steps_computation_mask=(1,) * steps), None
         if stretch is None:
-            row, note = resampling.choose(settings.schedules, steps, facts.size, facts.timesteps)
+            row, note = choose(settings.schedules, steps, facts.size, facts.timesteps)
         else:
-            row, note = resampling.choose(settings.schedules, len(stretch.timesteps), facts.size, stretch.timesteps)
+            row, note = choose(settings.schedules, len(stretch.timesteps), facts.size, stretch.timesteps)
             row = stretch.row(row)
         if note is not None:
-            self.stats.note(note)
+            self.stats.note(Reason("schedule", note))
         if row.uncond_mask not in (None, row.mask) and facts.groups.couple(settings):
             # One decision for both branches. Fitted weights belong to the steps that the row itself computes.
             both = tuple(map(max, row.mask, row.uncond_mask))
             row = replace(row, mask=both, uncond_mask=None, weights=None)
-            self.stats.note("the branches decide together: steps that mask or uncond_mask marks are computed on both")
+            why = "the branches decide together: steps that mask or uncond_mask marks are computed on both"
+            self.stats.note(Reason("branches", why))
         return replace(
             settings, steps_computation_mask=row.mask,
             forecast_order=settings.forecast_order if row.order is None else row.order,
@@ -523,9 +534,9 @@ class Session:
         if self._spec is None or not self.stats.enabled or (problem := self._model.problem()) is None:
             return
         if self.stats.count("cached"):
-            self.stats.note(f"{problem}; the picture may be wrong, later requests are not cached")
+            self.stats.note(Reason("picture", f"{problem}; the picture may be wrong, later requests are not cached"))
         else:
-            self.disable(problem)
+            self.disable(reason_of(problem, "blocks"))
 
 
 def _total(steps: Mapping[str, tuple[int, int]]) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from ..config.preflight import Machine
+from ..config.diffusers_sections import Machine
 from ..report.stats import COND
 from .host_contract import version as version
 

@@ -8,9 +8,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..config import effective, preflight
-from ..config.config_file import file_label
-from ..config.sources import FileConfig, read_environment, read_file
+from ..config import diffusers_sections, effective
+from ..config.sources import FileConfig, file_label, read_environment, read_file
 from ..errors import SettingError, one_line
 from . import log, sglang_api
 
@@ -59,7 +58,8 @@ def start_line() -> str | None:
     variables += sum(each is not None for each in (environment.enabled, environment.profile))
     if not given and not variables:
         return None
-    origin, profile = current.switch.origin, current.decide(None, None).resolved.profile
+    described = current.describe()
+    origin, profile = described["enabled"]["origin"], described["profile"]
     parts = ["on" if current.enabled else "off"]
     if current.enabled and profile:
         parts.append(f"profile {profile}")
@@ -133,11 +133,11 @@ def _fitting(sections: Mapping[str, Any], server_args: Any) -> Mapping[str, Any]
     label = file_label(server_args.cache_dit_config)
     if str(getattr(server_args.backend, "value", server_args.backend)) == "sglang":
         section, value = next(iter(sections.items()))
-        use = preflight.native_flags(section, value)
+        use = diffusers_sections.native_flags(section, value)
         raise SettingError(
             section, value, label, "only the diffusers backend takes this section" + (f", use {use}" if use else "")
         )
-    sections = preflight.fit(
+    sections = diffusers_sections.fit(
         sections, server_args.num_gpus, sglang_api.machine(), label, sglang_api.explicit_flags(server_args)
     )
     if "parallelism_config" in sections:
@@ -153,4 +153,4 @@ def check_classes(sections: Mapping[str, Any], classes: Collection[str], label: 
     from . import cache_dit_sections
 
     for name in sorted(classes):
-        preflight.check_family(parallelism, name, cache_dit_sections.splits, f"{label} parallelism_config")
+        diffusers_sections.check_family(parallelism, name, cache_dit_sections.splits, f"{label} parallelism_config")

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..config import effective
 from ..config.effective import Defaults
-from ..config.overrides import Overrides, read_overrides
+from ..config.sources import Overrides, read_overrides
 from ..errors import CacheDitError, one_line
 from ..integration import sglang_api, startup
 from ..integration.request import describe_models

@@ -10,7 +10,8 @@ from typing import Any
 from fastapi import APIRouter, HTTPException, Request
 
 from ..config import effective
-from ..config.overrides import MAX_BYTES, Overrides, merged, parse, read_overrides
+from ..config.json_schema import change_schema
+from ..config.sources import MAX_CHANGE_BYTES, Overrides, merged, parse_change, read_overrides
 from ..errors import SettingError, one_line
 from ..integration import log, sglang_api
 from . import auth, channel, models
@@ -57,20 +58,20 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": models.Refusal, "description": "A setting that cannot be used; nothing was changed."},
     401: {"model": models.Refusal, "description": "The header Authorization with the control key is missing or wrong."},
     403: {"model": models.Refusal, "description": "The server has no control key, and the client is elsewhere."},
-    413: {"model": models.Refusal, "description": f"The body is larger than {MAX_BYTES} bytes."},
+    413: {"model": models.Refusal, "description": f"The body is larger than {MAX_CHANGE_BYTES} bytes."},
     501: {"model": models.Refusal, "description": "Roles run apart; their settings cannot be changed."},
     503: {"model": models.Refusal, "description": "A worker did not take the change; the old settings were put back."},
 }
 
 
-_BODY = {"requestBody": {
-    "required": True, "content": {"application/json": {"schema": models.schema(models.Change)}},
-}}
+def _body(*, patch: bool) -> dict[str, Any]:
+    content = {"application/json": {"schema": change_schema(patch=patch)}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 @router.put(
     "", summary="Change the defaults of all ranks and replicas, between two requests", response_model=models.State,
-    responses=_REFUSALS, openapi_extra=_BODY,
+    responses=_REFUSALS, openapi_extra=_body(patch=False),
 )
 async def change(request: Request) -> dict[str, Any]:
     """Replace the change before by this one. What it does not name is as at start-up."""
@@ -79,7 +80,7 @@ async def change(request: Request) -> dict[str, Any]:
 
 @router.patch(
     "", summary="Change one thing and keep the rest of the change in force", response_model=models.State,
-    responses=_REFUSALS, openapi_extra=_BODY,
+    responses=_REFUSALS, openapi_extra=_body(patch=True),
 )
 async def add(request: Request) -> dict[str, Any]:
     """Add to the change in force; what is named here takes the place of what stood there, null takes it back."""
@@ -102,9 +103,9 @@ async def _change(request: Request) -> dict[str, Any]:
         raise HTTPException(501, "roles that run apart take their settings from their own environment and file")
     body = None
     if request.method != "DELETE":
-        raw = await Request(request.scope, limited(request.receive, MAX_BYTES)).body()
+        raw = await Request(request.scope, limited(request.receive, MAX_CHANGE_BYTES)).body()
         try:
-            body = parse(raw)
+            body = parse_change(raw)
         except SettingError as error:
             raise HTTPException(400, str(error)) from None
     # A client that goes away must not leave a change half made.

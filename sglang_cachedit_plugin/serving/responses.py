@@ -8,8 +8,9 @@ from fastapi import Depends
 from fastapi.routing import APIRoute
 from pydantic.fields import FieldInfo
 
+from ..config.json_schema import request_schema
 from ..report.stats import reports_of
-from . import models, state, validation
+from . import state, validation
 
 FIELD = "cache_dit"
 _ANNOTATION = dict[str, Any] | None
@@ -47,7 +48,7 @@ def describe_requests(document: dict[str, Any]) -> dict[str, Any]:
         for each in content.values():
             name = each["schema"].get("$ref", "").rpartition("/")[2]
             body = document["components"]["schemas"].get(name, each["schema"])
-            body.setdefault("properties", {}).update(models.request_fields())
+            body.setdefault("properties", {}).update(request_schema())
     return document
 
 

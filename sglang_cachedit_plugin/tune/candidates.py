@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..config.profiles import KNOBS_OF
+from ..config.sources import PROFILES
 from .evaluate import OFF
 from .search import growing_window
 from .surrogate import Mask, Method
@@ -167,7 +167,7 @@ def built_in() -> list[Candidate]:
     """The profiles that every server knows."""
     return [
         cached(f"profile-{name}", "baseline", f"built-in profile {name}", knobs, family=CONTROL)
-        for name, knobs in KNOBS_OF.items()
+        for name, knobs in PROFILES.items()
     ]
 
 

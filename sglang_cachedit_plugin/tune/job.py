@@ -145,7 +145,7 @@ class _Grid:
     def _search(self) -> None:
         self.tuner = Tuner(
             self.evaluator, self.grid, self.plan.tune, seed=self.plan.seed, evaluations=self.plan.evaluations,
-            say=self.say,
+            say=self.say, alone=len(self.plan.grids) == 1,
         )
         shares = self._budgets()
         self._compare_methods(sorted(shares.values())[len(shares) // 2])

@@ -63,10 +63,12 @@ class Tuner:
 
     Args:
         evaluations: most trials in the real host for each budget, besides the first of each kind.
+        alone: no other grid is in the file; else all schedules have one corrector.
     """
 
     def __init__(
-        self, evaluator: Evaluator, grid: Grid, prompts: Sequence[Prompt], *, seed: int, evaluations: int, say: Say
+        self, evaluator: Evaluator, grid: Grid, prompts: Sequence[Prompt], *, seed: int, evaluations: int, say: Say,
+        alone: bool = True,
     ):
         self._evaluator, self.grid, self._prompts = evaluator, grid, prompts
         self._seed, self._evaluations, self._say = seed, evaluations, say
@@ -74,7 +76,9 @@ class Tuner:
         recorded = evaluator.trajectories(prompts, grid)
         self.by_recall: dict[float, Trajectories] = {each: replace(recorded, recall=each) for each in RECALLS}
         self.starts, self._two_branches = recorded.starts, len(recorded.parts) == 2
-        self._methods = METHODS
+        self._alone, shared = alone, 0 if self._two_branches else 2
+        self._tried = [each for each in (*METHODS, *MORE_METHODS) if alone or each.corrector == shared]
+        self._methods = tuple(self._tried[:2])
         self._known: dict[tuple[Mask, Method, float], Trial] = {}
 
     def tune(self, budget: int) -> Trial:
@@ -114,11 +118,11 @@ class Tuner:
     def compare_methods(self, budget: int) -> list[Trial]:
         """Try every way to forecast the output at one budget, and keep the two best for the others."""
         found: list[Trial] = []
-        for method in (*METHODS, *MORE_METHODS):
+        for method in self._tried:
             recalls = RECALLS[:2] if method in METHODS else RECALLS[1:2]
             found.append(self._best_of([self._first(budget, recall, method) for recall in recalls]))
         found.sort(key=lambda trial: -trial.score)
-        if found[0].method.corrector:
+        if found[0].method.corrector and self._alone:
             carried = [replace(found[0].method, carry=carry) for carry in CARRIES]
             found += [self._best_of([self._first(budget, found[0].recall, method)]) for method in carried]
             found.sort(key=lambda trial: -trial.score)

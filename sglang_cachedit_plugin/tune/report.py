@@ -198,7 +198,7 @@ def _sheet(plan: Plan, result: Result, evaluator: Evaluator, folder: Path) -> li
     return [
         {"prompt": prompt.text, "seed": prompt.seed, "images": {
             column: _save(folder, f"{number}-{column}", each[number]["picture"]) for column, each in found.items()
-        }}
+        }, "seconds": {column: each[number]["denoising_s"] for column, each in found.items()}}
         for number, prompt in enumerate(prompts)
     ]
 

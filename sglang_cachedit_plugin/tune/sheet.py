@@ -29,10 +29,17 @@ class Cell:
     picture: np.ndarray | None
     difference: np.ndarray | None = None
     psnr: float | None = None
+    seconds: float | None = None
+
+    @property
+    def figures(self) -> str:
+        """What stands beside the picture."""
+        parts = [f"{self.psnr:.1f} dB"] if self.psnr is not None else []
+        return ", ".join(parts + ([f"{self.seconds:.2f} s"] if self.seconds is not None else []))
 
 
 @dataclass(frozen=True)
-class TunedSchedule:
+class SheetRow:
     """One prompt's pictures."""
 
     prompt: str
@@ -40,25 +47,26 @@ class TunedSchedule:
     cells: tuple[Cell, ...]
 
 
-def read(rows: Sequence[Mapping[str, Any]], base: Path) -> list[TunedSchedule]:
+def read(rows: Sequence[Mapping[str, Any]], base: Path) -> list[SheetRow]:
     """Rows of the results' ``sheet``; relative paths are taken from ``base``. A file that is missing is a gap."""
     found = []
     for row in rows:
         pictures = {column: _load(base / path) for column, path in row["images"].items() if path}
-        found.append(TunedSchedule(str(row.get("prompt", "")), row.get("seed"), _cells(pictures)))
+        cells = _cells(pictures, row.get("seconds") or {})
+        found.append(SheetRow(str(row.get("prompt", "")), row.get("seed"), cells))
     return found
 
 
-def _cells(pictures: Mapping[str, np.ndarray | None]) -> tuple[Cell, ...]:
+def _cells(pictures: Mapping[str, np.ndarray | None], seconds: Mapping[str, float]) -> tuple[Cell, ...]:
     reference = pictures.get("uncached")
     cells = []
     for column in COLUMNS:
         picture = pictures.get(column)
         if column == "uncached" or picture is None or reference is None or picture.shape != reference.shape:
-            cells.append(Cell(column, picture))
+            cells.append(Cell(column, picture, seconds=seconds.get(column)))
             continue
         difference = np.abs(picture.astype(np.int16) - reference.astype(np.int16)).astype(np.uint8)
-        cells.append(Cell(column, picture, difference, quality.psnr(reference, picture)))
+        cells.append(Cell(column, picture, difference, quality.psnr(reference, picture), seconds.get(column)))
     return tuple(cells)
 
 
@@ -69,7 +77,7 @@ def _load(path: Path) -> np.ndarray | None:
         return None
 
 
-def amplification(rows: Sequence[TunedSchedule]) -> int:
+def amplification(rows: Sequence[SheetRow]) -> int:
     """One factor for all differences: the largest that leaves 99 % of the middle one unclipped."""
     parts = [np.percentile(cell.difference, 99) for row in rows for cell in row.cells if cell.difference is not None]
     high = np.median(parts) if parts else 0.0
@@ -91,7 +99,7 @@ def data_uri(picture: np.ndarray) -> str:
     return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
-def page_rows(rows: Sequence[TunedSchedule], factor: int) -> list[dict[str, Any]]:
+def page_rows(rows: Sequence[SheetRow], factor: int) -> list[dict[str, Any]]:
     """Rows as the page's template takes them."""
     return [
         {
@@ -100,7 +108,7 @@ def page_rows(rows: Sequence[TunedSchedule], factor: int) -> list[dict[str, Any]
             "cells": [
                 {
                     "caption": COLUMNS[cell.column],
-                    "psnr": cell.psnr,
+                    "figures": cell.figures,
                     "picture": None if cell.picture is None else data_uri(cell.picture),
                     "difference": None if cell.difference is None else data_uri(amplified(cell.difference, factor)),
                 }
@@ -111,7 +119,7 @@ def page_rows(rows: Sequence[TunedSchedule], factor: int) -> list[dict[str, Any]
     ]
 
 
-def write_png(rows: Sequence[TunedSchedule], factor: int, path: Path, side: int = 192) -> None:
+def write_png(rows: Sequence[SheetRow], factor: int, path: Path, side: int = 192) -> None:
     """The sheet as one picture: for each prompt the pictures, below them the differences times ``factor``."""
     label, gap = 20, 6
     high = label + 2 * (side + gap)
@@ -129,7 +137,7 @@ def write_png(rows: Sequence[TunedSchedule], factor: int, path: Path, side: int 
         for index, cell in enumerate(row.cells):
             left = gap + index * (side + gap)
             if cell.psnr is not None:
-                pen.text((left, top + 3), f"{cell.psnr:.1f} dB", fill="black", font=font)
+                pen.text((left, top + 3), cell.figures, fill="black", font=font)
             difference = None if cell.difference is None else amplified(cell.difference, factor)
             for level, picture in enumerate((cell.picture, difference)):
                 if picture is not None:

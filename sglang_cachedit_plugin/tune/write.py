@@ -127,9 +127,9 @@ def kept(promise: Mapping[str, Any]) -> str:
 
 
 def _figures(point: Point) -> str:
-    text = (
-        f"{point['label']:<24} PSNR {point['psnr']['mean']:5.1f} dB mean {point['psnr']['min']:5.1f} worst"
-    )
+    psnr = point["psnr"]
+    text = (f"{point['label']:<24} PSNR {psnr['mean']:5.1f} dB mean {psnr['p10']:5.1f} 10th percentile "
+            f"{psnr['min']:5.1f} worst")
     if point.get("ssim"):
         text += f", SSIM {point['ssim']['mean']:.4f} mean {point['ssim']['min']:.4f} worst"
     return text

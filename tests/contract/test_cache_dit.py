@@ -11,7 +11,8 @@ import pytest
 from cache_dit import BlockAdapter, BlockAdapterRegister, DBCacheConfig, ForwardPattern
 from packaging.version import Version
 
-from sglang_cachedit_plugin.config.settings import PRESETS, CacheSettings
+from sglang_cachedit_plugin.config.knobs import PRESETS
+from sglang_cachedit_plugin.config.settings import CacheSettings
 
 
 def parameters(function) -> dict[str, inspect.Parameter]:

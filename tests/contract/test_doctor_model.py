@@ -8,10 +8,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from diffusers import WanTransformer3DModel
+from diffusers import FluxTransformer2DModel, WanTransformer3DModel
 
 from sglang_cachedit_plugin import cli
+from sglang_cachedit_plugin.cache import block_lists
+from sglang_cachedit_plugin.cache.branch_cache import BranchCache
 from sglang_cachedit_plugin.demo import model_dir
+from sglang_cachedit_plugin.doctor import model
 
 
 @pytest.fixture(autouse=True)
@@ -57,10 +60,10 @@ def run(capsys, path, *arguments: str) -> tuple[int, dict]:
 def test_a_model_that_both_backends_cache(capsys, flux):
     status, found = run(capsys, flux)
     assert (status, found["problems"]) == (0, [])
-    model = found["model"]
-    assert model["pipeline"] == "FluxPipeline" and model["native"]["steps"] == 50
-    assert list(model["transformers"]) == ["transformer"]
-    transformer = model["transformers"]["transformer"]
+    told = found["model"]
+    assert told["pipeline"] == "FluxPipeline" and told["native"]["steps"] == 50
+    assert list(told["transformers"]) == ["transformer"]
+    transformer = told["transformers"]["transformer"]
     assert transformer["fewest_steps"] == 5
     native, diffusers = transformer["backends"]["native"], transformer["backends"]["diffusers"]
     assert native["class"].startswith("sglang.") and diffusers["class"].startswith("diffusers.")
@@ -87,19 +90,33 @@ def test_two_experts(capsys, wan, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("variables", "words"),
+    ("variables", "words", "code"),
     [
-        ({"WARMUP": "50"}, "none of the 50 steps that are the default"),
-        ({"RDT": "0"}, "none of the 50 steps that are the default"),
-        ({"FN": "9", "BN": "9"}, "Fn_compute_blocks 9 + Bn_compute_blocks 9 exceed the"),
+        ({"WARMUP": "50"}, "none of the 50 steps that are the default", "steps"),
+        ({"RDT": "0"}, "none of the 50 steps that are the default", "steps"),
+        ({"FN": "9", "BN": "9"}, "Fn_compute_blocks 9 + Bn_compute_blocks 9 exceed the", "block_count"),
     ],
 )
-def test_settings_that_cache_nothing_are_status_1(capsys, flux, monkeypatch, variables, words):
+def test_settings_that_cache_nothing_are_status_1(capsys, flux, monkeypatch, variables, words, code):
     for name, value in variables.items():
         monkeypatch.setenv(f"SGLANG_CACHE_DIT_{name}", value)
     status, found = run(capsys, flux)
     assert status == 1
     assert any(words in problem for problem in found["problems"])
+    for backend in found["model"]["transformers"]["transformer"]["backends"].values():
+        assert backend["codes"] == [code]
+
+
+def test_the_doctor_counts_blocks_as_the_engine_does(capsys, flux, monkeypatch):
+    config = json.loads((flux / "transformer" / "config.json").read_text())
+    monkeypatch.setenv("SGLANG_CACHE_DIT_FN", "99")
+    _, found = run(capsys, flux)
+    empty = model._empty(FluxTransformer2DModel, config)
+    [size] = block_lists.build(empty, BranchCache()).num_blocks
+    for backend in found["model"]["transformers"]["transformer"]["backends"].values():
+        assert backend["stops"] == [
+            f"Fn_compute_blocks 99 + Bn_compute_blocks 0 exceed the {size} blocks of transformer"
+        ]
 
 
 def test_a_class_that_only_one_backend_knows_is_a_warning(capsys, flux):

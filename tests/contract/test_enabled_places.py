@@ -29,7 +29,7 @@ PLACES = {
     (_TUNE, "ServerArgsAutoTuner._should_auto_enable_dit_layerwise_offload"): "layerwise offload is served",
     (_TUNE, "ServerArgsAutoTuner._can_apply_fsdp_policy"): "FSDP is served",
     ("runtime/models/dits/minimax_h3.py", "MiniMaxH3DiTModel._can_batch_block_adaln"): "it looks at the type "
-    "of the blocks too, which gates stand in for while a forward is cached",
+    "of the blocks too, for which hooks stand in while a forward is cached",
     (f"{_STAGES}/denoising.py", "DenoisingStage._cache_dit_requested"): "hooked; _maybe_offload_during_compile "
     "asks as well",
     (f"{_STAGES}/model_specific_stages/hunyuan_image3/ar_stage.py", "HunyuanImage3AR._maybe_enable_cache_dit"):

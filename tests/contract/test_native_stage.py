@@ -17,8 +17,7 @@ from sglang.multimodal_gen.runtime.pipelines_core.stages.denoising import (
 
 from sglang_cachedit_plugin.config import effective
 from sglang_cachedit_plugin.config.effective import Defaults
-from sglang_cachedit_plugin.config.overrides import Overrides, read_overrides
-from sglang_cachedit_plugin.config.sources import read_file
+from sglang_cachedit_plugin.config.sources import Overrides, read_file, read_overrides
 from sglang_cachedit_plugin.errors import RefusedError, refusal_in
 from sglang_cachedit_plugin.integration import cuda_graphs, diffusers, native
 from sglang_cachedit_plugin.integration.native import CacheDitDenoisingMixin

@@ -21,7 +21,7 @@ from tests.contract import records
 
 RECORDS = json.loads(records.FILE.read_text())
 INSTALLED = records.Wheel(hooks.host_root())
-OFFLINE = ("tune", "bench", "demo", "doctor")
+OFFLINE = ("tune", "bench", "demo", "doctor", "evaluation")
 """Parts of the package that no server runs."""
 
 

@@ -14,10 +14,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from sglang_cachedit_plugin.integration import ranks
+from sglang_cachedit_plugin.integration import ranks, request
+from sglang_cachedit_plugin.integration.request import WORKER
 from sglang_cachedit_plugin.cache import parallel
 from sglang_cachedit_plugin.errors import MountError
-from sglang_cachedit_plugin.cache.runtime import Groups
+from sglang_cachedit_plugin.cache.spec import Groups
 from tests.unit.blocks import Rig, sample
 
 from tests.dist import steps
@@ -53,7 +54,7 @@ def _layout(name: str):
             world_size=dist.get_world_size(), rank=dist.get_rank(), local_rank=dist.get_rank(), backend="gloo"
         )
     state.initialize_model_parallel(**LAYOUTS[name], backend="gloo")
-    ranks.groups_ready(None)
+    request.groups_ready()
     try:
         yield
     finally:
@@ -88,13 +89,13 @@ def every_layout(rank: int) -> dict[str, dict[str, Any]]:
     batch = SimpleNamespace(raw_latent_shape=(1, 20, 8))
     for name in LAYOUTS:
         with _layout(name):
-            groups = ranks.groups([_stage()], batch)
+            groups = ranks.groups(WORKER.slices, [_stage()], batch)
             cut = _run(
                 groups, lambda step, g=groups: _whole(step).chunk(g.sp_ranks, dim=1)[g.sp_rank], verify_ranks=True
             )
             found[name] = _named(groups) | {
-                "joint": _named(ranks.groups([_stage()], batch, joint=True)),
-                "main rank": _named(ranks.groups([_stage("MAIN_RANK_ONLY"), _stage()], batch)),
+                "joint": _named(ranks.groups(WORKER.slices, [_stage()], batch, joint=True)),
+                "main rank": _named(ranks.groups(WORKER.slices, [_stage("MAIN_RANK_ONLY"), _stage()], batch)),
                 "layout": ranks.layout().strify(),
                 "report": cut,
             }
@@ -107,14 +108,15 @@ def one_forward_over_cfg_ranks(rank: int) -> dict[str, dict[str, Any]]:
     found = {}
     for name in ("replicas 2 x CFG 2", "CFG 2 x TP 2"):
         with _layout(name), state.use_sequence_parallel_group(state.get_cfg_sequence_parallel_group()):
-            found[name] = _named(ranks.groups([_stage("SEQUENCE_PARALLEL_OVER_CFG_RANKS")], SimpleNamespace()))
+            stage = _stage("SEQUENCE_PARALLEL_OVER_CFG_RANKS")
+            found[name] = _named(ranks.groups(WORKER.slices, [stage], SimpleNamespace()))
     return found
 
 
 def idle_replica(rank: int) -> dict[str, Any]:
     """The first replica serves a request; the second one waits for nothing and nobody waits for it."""
     with _layout("replicas 2 x SP 2"):
-        groups = ranks.groups([_stage()], SimpleNamespace())
+        groups = ranks.groups(WORKER.slices, [_stage()], SimpleNamespace())
         if rank >= 2:
             return {"report": None, "collectives": 0}
         with collectives() as counts:
@@ -125,7 +127,7 @@ def idle_replica(rank: int) -> dict[str, Any]:
 def cfg_with_shards(rank: int) -> dict[str, Any]:
     """Two branches on two ranks each, in lockstep."""
     with _layout("CFG 2 x SP 2"):
-        groups = ranks.groups([_stage()], SimpleNamespace())
+        groups = ranks.groups(WORKER.slices, [_stage()], SimpleNamespace())
         branch = ("cond", "uncond")[groups.cfg_rank]
         found = {}
         for name in ("off", "on"):
@@ -184,7 +186,7 @@ def fsdp(rank: int) -> dict[str, Any]:
     with _layout("CFG 2 x SP 2"):
         for name, shape in {"over the branches": (1, 4), "within a branch": (2, 2)}.items():
             model = spread(*shape)
-            groups = ranks.groups([_stage()], batch, modules=[model])
+            groups = ranks.groups(WORKER.slices, [_stage()], batch, modules=[model])
             found[name] = {"gathered": groups.gathered, "weights": sorted(parallel.weight_ranks([model]))}
     with _layout("replicas 2 x SP 2"):
         found["over replicas"] = _declined(modules=[spread(1, 4)])
@@ -193,7 +195,7 @@ def fsdp(rank: int) -> dict[str, Any]:
 
 def _declined(**arguments: Any) -> str:
     try:
-        ranks.groups([_stage()], SimpleNamespace(), **arguments)
+        ranks.groups(WORKER.slices, [_stage()], SimpleNamespace(), **arguments)
     except MountError as error:
         return str(error)
     return "served"
@@ -201,13 +203,9 @@ def _declined(**arguments: Any) -> str:
 
 def unknown_layout(rank: int) -> str:
     """The host's groups were made where the plugin did not see it."""
-    known = ranks._layout
-    try:
-        with _layout("replicas 2 x SP 2"):
-            ranks._layout = ranks._Layout()
-            return _declined()
-    finally:
-        ranks._layout = known
+    with _layout("replicas 2 x SP 2"):
+        WORKER.slices = ranks.Slices()
+        return _declined()
 
 
 def mesh_over_replicas(rank: int) -> list[str]:
@@ -226,7 +224,7 @@ def mesh_over_replicas(rank: int) -> list[str]:
 def steps_of_branches_with_shards(rank: int) -> dict[str, Any]:
     """Two branches on two ranks each, latents cut over the two."""
     with _layout("CFG 2 x SP 2"):
-        groups, cfg = ranks.groups([_stage()], SimpleNamespace()), state.get_cfg_group().device_group
+        groups, cfg = ranks.groups(WORKER.slices, [_stage()], SimpleNamespace()), state.get_cfg_group().device_group
         own = steps.start().chunk(2, dim=1)[groups.sp_rank].clone()
         return {
             "sp_rank": groups.sp_rank,

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sglang_cachedit_plugin.cache.runtime import Groups
+from sglang_cachedit_plugin.cache.spec import Groups
 from tests.unit.blocks import TOKENS, Block, Rig, TwoListsDiT, sample
 
 COUNT, FAILING = 60, 6

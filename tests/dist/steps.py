@@ -10,7 +10,7 @@ from torch.distributed import distributed_c10d
 
 from sglang_cachedit_plugin.cache.denoising_steps import DenoisingSteps
 from sglang_cachedit_plugin.cache.solvers import Solver
-from sglang_cachedit_plugin.cache.runtime import Groups
+from sglang_cachedit_plugin.cache.spec import Groups
 from sglang_cachedit_plugin.config.settings import CacheSettings
 from sglang_cachedit_plugin.report.stats import RequestStats, TransformerStats
 from tests.unit.blocks import DIM, Rig

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sglang_cachedit_plugin.integration.ranks import connected
-from sglang_cachedit_plugin.cache.runtime import Groups
+from sglang_cachedit_plugin.cache.spec import Groups
 
 from tests.dist import world
 from tests.dist.histories import faults

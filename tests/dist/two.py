@@ -9,11 +9,11 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from sglang_cachedit_plugin.cache import mount, rank_agreement
+from sglang_cachedit_plugin.cache import cached_model, rank_agreement
 from sglang_cachedit_plugin.config.effective import Defaults
 from sglang_cachedit_plugin.errors import MountError
-from sglang_cachedit_plugin.cache.mount import CachedModel
-from sglang_cachedit_plugin.cache.runtime import Groups
+from sglang_cachedit_plugin.cache.cached_model import CachedModel
+from sglang_cachedit_plugin.cache.spec import Groups
 from sglang_cachedit_plugin.integration.request import Facts, Session
 from sglang_cachedit_plugin.cache.similarity import reduced_differences, residual_difference, residual_sums
 from tests.unit.blocks import Rig, TinyDiT, sample
@@ -269,7 +269,7 @@ def mount_on_one_rank(rank: int) -> tuple[bool, str | None, str]:
         steps={"transformer": (0, 6)}, identify=lambda name, kwargs: None, groups=Groups(forward=_world())
     )
     session = Session("native", Defaults().decide(True, None))
-    broken = mock.patch.object(mount, "CachedTransformer", side_effect=MountError("no such blocks"))
+    broken = mock.patch.object(cached_model, "CachedTransformer", side_effect=MountError("no such blocks"))
     with broken if rank == 1 else nullcontext():
         session.open(model, facts)
     return session.stats.enabled, session.stats.reason, model.state.name

@@ -13,9 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_cachedit_plugin.config import effective
-from sglang_cachedit_plugin.config.config_file import MAX_FILE_BYTES, load_file
 from sglang_cachedit_plugin.config.effective import Defaults
-from sglang_cachedit_plugin.config.sources import MAX_NAME, read_file
+from sglang_cachedit_plugin.config.sources import MAX_FILE_BYTES, MAX_NAME, load_file, read_file
 from sglang_cachedit_plugin.errors import SettingError
 from sglang_cachedit_plugin.integration import startup
 

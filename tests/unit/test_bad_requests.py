@@ -10,9 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sglang_cachedit_plugin.config import effective
-from sglang_cachedit_plugin.config.overrides import MAX_BYTES
 from sglang_cachedit_plugin.config.settings import ALIASES, KNOBS
-from sglang_cachedit_plugin.config.sources import PREFIX, SECONDARY_VARIABLES, VARIABLES
+from sglang_cachedit_plugin.config.sources import MAX_CHANGE_BYTES, PREFIX, SECONDARY_VARIABLES, VARIABLES
 from sglang_cachedit_plugin.integration import sglang_api, startup
 from sglang_cachedit_plugin.serving import validation
 from tests.unit.test_control import ADDRESS, client, replicas, start_up
@@ -36,7 +35,8 @@ KEYS = st.sampled_from([
 BODIES = st.dictionaries(KEYS | TEXTS, JSON, max_size=4) | JSON
 RAW = st.binary(max_size=40) | st.sampled_from([
     b"", b"{", b"[" * 60_000, b'{"a":' * 10_000, b"9" * 6000, b'{"max_warmup_steps": 1e999}', b"\xff\xfe{}", b"NaN",
-    b'{"enabled": true, "enabled": true}', b"\xef\xbb\xbf{}", b'{"a": "\\ud800"}', b"{}" + b" " * MAX_BYTES, b"'{}'",
+    b'{"enabled": true, "enabled": true}', b"\xef\xbb\xbf{}", b'{"a": "\\ud800"}', b"{}" + b" " * MAX_CHANGE_BYTES,
+    b"'{}'",
     b'{"profiles": {"\\ud800": {}}}', b'{"profiles": {"": {}}}', b'{"profiles": {"a\\u0000": {}}}', b"null", b"--",
     b'{' + b",".join(b'"k%d": 1' % n for n in range(5000)) + b', "k4999": 1}',
 ])

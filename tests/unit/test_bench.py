@@ -57,18 +57,33 @@ def test_several_variants():
     assert [(variant.name, variant.kind) for variant in found] == [
         ("uncached", "uncached"), ("s", "stock"), ("a", "plugin"), ("b", "plugin"),
     ]
-    assert [variant.name for variant in plan(["a"], with_stock=False)] == ["uncached", "a"]
+    assert [variant.name for variant in plan(["a:"], with_stock=False)] == ["uncached", "a"]
 
 
 @pytest.mark.parametrize(("variants", "message"), [
     (["a:residual_diff_threshold=7"], "residual_diff_threshold = 7"), (["a:max_warmup_stepz=1"], "did you mean"),
-    (["a", "a"], "two variants"), (["uncached"], "two variants"), (["a:profile=none-such"], "profile"),
+    (["a:", "a:"], "two variants"), (["uncached:"], "two variants"), (["a:profile=none-such"], "profile"),
     (["a:b"], "expected name=value"), ([":x=1"], "expected name:setting=value"),
-    (["fast"], "did you mean 'fast:profile=fast'?"), (["fats"], "did you mean 'fast:profile=fast'?"),
+    (["a"], "a name alone is that of a profile"), (["fats"], "did you mean 'fast'?"),
 ])
 def test_bad_variants_are_refused_before_anything_starts(variants, message):
     with pytest.raises(SettingError, match=re.escape(message)):
         plan(variants, profiles=["fast"])
+
+
+def test_the_name_of_a_profile_alone_is_that_profile():
+    assert dict(plan(["fast"], profiles=["fast"], with_stock=False)[1].settings) == {"profile": "fast"}
+
+
+def test_more_than_the_ideal_is_warned_of():
+    row = {**dict.fromkeys(("failed", "reason", "switch", "error", "requests")), "name": "a", "left_out": []}
+    cells = dict.fromkeys((
+        "seconds", "denoising_s", "computed", "speedup", "peak_memory_mb", "peak_rss_mb", "first_request_s",
+        *summary.quality.METRICS,
+    ))
+    row |= cells | {"computed_is_estimated": False}
+    for efficiency, warned in ((2.84, True), (1.0, False), (None, False)):
+        assert ("warning: above 100 % of ideal" in summary.table([row | {"efficiency": efficiency}])) is warned
 
 
 def test_a_variant_may_have_the_name_of_a_profile_where_it_says_what_it_is():

@@ -9,7 +9,7 @@ import torch
 from prometheus_client import REGISTRY
 
 from sglang_cachedit_plugin.config.effective import Defaults
-from sglang_cachedit_plugin.config.overrides import read_overrides
+from sglang_cachedit_plugin.config.sources import read_overrides
 from sglang_cachedit_plugin.integration import native
 from sglang_cachedit_plugin.integration.request import WORKER, ActiveRequest
 from sglang_cachedit_plugin.report import metrics

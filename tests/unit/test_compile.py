@@ -9,10 +9,10 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from torch._dynamo.utils import counters
 
+from sglang_cachedit_plugin.cache.cached_model import CachedModel, preset_mask
 from sglang_cachedit_plugin.cache.denoising_steps import DenoisingSteps
-from sglang_cachedit_plugin.cache.mount import CachedModel, preset_mask
-from sglang_cachedit_plugin.cache.runtime import Groups, Identity, RequestSpec, TransformerSpec
 from sglang_cachedit_plugin.cache.solvers import Solver
+from sglang_cachedit_plugin.cache.spec import Groups, Identity, RequestSpec, TransformerSpec
 from sglang_cachedit_plugin.cache.step_plan import StepPlan, build_plan
 from sglang_cachedit_plugin.cache.warmup import Warmup
 from sglang_cachedit_plugin.config.settings import CacheSettings

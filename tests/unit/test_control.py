@@ -13,9 +13,9 @@ from prometheus_client import REGISTRY
 
 from sglang_cachedit_plugin.config import effective
 from sglang_cachedit_plugin.config.effective import Defaults
-from sglang_cachedit_plugin.config.overrides import MAX_BYTES
 from sglang_cachedit_plugin.config.settings import KNOBS
-from sglang_cachedit_plugin.config.sources import CONTROL_KEY_VARIABLE, read_file
+from sglang_cachedit_plugin.config.sources import CONTROL_KEY_VARIABLE, MAX_CHANGE_BYTES, read_file, read_overrides
+from sglang_cachedit_plugin.errors import SettingError
 from sglang_cachedit_plugin.integration import sglang_api
 from sglang_cachedit_plugin.report import metrics
 from sglang_cachedit_plugin.serving import channel, control, state
@@ -208,7 +208,7 @@ def test_a_worker_that_refuses_is_all_workers_refusing(replicas):
         (b'{"enabled": true, "residual_diff_threshold": 7}', 400, "from 0 to 1"),
         (b"", 400, "not valid JSON"),
         (b'{"enabled": true, "enabled": false}', 400, "given twice"),
-        (b"{" + b" " * MAX_BYTES + b"}", 413, "larger than 65536 bytes"),
+        (b"{" + b" " * MAX_CHANGE_BYTES + b"}", 413, "larger than 65536 bytes"),
     ],
 )
 def test_a_bad_change_is_refused_whole_and_no_worker_hears_of_it(replicas, body, status, part):
@@ -221,8 +221,8 @@ def test_a_bad_change_is_refused_whole_and_no_worker_hears_of_it(replicas, body,
 
 
 def test_the_largest_body_is_taken(replicas):
-    body = b'{"max_warmup_steps": 6' + b" " * (MAX_BYTES - 23) + b"}"
-    assert len(body) == MAX_BYTES
+    body = b'{"max_warmup_steps": 6' + b" " * (MAX_CHANGE_BYTES - 23) + b"}"
+    assert len(body) == MAX_CHANGE_BYTES
     assert client().put(ADDRESS, content=body).status_code == 200
 
 
@@ -332,6 +332,21 @@ def test_openapi_describes_all_of_it():
     assert "$defs" not in json.dumps(body)
     assert {"200", "400", "401", "403", "413", "503"} <= set(methods["put"]["responses"])
     assert set(document["components"]["schemas"]["State"]["properties"]) >= {"config", "workers", "totals", "control"}
+
+
+def test_null_takes_a_setting_back_in_a_patch_and_is_no_setting_in_a_put():
+    import jsonschema
+
+    methods = client().get("/openapi.json").json()["paths"][ADDRESS]
+    put, patch = (
+        jsonschema.Draft202012Validator(methods[name]["requestBody"]["content"]["application/json"]["schema"])
+        for name in ("put", "patch")
+    )
+    for body in ({"max_warmup_steps": None}, {"secondary": {"scm_policy": None}}, {"cache_config": {"lockstep": None}}):
+        assert patch.is_valid(body) and not put.is_valid(body)
+        with pytest.raises(SettingError, match="expected"):
+            read_overrides(body)
+    assert not patch.is_valid({"max_warmup_steps": "2"})
 
 
 def test_the_schema_takes_what_the_checks_take():

@@ -11,9 +11,9 @@ from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from cache_dit.distributed.core._hooks import HookRegistry, ModelHook
 from torch import nn
 
-from sglang_cachedit_plugin.cache.mount import CachedTransformer
+from sglang_cachedit_plugin.cache.cached_model import CachedTransformer
 from sglang_cachedit_plugin.cache.parallel import first_residual
-from sglang_cachedit_plugin.cache.runtime import Identity, TransformerSpec
+from sglang_cachedit_plugin.cache.spec import Identity, TransformerSpec
 from sglang_cachedit_plugin.cache.step_plan import build_plan
 from sglang_cachedit_plugin.config.settings import CacheSettings
 from sglang_cachedit_plugin.errors import CacheDitError

@@ -9,14 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_cachedit_plugin.config.effective import Defaults
-from sglang_cachedit_plugin.config.overrides import read_overrides
-from sglang_cachedit_plugin.config.profiles import KNOBS_OF
 from sglang_cachedit_plugin.config.settings import DBCACHE_KNOBS, CacheSettings
-from sglang_cachedit_plugin.config.sources import FileConfig, read_environment, read_file, read_request, resolve
+from sglang_cachedit_plugin.config.sources import (
+    PROFILES,
+    FileConfig,
+    read_environment,
+    read_file,
+    read_overrides,
+    read_request,
+    resolve,
+)
 from sglang_cachedit_plugin.errors import SettingError
 
 P = "SGLANG_CACHE_DIT_"
-BALANCED = KNOBS_OF["balanced"]["error_tolerance"]
+BALANCED = PROFILES["balanced"]["error_tolerance"]
 
 MINE = {"mine": {"residual_diff_threshold": 0.2}}
 

@@ -16,8 +16,8 @@ from diffusers import (
 )
 
 from sglang_cachedit_plugin.cache.block_lists import describe
-from sglang_cachedit_plugin.cache.mount import CachedTransformer, preset_mask
-from sglang_cachedit_plugin.cache.runtime import Identity, TransformerSpec
+from sglang_cachedit_plugin.cache.cached_model import CachedTransformer, preset_mask
+from sglang_cachedit_plugin.cache.spec import Identity, TransformerSpec
 from sglang_cachedit_plugin.cache.step_plan import build_plan
 from sglang_cachedit_plugin.config.settings import CacheSettings
 from sglang_cachedit_plugin.errors import MountError

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_cachedit_plugin.cache.mount import CachedTransformer, preset_mask
+from sglang_cachedit_plugin.cache.cached_model import CachedTransformer, preset_mask
 from sglang_cachedit_plugin.cache.output_cache import OutputHistory
-from sglang_cachedit_plugin.cache.runtime import Identity, TransformerSpec
+from sglang_cachedit_plugin.cache.spec import Identity, TransformerSpec
 from sglang_cachedit_plugin.cache.step_plan import StepPlan, build_plan
 from sglang_cachedit_plugin.config.settings import CacheSettings
 from sglang_cachedit_plugin.report.stats import TransformerStats

@@ -5,15 +5,14 @@ from __future__ import annotations
 import pytest
 
 from sglang_cachedit_plugin.config.effective import Defaults
-from sglang_cachedit_plugin.config.profiles import BUILT_IN, KNOBS_OF
-from sglang_cachedit_plugin.config.sources import read_environment, read_file
+from sglang_cachedit_plugin.config.sources import BUILT_IN, PROFILES, read_environment, read_file
 from sglang_cachedit_plugin.errors import SettingError
 
 TOLERANCES = {"quality": 0.003, "balanced": 0.01, "fast": 0.08}
 
 
 def test_every_built_in_profile_is_tested():
-    assert set(TOLERANCES) == set(BUILT_IN) == set(KNOBS_OF)
+    assert set(TOLERANCES) == set(BUILT_IN) == set(PROFILES)
 
 
 @pytest.mark.parametrize("name", TOLERANCES)

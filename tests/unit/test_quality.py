@@ -8,6 +8,14 @@ import pytest
 from sglang_cachedit_plugin.evaluation import quality
 
 
+def scored(metric, reference, picture):
+    return quality.summary(quality.by_frame(metric, reference, picture), metric)["mean"]
+
+
+def compare(reference, picture, metrics=quality.METRICS):
+    return {name: quality.summary(quality.by_frame(name, reference, picture), name) for name in metrics}
+
+
 @pytest.fixture
 def picture():
     return np.random.default_rng(1).integers(60, 190, size=(48, 64, 3), dtype=np.uint8)
@@ -24,8 +32,8 @@ def test_psnr_does_not_wrap_round_in_uint8(picture):
 
 def test_float_and_uint8_pictures_agree(picture):
     other = picture + 9
-    in_float = quality.compare(picture / 255.0, other / 255.0)
-    in_bytes = quality.compare(picture, other)
+    in_float = compare(picture / 255.0, other / 255.0)
+    in_bytes = compare(picture, other)
     for metric in quality.METRICS:
         assert in_float[metric]["mean"] == pytest.approx(in_bytes[metric]["mean"], abs=1e-6)
 
@@ -33,7 +41,7 @@ def test_float_and_uint8_pictures_agree(picture):
 def test_equal_pictures(picture):
     assert quality.psnr(picture, picture) == quality.IDENTICAL_PSNR
     assert quality.ssim(picture, picture) == pytest.approx(1.0)
-    assert quality.flip(picture, picture) == 0.0
+    assert scored("flip", picture, picture) == 0.0
 
 
 def test_ssim_of_constant_pictures():
@@ -45,13 +53,13 @@ def test_ssim_of_constant_pictures():
 def test_flip_of_black_and_white():
     # LDR-FLIP of black against white is 0.967 (the colour term alone, no edges).
     black, white = np.zeros((32, 32, 3)), np.ones((32, 32, 3))
-    assert quality.flip(black, white) == pytest.approx(0.9673, abs=1e-3)
+    assert scored("flip", black, white) == pytest.approx(0.9673, abs=1e-3)
 
 
 def test_worse_pictures_score_worse(picture):
     noise = np.random.default_rng(2).normal(size=picture.shape)
     near, far = (np.clip(picture / 255.0 + noise * size, 0, 1) for size in (0.01, 0.1))
-    scores = [quality.compare(picture / 255.0, other) for other in (near, far)]
+    scores = [compare(picture / 255.0, other) for other in (near, far)]
     assert scores[0]["psnr"]["mean"] > scores[1]["psnr"]["mean"]
     assert scores[0]["ssim"]["mean"] > scores[1]["ssim"]["mean"]
     assert scores[0]["flip"]["mean"] < scores[1]["flip"]["mean"]
@@ -59,7 +67,7 @@ def test_worse_pictures_score_worse(picture):
 
 def test_a_video_is_scored_by_frame(picture):
     video = np.stack([picture, picture + 4, picture + 32])
-    scores = quality.compare(np.stack([picture] * 3), video, ["psnr", "flip"])
+    scores = compare(np.stack([picture] * 3), video, ["psnr", "flip"])
     assert scores["psnr"]["each"] == pytest.approx([100.0, 36.0896, 18.0271], abs=1e-3)
     assert scores["psnr"]["min"] == pytest.approx(18.0271, abs=1e-3)
     assert scores["psnr"]["mean"] == pytest.approx((100.0 + 36.0896 + 18.0271) / 3, abs=1e-3)

@@ -13,16 +13,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sglang_cachedit_plugin import cli
-from sglang_cachedit_plugin.config.json_schema import config_schema
-from sglang_cachedit_plugin.config.preflight import Machine, fit
-from sglang_cachedit_plugin.config.section_knobs import (
+from sglang_cachedit_plugin.config.diffusers_sections import (
     ATTENTION_BACKENDS,
     PARALLELISM,
     QUANT_SPELLINGS,
     QUANT_TYPES,
     QUANTIZE,
     SPELLINGS,
+    Machine,
+    fit,
 )
+from sglang_cachedit_plugin.config.json_schema import config_schema
 from sglang_cachedit_plugin.config.settings import ALIASES, INERT_KNOBS, KNOBS
 from sglang_cachedit_plugin.config.sources import read_file
 from sglang_cachedit_plugin.errors import SettingError
@@ -79,11 +80,12 @@ def test_a_recipe(path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_doctor_checks_a_recipe_without_a_model(path, capsys, monkeypatch):
-    monkeypatch.setattr("sglang_cachedit_plugin.config.preflight.find_spec", lambda module: object())
+    monkeypatch.setattr("sglang_cachedit_plugin.config.diffusers_sections.find_spec", lambda module: object())
     arguments = ["doctor", "--config", str(path), "--num-gpus", str(ranks(path.read_text()))]
-    assert cli.main(arguments) == 0, capsys.readouterr().out
+    status, out = cli.main(arguments), capsys.readouterr().out
+    assert status == 0 and out.startswith("nothing is wrong\n"), out
     assert cli.main([*arguments, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out.split("nothing is wrong\n")[1])
+    found = json.loads(capsys.readouterr().out)
     sections = read_file(str(path)).passed_on
     assert set(found["settings"]["sections"]) == set(sections)
 
@@ -122,7 +124,7 @@ def sections(*names):
 
 
 CACHE = sections(*KNOBS, *ALIASES, *INERT_KNOBS, "enable_sperate_cfg")
-PARALLEL = sections(*PARALLELISM, *SPELLINGS["parallelism_config"], "cp_plan")
+PARALLEL = sections(*PARALLELISM, *SPELLINGS, "cp_plan")
 QUANT = sections(*QUANTIZE) | st.fixed_dictionaries(
     {"quant_type": VALUES}, optional={name: VALUES for name in QUANTIZE if name != "quant_type"}
 )

@@ -11,11 +11,13 @@ from cache_dit import BlockAdapter, BlockAdapterRegister, ForwardPattern
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from sglang_cachedit_plugin import adapters
 from sglang_cachedit_plugin.adapters import Blocks
 from sglang_cachedit_plugin.cache.block_lists import describe
-from sglang_cachedit_plugin.cache.mount import CachedTransformer
+from sglang_cachedit_plugin.cache.cached_model import CachedTransformer
 from sglang_cachedit_plugin.errors import MountError
 from tests.unit.blocks import DIM, Rig, sample
+from tests.unit.test_mount import MODELS, Mounted
 
 N = 5
 STATIC = {"steps_computation_mask": (1, 0, 1, 0), "steps_computation_policy": "static", "max_warmup_steps": 0}
@@ -217,3 +219,21 @@ def test_an_adapter_that_does_not_fit_is_refused_with_the_reason(register, block
     with pytest.raises(MountError, match=f"Registered: its blocks are not as declared: .*{words}"):
         CachedTransformer("transformer", model)
     assert "forward" not in model.__dict__
+
+
+@pytest.mark.parametrize("build", MODELS)
+def test_real_classes_without_a_row_are_cached_as_with_one(build, monkeypatch):
+    model = build()
+    row = describe(model)
+    monkeypatch.delitem(adapters.DIFFUSERS, type(model).__name__)
+    assert adapters.find_adapter(type(model)) is None
+    known = describe(model)
+    assert [(each.name, each.streams, each.measured) for each in known] == [
+        (each.name, each.streams, each.measured) for each in row
+    ]
+    rig = Mounted(build)
+    stats = rig.begin(steps_computation_mask=(1, 0, 0, 1), steps_computation_policy="static")
+    outputs = [rig.run(step) for step in range(4)]
+    assert stats.branches["cond"].cached == [1, 2]
+    assert [torch.equal(a, b) for a, b in zip(outputs, rig.before, strict=True)] == [True, False, False, True]
+    assert rig.mounted.problem() is None

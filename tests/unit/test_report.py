@@ -99,6 +99,8 @@ def test_differences_share_one_amplification(written, tmp_path):
     assert factor * middle <= 255 < 2 * factor * middle
     chosen = rows[0].cells[1]
     assert chosen.column == "chosen"
+    assert re.fullmatch(r"\d\d\.\d dB, 0\.61 s", chosen.figures) and rows[0].cells[0].figures == "1.20 s"
+    assert f"tuned, {chosen.figures}" in written[1].read_text()
     assert np.array_equal(sheet.amplified(chosen.difference, 2), np.minimum(chosen.difference.astype(int) * 2, 255))
     assert rows[1].cells[2].picture is None
 

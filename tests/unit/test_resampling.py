@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_cachedit_plugin.config.resampling import choose, resample
-from sglang_cachedit_plugin.config.tuned_schedules import TunedSchedule
+from sglang_cachedit_plugin.config.tuned_schedules import TunedSchedule, choose, resample
 
 MASKS = st.lists(st.integers(0, 1), min_size=1, max_size=60).map(lambda rest: (1, *rest))
 

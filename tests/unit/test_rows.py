@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from sglang_cachedit_plugin.config.sources import read_file, read_request, resolve
-from sglang_cachedit_plugin.config.tuned_schedules import read_rows
+from sglang_cachedit_plugin.config.tuned_schedules import Rows
 from sglang_cachedit_plugin.errors import SettingError
 
 ROW = {
@@ -16,14 +16,14 @@ ROW = {
 
 
 def read(**changes):
-    return read_rows("schedules", [{**ROW, **changes}], "tuned.yaml")
+    return Rows().check("schedules", [{**ROW, **changes}], "tuned.yaml")
 
 
-def test_a_row_comes_back_from_yaml_as_it_was_read():
+def test_a_row_in_yaml_is_read_as_it_was_written():
     (row,) = read()
     assert (row.steps, row.size, row.mask, row.uncond_mask) == (4, (128, 64), (1, 0, 1, 0), (1, 0, 0, 0))
     assert row.weights == ((1.0,), (-0.5, 1.5))
-    text = yaml.safe_dump({"profiles": {"tuned": {"schedules": [row.as_dict()]}}})
+    text = yaml.safe_dump({"profiles": {"tuned": {"schedules": [ROW]}}})
     again = read_file(yaml.safe_load(text)).profiles["tuned"].primary["schedules"].value
     assert again == (row,)
 
@@ -55,12 +55,12 @@ def test_a_bad_row_is_refused_by_field(changes, words):
 
 def test_two_rows_for_the_same_requests_are_refused():
     with pytest.raises(SettingError, match=r"schedules\[1\] = '4 steps 128x64' .*already a row"):
-        read_rows("schedules", [ROW, ROW], "tuned.yaml")
+        Rows().check("schedules", [ROW, ROW], "tuned.yaml")
 
 
 def test_a_missing_mask_is_named():
     with pytest.raises(SettingError, match=r"schedules\[0\].mask = None .*missing"):
-        read_rows("schedules", [{"steps": 4}], "tuned.yaml")
+        Rows().check("schedules", [{"steps": 4}], "tuned.yaml")
 
 
 def test_schedules_and_another_schedule_of_the_same_source_exclude_each_other():

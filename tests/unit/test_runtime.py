@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from sglang_cachedit_plugin.cache import mount
-from sglang_cachedit_plugin.cache.mount import CachedModel, State
-from sglang_cachedit_plugin.cache.runtime import RequestSpec, TransformerSpec
+from sglang_cachedit_plugin.cache import cached_model
+from sglang_cachedit_plugin.cache.cached_model import CachedModel, State
+from sglang_cachedit_plugin.cache.spec import RequestSpec, TransformerSpec
 from sglang_cachedit_plugin.cache.step_plan import StepPlan
 from sglang_cachedit_plugin.config.settings import CacheSettings
 from sglang_cachedit_plugin.errors import MountError
@@ -53,7 +53,7 @@ class Recorder:
 
 
 def model_of(backend: Recorder, monkeypatch: pytest.MonkeyPatch) -> CachedModel:
-    monkeypatch.setattr(mount, "CachedTransformer", backend.mount)
+    monkeypatch.setattr(cached_model, "CachedTransformer", backend.mount)
     return CachedModel({"transformer": nn.Identity()})
 
 
@@ -83,6 +83,15 @@ def test_transitions(backend, runtime, requests, events):
         runtime.prepare(request)
         assert backend.cached == (request is not None)
     assert backend.events == events
+
+
+def test_a_transformer_that_a_request_does_not_name_runs_as_it_is(monkeypatch):
+    both = {"transformer": Recorder(), "transformer_2": Recorder()}
+    monkeypatch.setattr(cached_model, "CachedTransformer", lambda name, *args: both[name].mount(name, *args))
+    model = CachedModel(dict.fromkeys(both, nn.Identity()))
+    model.prepare(FIRST)
+    assert [each.cached for each in both.values()] == [True, False]
+    assert both["transformer_2"].events == ["mount", "bypass"]
 
 
 def test_mounting_early_leaves_the_original_forward(backend, runtime):

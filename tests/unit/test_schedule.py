@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_cachedit_plugin.cache.mount import preset_mask
+from sglang_cachedit_plugin.cache.cached_model import preset_mask
 from sglang_cachedit_plugin.cache.step_plan import MIN_SCHEDULE_STEPS, Action, StepPlan, bins_mask, build_plan
 from sglang_cachedit_plugin.config.settings import CacheSettings
 

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from sglang_cachedit_plugin.config.preflight import Machine, check_family, fit, native_flags
-from sglang_cachedit_plugin.config.section_knobs import PARALLELISM, QUANTIZE
+from sglang_cachedit_plugin.config.diffusers_sections import (
+    PARALLELISM,
+    QUANTIZE,
+    Machine,
+    check_family,
+    fit,
+    native_flags,
+    resolve_sizes,
+)
 from sglang_cachedit_plugin.config.sources import read_file
-from sglang_cachedit_plugin.config.topology import resolve_sizes
 from sglang_cachedit_plugin.errors import SettingError
 
 EVERYTHING = Machine(device="cuda", capability=(9, 0), has=lambda module: True, cache_dit="1.5.3")

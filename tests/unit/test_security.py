@@ -13,8 +13,7 @@ from fastapi.testclient import TestClient
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from sglang_cachedit_plugin.config.overrides import MAX_BYTES
-from sglang_cachedit_plugin.config.sources import CONTROL_KEY_VARIABLE, read_file
+from sglang_cachedit_plugin.config.sources import CONTROL_KEY_VARIABLE, MAX_CHANGE_BYTES, read_file
 from sglang_cachedit_plugin.errors import SettingError
 from sglang_cachedit_plugin.integration import sglang_api, startup
 from sglang_cachedit_plugin.report import metrics
@@ -63,7 +62,7 @@ def endless(made: FastAPI, method: str, path: str, start: bytes, part: bytes) ->
 
 
 @pytest.mark.parametrize(("method", "path", "limit"), [
-    ("PUT", ADDRESS, MAX_BYTES), ("POST", "/generate", validation.MAX_BYTES),
+    ("PUT", ADDRESS, MAX_CHANGE_BYTES), ("POST", "/generate", validation.MAX_BYTES),
 ])
 def test_a_body_without_end_is_read_up_to_the_limit(replicas, method, path, limit):
     status, detail, taken = endless(app(), method, path, b'{"prompt": "', b"a" * 4096)

@@ -10,15 +10,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sglang_cachedit_plugin.config.effective import Defaults
-from sglang_cachedit_plugin.config.overrides import read_overrides
-from sglang_cachedit_plugin.config.settings import ALIASES, INERT_KNOBS, KNOBS, MAX_LENGTH, PRESETS, CacheSettings
+from sglang_cachedit_plugin.config.knobs import MAX_LENGTH, PRESETS
+from sglang_cachedit_plugin.config.settings import ALIASES, INERT_KNOBS, KNOBS, CacheSettings
 from sglang_cachedit_plugin.config.sources import (
-    BOOL,
+    ENABLED,
     ENABLED_VARIABLE,
     SECONDARY_VARIABLES,
     VARIABLES,
     read_environment,
     read_file,
+    read_overrides,
     read_request,
     resolve,
 )
@@ -74,18 +75,19 @@ def in_range(name: str, value: object) -> bool:
     knob = KNOBS[name]
     if value is None:
         return knob.optional
-    if knob.kind == "bool":
+    kind = type(knob).__name__
+    if kind == "Flag":
         return value is True or value is False
-    if knob.kind in ("int", "float"):
-        if type(value).__name__ != knob.kind or not math.isfinite(value):
+    if kind in ("Whole", "Number"):
+        if type(value) is not (int if kind == "Whole" else float) or not math.isfinite(value):
             return False
         above = knob.low is None or value >= knob.low
         return above and (knob.high is None or value <= knob.high)
-    if knob.kind == "choice":
+    if kind == "Choice":
         return value in knob.choices
-    if knob.kind == "bins":
+    if kind == "Bins":
         return isinstance(value, tuple) and all(type(run) is int and 0 < run <= MAX_LENGTH for run in value)
-    if knob.kind == "rows":
+    if kind == "Rows":
         return isinstance(value, tuple) and all(len(row.mask) == row.steps and row.mask[0] == 1 for row in value)
     return value in PRESETS[1:] or (isinstance(value, tuple) and 1 in value and set(value) <= {0, 1})
 
@@ -154,9 +156,9 @@ def test_any_text_of_any_variable(variable, text):
 
 
 BAD = {
-    "bool": ["maybe", 1, [], {}], "int": ["x", 1.5, -99, 10**9, True, "1e400"], "float": ["x", -1.0, math.nan, [0.1]],
-    "choice": ["statik", 3, [], ""], "bins": ["8,x", [0], [], "0", {}], "mask": ["fats", [2], [0, 0], [], 5],
-    "rows": ["x", [], [3], [{"steps": 2}], [{"mask": "1x", "steps": 2}]],
+    "Flag": ["maybe", 1, [], {}], "Whole": ["x", 1.5, -99, 10**9, True, "1e400"],
+    "Number": ["x", -1.0, math.nan, [0.1]], "Choice": ["statik", 3, [], ""], "Bins": ["8,x", [0], [], "0", {}],
+    "Mask": ["fats", [2], [0, 0], [], 5], "Rows": ["x", [], [3], [{"steps": 2}], [{"mask": "1x", "steps": 2}]],
 }
 """What no setting of a kind takes, -99 and 10**9 where it has a limit there."""
 
@@ -206,7 +208,7 @@ def names_it(error: SettingError | None, typed: str, value: object, origin: str,
 def test_a_bad_value_is_named_as_it_was_typed_with_its_origin_and_what_is_allowed(key):
     name = ALIASES.get(key, key)
     knob = KNOBS[name]
-    for value in BAD[knob.kind]:
+    for value in BAD[type(knob).__name__]:
         if (value == -99 and knob.low is None) or (value == 10**9 and knob.high is None):
             continue
         for origin, read in entrances(key).items():
@@ -217,10 +219,10 @@ def test_a_bad_value_is_named_as_it_was_typed_with_its_origin_and_what_is_allowe
 @pytest.mark.parametrize("variable", [ENABLED_VARIABLE, *VARIABLES, *SECONDARY_VARIABLES])
 def test_a_bad_variable_is_named_as_it_was_typed_with_what_it_takes(variable):
     name = {**VARIABLES, **SECONDARY_VARIABLES}.get(variable)
-    knob = KNOBS[name] if name else BOOL
+    knob = KNOBS[name] if name else ENABLED
     # A variable takes no list.
     allowed = knob.allowed().partition(" or a list")[0]
-    for value in [text for text in BAD[knob.kind] if isinstance(text, str) and text]:
+    for value in [text for text in BAD[type(knob).__name__] if isinstance(text, str) and text]:
         error = refusal_of(lambda value=value: read_environment({variable: value}))
         names_it(error, variable, value, "environment", allowed)
         assert name is None or f"{name} = " not in str(error)

@@ -12,7 +12,7 @@ import yaml
 from packaging.requirements import Requirement
 
 import sglang_cachedit_plugin
-from sglang_cachedit_plugin.config.config_file import _UniqueKeyLoader
+from sglang_cachedit_plugin.config.sources import _UniqueKeyLoader
 
 PACKAGE = Path(sglang_cachedit_plugin.__file__).parent
 CALLS = {

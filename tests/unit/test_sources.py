@@ -7,9 +7,8 @@ import json
 import pytest
 
 from sglang_cachedit_plugin.config import sources
-from sglang_cachedit_plugin.config.config_file import load_file
 from sglang_cachedit_plugin.config.settings import KNOBS, CacheSettings
-from sglang_cachedit_plugin.config.sources import Source, read_environment, read_file, read_request, resolve
+from sglang_cachedit_plugin.config.sources import Source, load_file, read_environment, read_file, read_request, resolve
 from sglang_cachedit_plugin.errors import SettingError
 
 ENV = "SGLANG_CACHE_DIT_"
@@ -102,7 +101,11 @@ def test_a_variable_only_the_host_knows_is_a_warning_and_the_host_is_asked_only_
 
 BAD_VARIABLES = [
     ({"WARMPU": "2"}, ENV + "WARMPU", "unknown variable; did you mean 'SGLANG_CACHE_DIT_WARMUP'?"),
-    ({"SECONDARY_LOCKSTEP": "1"}, ENV + "SECONDARY_LOCKSTEP", "unknown variable"),
+<<<<<<< HEAD
+    ({"SECONDARY_LOCKSTEP": "1"}, ENV + "SECONDARY_LOCKSTEP", "holds for both transformers"),
+=======
+    ({"SECONDARY_LOCKSTEP": "1"}, ENV + "SECONDARY_LOCKSTEP", "SGLANG_CACHE_DIT_LOCKSTEP holds for both transformers"),
+>>>>>>> w/operator
     ({"FN": "two"}, ENV + "FN", "'two' (environment): expected a whole number of at least 1"),
     ({"FN": "0"}, ENV + "FN", "expected a whole number of at least 1"),
     ({"FN": "1.5"}, ENV + "FN", "expected a whole number"),
@@ -185,7 +188,7 @@ BAD_FILES = [
     (cache("steps_computation_mask: []"), "steps_computation_mask", "a list of 0 and 1"),
     (cache("scm_preset: fast, steps_computation_mask: slow"), "steps_computation_mask", "also as scm_preset"),
     (cache("scm_preset: [1, 0], num_inference_steps: 3"), "scm_preset", "expected 3"),
-    ("secondary: {lockstep: true}", "lockstep", "unknown key"),
+    ("secondary: {lockstep: true}", "lockstep", "it holds for both transformers"),
     ("", FILE, "empty"),
     ("# nothing\n", FILE, "empty"),
     ("cache_config: [", FILE, "not valid YAML or JSON"),
@@ -210,8 +213,7 @@ def test_a_bad_file(tmp_path, text, field, words):
     path.write_text(text)
     with pytest.raises(SettingError) as caught:
         read_file(str(path))
-    one_line(caught.value, field, "command line" if field == FILE and "sections" not in words
-             and words != "empty" else "bad.yaml", words)
+    one_line(caught.value, field, "command line" if field == FILE and "sections" not in words else "bad.yaml", words)
 
 
 def test_bytes_that_are_no_text_and_paths_that_are_no_file(tmp_path):

@@ -13,7 +13,6 @@ KEPT = {
     ("config.effective", "_current"): "the settings in force in this process",
     ("integration.request", "WORKER"): "the request under way, and the models of this process",
     ("serving.state", "_current"): "the server of this process, which hooks are not told",
-    ("integration.ranks", "_layout"): "the host's process groups, found once when it has made them",
 }
 CHANGES = {
     "add", "append", "appendleft", "clear", "discard", "extend", "insert", "move_to_end", "pop", "popitem", "popleft",

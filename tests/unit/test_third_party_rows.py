@@ -11,8 +11,8 @@ import torch
 
 from sglang_cachedit_plugin import adapters
 from sglang_cachedit_plugin.adapters import entry_points
-from sglang_cachedit_plugin.cache.mount import CachedTransformer, preset_mask
-from sglang_cachedit_plugin.cache.runtime import Identity, TransformerSpec
+from sglang_cachedit_plugin.cache.cached_model import CachedTransformer, preset_mask
+from sglang_cachedit_plugin.cache.spec import Identity, TransformerSpec
 from sglang_cachedit_plugin.cache.step_plan import build_plan
 from sglang_cachedit_plugin.config.settings import CacheSettings
 from sglang_cachedit_plugin.doctor import report

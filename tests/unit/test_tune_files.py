@@ -257,6 +257,27 @@ def test_the_better_one_is_written_where_the_tuned_schedule_loses(tmp_path):
         assert Defaults(file=read_file(str(path))).decide(True, params).resolved.primary.schedules is None
 
 
+def test_a_schedule_and_a_tolerance_can_be_in_one_file(tmp_path):
+    for better in ("chosen", "profile"):
+        result = tuned_result(8, 40.0)
+        # Error control beats one of the two schedules.
+        other = point("tuned-3", "tuned", 3, 20.0)
+        control = point("control", "baseline", 3, 30.0, family=candidates.CONTROL, settings={"error_tolerance": 0.02})
+        result.points += [other, control]
+        result.rows["tuned-3"], result.knobs["tuned-3"] = result.rows["tuned-4"], result.knobs["tuned-4"]
+        if better == "chosen":
+            result.chosen = other
+        else:
+            result.profiles["tuned-50"] = other
+        path = tmp_path / f"{better}.yaml"
+        write.write(path, [result], PROVENANCE, MODEL)
+        defaults = Defaults(file=read_file(str(path)))
+        plain, named = (defaults.decide(True, params).resolved.primary for params in (None, {"profile": "tuned-50"}))
+        controlled, scheduled = (plain, named) if better == "chosen" else (named, plain)
+        assert controlled.error_tolerance == 0.02
+        assert scheduled.error_tolerance is None and len(scheduled.schedules) == 1
+
+
 def test_spectrum_is_counted_as_the_host_counts():
     from sglang.multimodal_gen.configs.sample.spectrum import SpectrumParams
     from sglang.multimodal_gen.runtime.cache.spectrum import SpectrumContext, SpectrumMixin

@@ -204,6 +204,16 @@ def test_a_quality_that_held_out_prompts_miss_is_said(host, missed):
     assert any("misses it on the 2 held-out ones" in remark for remark in found.remarks) is missed
 
 
+def test_schedules_of_one_file_share_their_corrector(tmp_path):
+    plan = replace(PLAN, grids=[Grid(12, SIZE), Grid(16, SIZE)], shares=(0.5,), evaluations=0, baselines=())
+    results = job.run(plan, Host(), lambda text: None)
+    knobs = [result.knobs[name] for result in results for name in result.knobs]
+    assert len(knobs) == 3 and all(each == knobs[0] for each in knobs)
+    assert knobs[0]["corrector"] is True
+    write.write(tmp_path / "t.yaml", results, PROVENANCE, MODEL)
+    assert len(yaml.safe_load((tmp_path / "t.yaml").read_text())["cache_config"]["schedules"]) == 2
+
+
 PROMISED = replace(
     PLAN, tune=[Prompt("a", seed) for seed in range(100, 130)], heldout=[Prompt("b", seed) for seed in range(200, 210)],
     target={"min_psnr": 45.0}, promise=Promise(share=0.9, confidence=0.9), baselines=(),

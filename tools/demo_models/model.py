@@ -30,12 +30,12 @@ class Networks:
         return [self.transformer, self.clip, self.t5]
 
 
-def make_vae():
+def make_vae(deepest: int = 96):
     """1.9 M parameters, factor 8, 16 channels, no quant convolutions, as FLUX.1's."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        block_out_channels=(32, 48, 64, 96),
+        block_out_channels=(32, 48, 64, deepest),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=1,

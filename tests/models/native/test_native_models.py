@@ -76,7 +76,7 @@ def test_all_computed_and_bypass_are_the_original_bit_for_bit(name):
     computed, report = each.request(steps_computation_mask=[1] * STEPS, **STATIC)
     assert same(computed, plain)
     assert branch(report)["computed"] == list(range(STEPS))
-    # The gates were in place: a forward that slipped past them would be the original too.
+    # The block hooks were in place: a forward that slipped past them would be the original too.
     measured, report = each.request(residual_diff_threshold=1e-9, max_warmup_steps=0)
     assert same(measured, plain)
     assert len(branch(report)["residual_diffs"]) == STEPS - 1

@@ -324,7 +324,7 @@ def test_a_worker_names_what_cannot_be_cached(monkeypatch):
     install(ENABLED="true")
     native.check_worker(worker)
     (line,) = lines
-    assert line.startswith("cache-dit: off: transformer (SanaVideo2Transformer3DModel): every block attends")
+    assert line.startswith("cache-dit: off [model]: transformer: SanaVideo2Transformer3DModel: every block attends")
     install(ENABLED="true", FORECAST="output")
     native.check_worker(worker)
     assert len(lines) == 1

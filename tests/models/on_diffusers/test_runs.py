@@ -8,7 +8,7 @@ import diffusers
 import pytest
 import torch
 
-from sglang_cachedit_plugin.cache.runtime import TransformerSpec
+from sglang_cachedit_plugin.cache.spec import TransformerSpec
 from sglang_cachedit_plugin.config.effective import Defaults
 from sglang_cachedit_plugin.integration.diffusers import PipelineCache
 from sglang_cachedit_plugin.integration.request import Session

@@ -22,8 +22,8 @@ from sglang.multimodal_gen.runtime.models.schedulers import (
 )
 
 from sglang_cachedit_plugin.cache.denoising_steps import DenoisingSteps
-from sglang_cachedit_plugin.cache.runtime import Groups
 from sglang_cachedit_plugin.cache.solvers import Solver
+from sglang_cachedit_plugin.cache.spec import Groups
 from sglang_cachedit_plugin.config.settings import CacheSettings
 from sglang_cachedit_plugin.report.stats import RequestStats, TransformerStats
 

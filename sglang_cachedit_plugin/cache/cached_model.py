@@ -12,17 +12,18 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import MountError
+from ..errors import MountError, reason_of
 from . import similarity
 from .cached_transformer import CachedTransformer
-from .runtime import RequestSpec
+from .spec import RequestSpec
 
 
 def preset_mask(preset: str, num_steps: int) -> list[int]:
     """cache-dit's mask for a preset; 1 computed, 0 may be cached."""
     import cache_dit
 
-    return cache_dit.steps_mask(mask_policy=preset, total_steps=num_steps)
+    mask: list[int] = cache_dit.steps_mask(mask_policy=preset, total_steps=num_steps)
+    return mask
 
 
 class State(Enum):
@@ -71,7 +72,7 @@ class CachedModel:
                 transformer.unmount()
             self.mounted.clear()
             if isinstance(error, MountError):
-                self.state, self.reason = State.UNMOUNTABLE, str(error)
+                self.state, self.reason = State.UNMOUNTABLE, reason_of(error, "blocks")
             raise
         self.state = State.BYPASSED
 

@@ -8,7 +8,7 @@ import torch
 from sglang_cachedit_plugin.cache import rank_agreement
 from sglang_cachedit_plugin.cache.dmd import DMDForecaster
 from sglang_cachedit_plugin.cache.forecast import Extrapolator
-from sglang_cachedit_plugin.cache.runtime import Groups
+from sglang_cachedit_plugin.cache.spec import Groups
 from sglang_cachedit_plugin.cache.warmup import Warmup
 from sglang_cachedit_plugin.errors import MountError
 from tests.unit.blocks import Rig, known_classes, sample
@@ -20,7 +20,7 @@ def _rows():
         yield
 
 
-def rehearsed(steps: int, rig: Rig | None = None, warn=pytest.fail, compiled: bool = False, **knobs) -> Rig:
+def warmed_up(steps: int, rig: Rig | None = None, warn=pytest.fail, compiled: bool = False, **knobs) -> Rig:
     return (rig or Rig()).begin(steps, warmup=Warmup(warn, compiled=compiled).run, **knobs)
 
 
@@ -37,7 +37,7 @@ def counts(rig: Rig, branch: str, step: int) -> dict[str, int]:
     ({}, 2, 3), ({"forecast": "output"}, 3, 4), ({"Fn_compute_blocks": 2, "Bn_compute_blocks": 1}, 2, 3),
 ])
 def test_each_branch_is_computed_and_cached_once_more(knobs, computed, first):
-    rig = rehearsed(1, **knobs)
+    rig = warmed_up(1, **knobs)
     edges = BLOCKS[: knobs.get("Fn_compute_blocks", 1)] + BLOCKS[6 - knobs.get("Bn_compute_blocks", 0):]
     for branch in ("cond", "uncond"):
         assert counts(rig, branch, 0) == {name: first if name in edges else computed for name in BLOCKS}
@@ -45,13 +45,13 @@ def test_each_branch_is_computed_and_cached_once_more(knobs, computed, first):
 
 
 def test_where_the_host_compiles_the_uncached_forward_runs_too():
-    rig = rehearsed(1, compiled=True)
+    rig = warmed_up(1, compiled=True)
     assert counts(rig, "cond", 0)[BLOCKS[3]] == 3
 
 
-def test_reports_pictures_and_contexts_are_those_without_a_rehearsal():
+def test_reports_and_pictures_are_those_without_a_warmup():
     plain = Rig().begin(6, residual_diff_threshold=0.9)
-    rig = rehearsed(6, residual_diff_threshold=0.9)
+    rig = warmed_up(6, residual_diff_threshold=0.9)
     for step in range(6):
         assert torch.equal(rig.run("cond", step), plain.run("cond", step))
     assert rig.stats.as_dict() == plain.stats.as_dict()
@@ -71,7 +71,7 @@ def test_forecasts_have_the_history_that_they_ask_for(monkeypatch, calibrator, k
         return own(self, *args, **kwargs)
 
     monkeypatch.setattr(kind, "predict", predict)
-    rig = rehearsed(1, taylorseer_order=2, dmd_history=5, **{calibrator: True})
+    rig = warmed_up(1, taylorseer_order=2, dmd_history=5, **{calibrator: True})
     rig.run("cond", 0)
     if (calibrator == "enable_dmd") == (kind is DMDForecaster):
         assert depths == [5 if kind is DMDForecaster else 3]
@@ -82,7 +82,7 @@ def test_other_cfg_ranks_are_asked_what_they_found_and_nothing_else(monkeypatch)
     monkeypatch.setattr(rank_agreement, "problems", lambda own, group: asked.append((own, group)))
     # Any other exchange over this group raises.
     pair = object()
-    rig = rehearsed(1, groups=Groups(forward=None, cfg_group=pair), lockstep=True)
+    rig = warmed_up(1, groups=Groups(forward=None, cfg_group=pair), lockstep=True)
     rig.run("cond", 0)
     assert asked == [("", pair)]
 
@@ -100,14 +100,14 @@ def test_a_model_that_cannot_be_run_again_is_left_to_the_host():
 
     rig.model.transformer_blocks[0].register_forward_pre_hook(fail_once)
     expected = rig.model(sample("cond", 0))
-    assert torch.equal(rehearsed(1, rig, warnings.append).run("cond", 0), expected)
+    assert torch.equal(warmed_up(1, rig, warnings.append).run("cond", 0), expected)
     assert warnings == ["warmup of cached steps broke off: ConnectionError: state of the first forward"]
     assert rig.stats.branches["cond"].computed == [0]
 
 
 def test_out_of_memory_and_strict_mounts_are_not_hidden(monkeypatch):
     for error in (torch.OutOfMemoryError("full"), MountError("wrong")):
-        rig = rehearsed(1)
+        rig = warmed_up(1)
         def fail(*args, error=error):
             raise error
         monkeypatch.setattr(rig.mounted, "run", fail)

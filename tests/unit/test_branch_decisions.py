@@ -7,8 +7,8 @@ import weakref
 import pytest
 import torch
 
-from sglang_cachedit_plugin.cache.mount import CachedModel, preset_mask
-from sglang_cachedit_plugin.cache.runtime import RequestSpec, TransformerSpec
+from sglang_cachedit_plugin.cache.cached_model import CachedModel, preset_mask
+from sglang_cachedit_plugin.cache.spec import RequestSpec, TransformerSpec
 from sglang_cachedit_plugin.cache.step_plan import build_plan
 from sglang_cachedit_plugin.config.settings import CacheSettings
 from sglang_cachedit_plugin.report.stats import BranchStats, RequestStats
@@ -235,7 +235,7 @@ def test_one_transformer_that_cannot_be_mounted_unmounts_the_other():
 
 
 def test_the_bytes_held_are_those_of_two_hidden_states():
-    from sglang_cachedit_plugin.cache.runtime import Identity
+    from sglang_cachedit_plugin.cache.spec import Identity
 
     modules, now = {"transformer": TinyDiT()}, {"identity": Identity("cond", 0)}
     model = CachedModel(modules)
@@ -250,7 +250,7 @@ def test_the_bytes_held_are_those_of_two_hidden_states():
 
 
 def test_what_a_calibrator_or_an_output_forecast_holds_is_counted_too():
-    from sglang_cachedit_plugin.cache.runtime import Identity
+    from sglang_cachedit_plugin.cache.spec import Identity
 
     held = {}
     for name, knobs in {

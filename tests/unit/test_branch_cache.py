@@ -1,4 +1,4 @@
-"""Contexts by identity: no branch sees another, schedules run exactly the blocks they should."""
+"""States by identity: no branch sees another, schedules run exactly the blocks they should."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_cachedit_plugin.cache.runtime import Identity
+from sglang_cachedit_plugin.cache.spec import Identity
 from sglang_cachedit_plugin.errors import MountError
 from sglang_cachedit_plugin.report.stats import BranchStats
 from tests.unit.blocks import Rig, TinyDiT, TwoListsDiT, known_classes, sample

@@ -1,4 +1,4 @@
-"""Gates in loops that do more than call their blocks."""
+"""Block hooks in loops that do more than call their blocks."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def rows() -> Iterator[None]:
         del adapters.NATIVE[name]
 
 
-class Gated(Rig):
+class Hooked(Rig):
     def __init__(self, model: nn.Module):
         super().__init__(model)
         for path, module in model.named_modules():
@@ -147,7 +147,7 @@ def close(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("model", [Loop, Own, Samples, Joined])
 def test_computed_steps_are_the_original_and_cached_ones_exact_on_equal_inputs(model):
-    rig = Gated(model())
+    rig = Hooked(model())
     plain, fixed = rig.plain(), rig.plain(at=0)
     for first, last in ((1, 0), (2, 1), (1, 2)):
         rig.begin(4, Fn_compute_blocks=first, Bn_compute_blocks=last, **STATIC)
@@ -158,8 +158,8 @@ def test_computed_steps_are_the_original_and_cached_ones_exact_on_equal_inputs(m
         assert close(rig.outputs(at=0), fixed)
 
 
-def test_joined_lists_share_one_decision_and_one_count():
-    rig = Gated(Joined()).begin(4, Fn_compute_blocks=2, Bn_compute_blocks=1, **STATIC)
+def test_lists_that_share_a_decision_have_one_and_one_count():
+    rig = Hooked(Joined()).begin(4, Fn_compute_blocks=2, Bn_compute_blocks=1, **STATIC)
     assert rig.ran(0) == ["first.0", "first.1", "first.2", "second.0", "second.1", "second.2"]
     assert rig.ran(1) == ["first.0", "first.1", "second.2"]
     assert rig.mounted.num_blocks == [6]
@@ -169,7 +169,7 @@ def test_joined_lists_share_one_decision_and_one_count():
 
 
 def test_samples_of_one_forward_decide_for_themselves():
-    rig = Gated(Samples()).begin(4, **STATIC)
+    rig = Hooked(Samples()).begin(4, **STATIC)
     assert rig.ran(0) == [f"blocks.{index}" for index in range(N) for _ in range(2)]
     assert rig.ran(1) == ["blocks.0", "blocks.0"]
     assert not rig.stats.notes
@@ -178,7 +178,7 @@ def test_samples_of_one_forward_decide_for_themselves():
 @pytest.mark.parametrize("left_out", [2, 4, 5])
 @pytest.mark.parametrize("last", [0, 1])
 def test_a_block_that_the_loop_leaves_out_moves_the_end_of_the_middle(left_out, last):
-    rig = Gated(Loop())
+    rig = Hooked(Loop())
     rig.model.left_out = (left_out,)
     plain, fixed = rig.plain(), rig.plain(at=0)
     rig.begin(4, Bn_compute_blocks=last, **STATIC)
@@ -188,8 +188,21 @@ def test_a_block_that_the_loop_leaves_out_moves_the_end_of_the_middle(left_out, 
     assert close(rig.outputs(at=0), fixed)
 
 
+def test_where_a_loop_leaves_out_its_first_block_the_states_themselves_are_compared():
+    rig = Hooked(Loop()).begin(4, residual_diff_threshold=0.9)
+    rig.run("cond", 0)
+    rig.model.left_out = (0,)
+    for step in (1, 2):
+        rig.run("cond", step)
+    values = [sample("cond", step) for step in (1, 2)]
+    expected = float((values[1] - values[0]).abs().sum() / values[0].abs().sum())
+    stats = rig.stats.branches["cond"]
+    assert (stats.computed, stats.cached) == ([0, 1], [2])
+    assert stats.residual_diffs[2] == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_loop_that_ends_before_the_middle_does_is_computed_and_says_so():
-    rig = Gated(Loop())
+    rig = Hooked(Loop())
     rig.model.left_out = (N - 1,)
     plain = rig.plain()
     rig.begin(4, **STATIC)
@@ -203,7 +216,7 @@ def test_blocks_that_overwrite_their_input_need_copies(monkeypatch):
     def cached(in_place: bool) -> str | None:
         row = ModelAdapter(family="x", blocks=(Blocks(name="blocks", streams=("x",), in_place=in_place),))
         monkeypatch.setitem(adapters.NATIVE, "Loop", row)
-        rig = Gated(Loop(InPlace))
+        rig = Hooked(Loop(InPlace))
         fixed = rig.plain(at=0)
         rig.begin(4, **STATIC)
         assert close(rig.outputs(at=0), fixed)
@@ -213,13 +226,13 @@ def test_blocks_that_overwrite_their_input_need_copies(monkeypatch):
     assert cached(in_place=False) == "Loop: blocks: block 0 overwrites its input x"
 
 
-def test_a_stream_that_a_block_hands_on_unfinished_is_settled(monkeypatch):
-    rig = Gated(Loop(Later)).begin(4, **STATIC)
+def test_a_stream_that_a_block_hands_on_unfinished_is_materialized(monkeypatch):
+    rig = Hooked(Loop(Later)).begin(4, **STATIC)
     rig.outputs()
     assert "a block's states are tuple" in rig.mounted.problem()
     row = ModelAdapter(family="x", blocks=(Blocks(name="blocks", streams=("x",), materialize="added"),))
     monkeypatch.setitem(adapters.NATIVE, "Loop", row)
-    rig = Gated(Loop(Later))
+    rig = Hooked(Loop(Later))
     fixed = rig.plain(at=0)
     rig.begin(4, Bn_compute_blocks=1, **STATIC)
     assert close(rig.outputs(at=0), fixed)
@@ -233,7 +246,7 @@ def test_a_computed_step_keeps_the_states_that_its_residual_needs_and_no_others(
         inputs.append(weakref.ref(args[0]))
         alive.append([index for index, each in enumerate(inputs) if each() is not None])
 
-    rig = Gated(Loop())
+    rig = Hooked(Loop())
     for block in rig.model.blocks:
         block.register_forward_pre_hook(look)
     rig.begin(4, **STATIC)
@@ -247,19 +260,19 @@ def test_a_computed_step_keeps_the_states_that_its_residual_needs_and_no_others(
 
 def test_blocks_that_lack_a_declared_stream_are_refused():
     with pytest.raises(MountError, match=r"Own: its blocks are not as declared: blocks"):
-        Gated(Own(InPlace))
+        Hooked(Own(InPlace))
 
 
 def test_an_empty_list_is_left_aside():
     model = Joined()
     model.second = nn.ModuleList()
-    rig = Gated(model).begin(4, **STATIC)
+    rig = Hooked(model).begin(4, **STATIC)
     assert rig.ran(0) == ["first.0", "first.1", "first.2"]
     assert rig.ran(1) == ["first.0"]
 
 
 def test_blocks_stay_submodules_of_their_transformer_alone():
-    rig = Gated(Loop())
+    rig = Hooked(Loop())
     before = list(rig.model.state_dict())
     rig.begin(4, **STATIC).run("cond", 0)
     assert list(rig.model.state_dict()) == before
@@ -274,7 +287,7 @@ def test_under_torch_compile_each_block_is_still_compiled():
         return graph.forward
 
     torch._dynamo.reset()
-    rig = Gated(Loop())
+    rig = Hooked(Loop())
     plain = rig.plain()
     rig.begin(4, **STATIC)
     rig.model.compile(backend=backend)

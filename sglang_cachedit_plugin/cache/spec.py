@@ -58,8 +58,7 @@ class Groups:
 
     def real_tokens(self, local: int) -> int:
         """How many of the ``local`` tokens on this rank are real: the host pads the end of the sequence."""
-        padding = 0 if self.tokens is None else local * self.sp_ranks - self.tokens
-        if not 0 < padding < self.sp_ranks:
+        if self.tokens is None or not 0 < local * self.sp_ranks - self.tokens < self.sp_ranks:
             return local
         return max(0, min(local, self.tokens - self.sp_rank * local))
 

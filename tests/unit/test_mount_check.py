@@ -10,9 +10,9 @@ from torch import nn
 
 from sglang_cachedit_plugin import adapters
 from sglang_cachedit_plugin.adapters import Blocks, ModelAdapter
-from sglang_cachedit_plugin.cache.mount import CachedModel
+from sglang_cachedit_plugin.cache.cached_model import CachedModel
 from sglang_cachedit_plugin.cache.mount_check import BlockProbe
-from sglang_cachedit_plugin.cache.runtime import Identity
+from sglang_cachedit_plugin.cache.spec import Identity
 from sglang_cachedit_plugin.config.effective import Defaults
 from sglang_cachedit_plugin.errors import MountError
 from sglang_cachedit_plugin.integration.request import Facts, Session
