@@ -101,11 +101,7 @@ def test_a_variable_only_the_host_knows_is_a_warning_and_the_host_is_asked_only_
 
 BAD_VARIABLES = [
     ({"WARMPU": "2"}, ENV + "WARMPU", "unknown variable; did you mean 'SGLANG_CACHE_DIT_WARMUP'?"),
-<<<<<<< HEAD
-    ({"SECONDARY_LOCKSTEP": "1"}, ENV + "SECONDARY_LOCKSTEP", "holds for both transformers"),
-=======
     ({"SECONDARY_LOCKSTEP": "1"}, ENV + "SECONDARY_LOCKSTEP", "SGLANG_CACHE_DIT_LOCKSTEP holds for both transformers"),
->>>>>>> w/operator
     ({"FN": "two"}, ENV + "FN", "'two' (environment): expected a whole number of at least 1"),
     ({"FN": "0"}, ENV + "FN", "expected a whole number of at least 1"),
     ({"FN": "1.5"}, ENV + "FN", "expected a whole number"),
