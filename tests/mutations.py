@@ -73,12 +73,12 @@ MUTATIONS = (
     Mutation("cached steps taken for computed ones", f"{CACHE}/denoising_steps.py",
              "cached = cached or counts[1] != before[1]", "cached = False",
              "tests/unit/cache/test_corrector.py tests/unit/cache/test_error_control.py"),
-    Mutation("half cached after a failure", f"{CACHE}/mount.py", "            self._bypass()\n            raise",
+    Mutation("half cached after a failure", f"{CACHE}/cached_model.py", "            self._bypass()\n            raise",
              "            raise", "tests/unit/test_runtime.py"),
     Mutation("old settings not put back", "sglang_cachedit_plugin/serving/control.py",
              "await _put_back(server, before.overrides)", "pass", "tests/unit/test_control.py"),
     Mutation("weakest source wins", "sglang_cachedit_plugin/config/sources.py",
-             "    for layer in layers:\n        given", "    for layer in reversed(layers):\n        given",
+             "for layer in layers if not group", "for layer in reversed(layers) if not group",
              "tests/unit/test_precedence.py tests/unit/test_sources.py"),
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 
 import pytest
@@ -38,17 +39,17 @@ REQUESTS = {
     "after it": _cached(),
 }
 EXACT = {"dit_precision": "fp32"}
-"""Server arguments of what is compared: in float32 the order in which ranks add up hardly shows."""
+"""Server arguments where ranks are compared in float32: the order in which they add up hardly shows."""
 
-ROUNDING = 1e-4
-"""Relative distance of the latents of two layouts in float32; caching changes them by at least 40 times that."""
+ROUNDING = 1e-5
+"""Relative distance of the latents of two layouts in float32, of which 6e-7 was measured."""
 
 SHARED = ("off", "cached", "verified", "taylorseer", "static")
 LAYOUTS = {
     # name: (model, server arguments, request fields, names of requests)
-    "flux 1": ("flux", EXACT, {}, SHARED),
-    "flux Ulysses": ("flux", EXACT | {"ulysses_degree": 2, "sp_degree": 2}, {}, SHARED),
-    "flux TP": ("flux", EXACT | {"tp_size": 2}, {}, SHARED),
+    "flux 1": ("flux", {}, {}, SHARED),
+    "flux Ulysses": ("flux", {"ulysses_degree": 2, "sp_degree": 2}, {}, SHARED),
+    "flux TP": ("flux", {"tp_size": 2}, {}, SHARED),
     "flux FSDP CFG": (
         "flux", {"use_fsdp_inference": True, "enable_cfg_parallel": True},
         {"negative_prompt": "green cat", "true_cfg_scale": 3.0}, ("off", "measured", "schedule", "output"),
@@ -142,12 +143,19 @@ def test_no_rank_fails_and_ranks_that_share_a_forward_report_the_same(results, l
 def test_the_steps_and_the_picture_are_those_of_one_rank(results, layout, request_name):
     single = layout.split()[0] + " 1"
     alone, together = results[single][request_name], results[layout][request_name]
+    uncached = _distance(_latents(results[layout]["off"]), _latents(results[single]["off"]))
+    # Flux's text encoders are bfloat16, and so is all that follows.
+    exact = not layout.startswith("flux")
+    bound = ROUNDING if exact else max(1.3 * uncached, 1e-3)
     if request_name != "off":
         assert _all_steps(together) == _all_steps(alone)
         changed = _distance(_latents(alone), _latents(results[single]["off"]))
-        assert changed > 40 * ROUNDING, "caching must show"
-    print("DIST", layout, request_name, _distance(_latents(together), _latents(alone)))
-    assert _distance(_latents(together), _latents(alone)) <= ROUNDING
+        assert changed > max(1.3 * uncached, 4e-3), "caching must show"
+        if not exact:
+            # The rounding of a computed output counts for the steps that are cached after it as well.
+            computed, cached = (sum(len(steps[kind]) for steps in _all_steps(together).values()) for kind in (0, 1))
+            bound = max(bound, uncached * math.sqrt((computed + cached) / computed))
+    assert _distance(_latents(together), _latents(alone)) <= bound
 
 
 def test_verifying_changes_nothing(results):
