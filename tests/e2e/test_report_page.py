@@ -6,7 +6,7 @@ import pytest
 
 from sglang_cachedit_plugin.tune import charts
 from sglang_cachedit_plugin.tune.report import write_report
-from tests.unit.sample_results import points, results
+from tests.unit.tune.sample_results import points, results
 
 
 @pytest.fixture(scope="module")

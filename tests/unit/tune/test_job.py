@@ -17,7 +17,7 @@ from sglang_cachedit_plugin.tune.evaluate import Grid, Prompt
 from sglang_cachedit_plugin.tune.job import Plan
 from sglang_cachedit_plugin.tune.promise import TOLERANCES, Promise
 from sglang_cachedit_plugin.tune.trajectory import Trajectories, products
-from tests.unit.test_tune_files import MODEL, PROVENANCE
+from tests.unit.tune.test_files import MODEL, PROVENANCE
 
 SIZE = (8, 8)
 WIDTH = 192

@@ -20,7 +20,7 @@ from sglang_cachedit_plugin.report import metrics
 from sglang_cachedit_plugin.report.stats import RequestStats, TransformerStats
 from sglang_cachedit_plugin.serving import auth, control, generate, page, state, validation
 from sglang_cachedit_plugin.serving.generate_models import TEXTS, GenerateRequest
-from tests.unit.test_control import ADDRESS, client, replicas, start_up
+from tests.unit.serving.test_control import ADDRESS, client, replicas, start_up
 
 __all__ = ["replicas", "start_up"]
 

@@ -28,7 +28,7 @@ from sglang_cachedit_plugin.config.settings import ALIASES, INERT_KNOBS, KNOBS
 from sglang_cachedit_plugin.config.sources import read_file
 from sglang_cachedit_plugin.errors import SettingError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RECIPES = sorted((ROOT / "configs").glob("*"))
 HOPPER = Machine(device="cuda", capability=(9, 0), has=lambda module: True, cache_dit="1.5.1")
 DOCUMENTED = {

@@ -10,8 +10,8 @@ from sglang_cachedit_plugin.tune import job, refine, write
 from sglang_cachedit_plugin.tune.evaluate import Evaluator, Grid, Progress, Prompt
 from sglang_cachedit_plugin.tune.job import Plan
 from sglang_cachedit_plugin.tune.store import Store
-from tests.unit.test_tune_files import MODEL, PROVENANCE
-from tests.unit.test_tune_job import Host, sigmas
+from tests.unit.tune.test_files import MODEL, PROVENANCE
+from tests.unit.tune.test_job import Host, sigmas
 
 PLAN = Plan(
     grids=[Grid(12, (8, 8))], tune=[Prompt("a", 1), Prompt("b", 2)], heldout=[Prompt("c", 11)], target={"budget": 5},

@@ -9,7 +9,7 @@ from sglang_cachedit_plugin.config.effective import Defaults
 from sglang_cachedit_plugin.integration.diffusers import PipelineCache
 from sglang_cachedit_plugin.integration.recording import FILE, VARIABLE
 from sglang_cachedit_plugin.integration.request import Session
-from tests.unit.test_diffusers_identity import STEPS, Pipe
+from tests.unit.integration.test_diffusers_identity import STEPS, Pipe
 
 KNOBS = {"forecast": "output", "scm_policy": "static", "max_warmup_steps": 0}
 

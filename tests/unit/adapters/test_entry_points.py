@@ -20,7 +20,7 @@ from sglang_cachedit_plugin.errors import MountError
 from sglang_cachedit_plugin.report.stats import TransformerStats
 from tests.unit.blocks import wanted
 
-PAGE = Path(__file__).parents[2] / "docs" / "adding-a-model.md"
+PAGE = Path(__file__).parents[3] / "docs" / "adding-a-model.md"
 ROWS, MODEL = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.S)
 POINT = re.search(r'entry-points."(.*?)"\]\n(\S+) = "(.*?)"', PAGE.read_text()).groups()
 

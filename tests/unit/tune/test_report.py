@@ -12,7 +12,7 @@ from PIL import Image
 
 from sglang_cachedit_plugin.evaluation import plots
 from sglang_cachedit_plugin.tune import charts, report, sheet
-from tests.unit.sample_results import HOSTILE, points, results
+from tests.unit.tune.sample_results import HOSTILE, points, results
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from sglang_cachedit_plugin.config.settings import ALIASES, KNOBS
 from sglang_cachedit_plugin.config.sources import MAX_CHANGE_BYTES, PREFIX, SECONDARY_VARIABLES, VARIABLES
 from sglang_cachedit_plugin.integration import sglang_api, startup
 from sglang_cachedit_plugin.serving import validation
-from tests.unit.test_control import ADDRESS, client, replicas, start_up
+from tests.unit.serving.test_control import ADDRESS, client, replicas, start_up
 
 __all__ = ["replicas", "start_up"]
 

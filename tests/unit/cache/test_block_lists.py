@@ -17,7 +17,7 @@ from sglang_cachedit_plugin.cache.block_lists import describe
 from sglang_cachedit_plugin.cache.cached_model import CachedTransformer
 from sglang_cachedit_plugin.errors import MountError
 from tests.unit.blocks import DIM, Rig, sample
-from tests.unit.test_mount import MODELS, Mounted
+from tests.unit.cache.test_mount import MODELS, Mounted
 
 N = 5
 STATIC = {"steps_computation_mask": (1, 0, 1, 0), "steps_computation_policy": "static", "max_warmup_steps": 0}

@@ -21,7 +21,7 @@ from sglang_cachedit_plugin.integration import cache_dit_sections, diffusers
 from sglang_cachedit_plugin.integration.request import WORKER
 from sglang_cachedit_plugin.report.stats import TransformerStats
 from tests.unit.blocks import DIM, Rig, TinyDiT, known_classes, sample, wanted
-from tests.unit.test_mount import chroma, inputs
+from tests.unit.cache.test_mount import chroma, inputs
 
 
 class HalfHook(ModelHook):

@@ -20,7 +20,7 @@ from sglang_cachedit_plugin.tune.promise import Promise
 from sglang_cachedit_plugin.tune.store import Store, fingerprint
 from sglang_cachedit_plugin.tune.surrogate import Method
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_a_result_comes_back_and_a_cut_one_does_not(tmp_path):

@@ -12,7 +12,7 @@ from sglang_cachedit_plugin.config import effective
 from sglang_cachedit_plugin.config.sources import PREFIX
 from sglang_cachedit_plugin.integration import sglang_api, startup
 from sglang_cachedit_plugin.serving import validation
-from tests.unit.test_control import ADDRESS, client, replicas, start_up
+from tests.unit.serving.test_control import ADDRESS, client, replicas, start_up
 
 __all__ = ["replicas", "start_up"]
 

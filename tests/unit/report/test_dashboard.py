@@ -13,7 +13,7 @@ import yaml
 
 from sglang_cachedit_plugin.report import metrics
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[3] / "docs"
 WHERE = {"transformer", "branch"}
 LABELS = {
     metrics.STEPS: {*WHERE, "kind"}, metrics.REQUESTS: {"outcome"}, metrics.NANS: WHERE, metrics.CORRECTED: set(),
