@@ -12,7 +12,8 @@ from tests.e2e.conftest import PORTS, run_together
 from tests.processes import host_environment, run
 
 STATUS_2 = {
-    # name: command, how it starts, file, environment, words of the one line; all mistakes: tests/unit/config/test_bad_settings
+    # name: command, how it starts, file, environment, words of the one line. All mistakes:
+    # tests/unit/config/test_bad_settings.py
     "environment, generate": (
         "generate", {}, None, {"SGLANG_CACHE_DIT_WARMPU": "4"}, ["SGLANG_CACHE_DIT_WARMPU", "did you mean"],
     ),
