@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
+from pathlib import Path
+from types import TracebackType
 
 from . import hooks
+from .errors import CacheDitError
 from .integration import host_contract, sglang_api, startup
 
 
@@ -22,3 +26,13 @@ def register() -> None:
         startup.warn(f"{unknown}; all that the plugin needs is there, so it works")
     startup.read_settings()
     hooks.register(*sglang_api.hook_registry())
+    if Path(sys.argv[0]).name == "sglang" and sys.excepthook is sys.__excepthook__:
+        sys.excepthook = _one_line
+
+
+def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A refusal that ends the host's command line is one line; every other error keeps its traceback."""
+    if isinstance(error, CacheDitError):
+        print(f"cache-dit: error: {error}", file=sys.stderr, flush=True)
+    else:
+        sys.__excepthook__(kind, error, trace)
