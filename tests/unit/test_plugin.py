@@ -33,4 +33,4 @@ def test_a_refusal_ends_the_hosts_command_line_in_one_line_and_nothing_else_does
     said = [line for line in done.stderr.splitlines() if not line.startswith("cache-dit: warning")]
     assert done.returncode == 1
     assert ("Traceback" not in done.stderr) is one_line
-    assert not one_line or (len(said) == 1 and said[0].startswith("cache-dit: error: strict = True")), said
+    assert not one_line or (len(said) == 1 and "strict = True (cache_dit_params)" in said[0]), said
