@@ -40,7 +40,7 @@ browser:
 	  { echo "Chromium could not be installed here: install it, or name it in CHROMIUM" >&2; exit 1; }
 
 # What each level costs stands in CONTRIBUTING.md. Tests that share a server or a fixture go to one worker.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadgroup --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadgroup --no-loadscope-reorder --max-worker-restart=0
 
 test: lint
 	$(PYTEST)
