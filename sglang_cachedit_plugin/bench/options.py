@@ -23,14 +23,14 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def _add_work(add) -> None:
     add("--model-path", help="folder or name of the model; not needed with --url")
-    add("--backend", choices=("sglang", "diffusers"), default="sglang")
-    add("--num-gpus", type=int, default=1)
+    add("--backend", choices=("sglang", "diffusers"), default="sglang", help="SGLang's backend")
+    add("--num-gpus", type=int, default=1, help="GPUs of each host")
     add("--url", help="a running server instead of processes; the uncached and the plugin's variants only")
     add("--prompt", action="append", default=[], help="repeatable")
     add("--prompts", type=Path, metavar="FILE", help="one prompt a line")
     add("--limit", type=int, metavar="N", help="only the first N prompts of the file")
-    add("--steps", type=int, default=28)
-    add("--size", default="1024x1024", metavar="WxH")
+    add("--steps", type=int, default=28, help="denoising steps")
+    add("--size", default="1024x1024", metavar="WxH", help="of the pictures")
     add("--frames", type=int, help="frames of a video")
     add("--seed", type=int, default=1, help="of the first prompt; each next one adds 1")
     add("--request", action="append", default=[], metavar="K=V", help="more sampling parameters of every request")
@@ -56,7 +56,7 @@ def _add_run(add) -> None:
     add("--no-sync", action="store_true", help="do not wait for the device at the ends of stages and steps")
     add("--timeout", type=float, default=3600.0, help="seconds that a start or a request may take")
     add("--keep-arrays", action="store_true", help="keep the pictures as .npy too, not only as .png")
-    add("--out", type=Path, default=Path("outputs/bench"))
+    add("--out", type=Path, default=Path("outputs/bench"), help="folder for figures and pictures")
 
 
 def _bench(args: argparse.Namespace) -> int:

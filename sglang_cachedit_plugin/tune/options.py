@@ -19,7 +19,8 @@ def _renamed(_: str) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``sglang-cachedit tune``."""
     parser.add_argument("--model-path", required=True, help="folder of the model")
-    parser.add_argument("--backend", choices=("native", "sglang", "diffusers"), default="native")
+    parser.add_argument("--backend", choices=("native", "sglang", "diffusers"), default="native",
+                        help="SGLang's backend (native)")
     parser.add_argument("--prompts", required=True, type=Path, metavar="FILE", help="to tune on, one a line")
     parser.add_argument("--heldout", type=Path, metavar="FILE",
                         help="to report on; without it every third of --prompts is held out")
@@ -41,12 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--baselines", default="plain", metavar="NAMES",
                         help="what is measured beside fewer steps: none, plain (growing window), all, or beginnings "
                         "of names with commas: growing, dpcache, dbcache, scm, taylorseer, dmd, profile, teacache, "
-                        "spectrum")
+                        "spectrum (plain)")
     parser.add_argument("--peers", type=_renamed, help=argparse.SUPPRESS)
     parser.add_argument("--shares", default="0.25,0.35,0.5,0.6", metavar="PARTS",
                         help="parts of the steps computed in the named profiles (0.25,0.35,0.5,0.6)")
     parser.add_argument("--work", type=Path, default=Path("outputs/tune"), metavar="DIR",
-                        help="evaluations are kept here; an interrupted run goes on from them")
+                        help="evaluations are kept here; an interrupted run goes on from them (outputs/tune)")
     parser.add_argument("--report", type=Path, metavar="DIR", help="write the report here")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the config file to write")
     parser.add_argument("--request", action="append", default=[], metavar="NAME=VALUE",
