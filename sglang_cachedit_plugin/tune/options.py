@@ -20,13 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``sglang-cachedit tune``."""
     parser.add_argument("--model-path", required=True, help="folder of the model")
     parser.add_argument("--backend", choices=("native", "sglang", "diffusers"), default="native",
-                        help="SGLang's backend (native)")
+                        help="SGLang's backend")
     parser.add_argument("--prompts", required=True, type=Path, metavar="FILE", help="to tune on, one a line")
     parser.add_argument("--heldout", type=Path, metavar="FILE",
                         help="to report on; without it every third of --prompts is held out")
     parser.add_argument("--tune-limit", type=int, metavar="N",
                         help="tune on the first N prompts (12; with --share all)")
-    parser.add_argument("--heldout-limit", type=int, default=16, metavar="N", help="report on the first N (16)")
+    parser.add_argument("--heldout-limit", type=int, default=16, metavar="N", help="report on the first N")
     parser.add_argument("--steps", required=True, help="denoising steps, several with commas")
     parser.add_argument("--size", required=True, help="WIDTHxHEIGHT, videos WIDTHxHEIGHTxFRAMES, several with commas")
     target = parser.add_mutually_exclusive_group(required=True)
@@ -36,18 +36,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     target.add_argument("--budget", type=int, metavar="N", help="best quality with N computed steps")
     parser.add_argument("--share", type=float, metavar="S", help="with --min-psnr or --min-ssim: no search, but the "
                         "largest error tolerance for which this share of unseen prompts reaches it, shown on --prompts")
-    parser.add_argument("--confidence", type=float, default=0.9, metavar="C", help="of --share (0.9)")
-    parser.add_argument("--seed", type=int, default=1, help="of the search and of the first picture (1)")
-    parser.add_argument("--evaluations", type=int, default=6, metavar="N", help="trials in the host a budget (6)")
+    parser.add_argument("--confidence", type=float, default=0.9, metavar="C", help="of --share")
+    parser.add_argument("--seed", type=int, default=1, help="of the search and of the first picture")
+    parser.add_argument("--evaluations", type=int, default=6, metavar="N", help="trials in the host a budget")
     parser.add_argument("--baselines", default="plain", metavar="NAMES",
                         help="what is measured beside fewer steps: none, plain (growing window), all, or beginnings "
                         "of names with commas: growing, dpcache, dbcache, scm, taylorseer, dmd, profile, teacache, "
-                        "spectrum (plain)")
+                        "spectrum")
     parser.add_argument("--peers", type=_renamed, help=argparse.SUPPRESS)
     parser.add_argument("--shares", default="0.25,0.35,0.5,0.6", metavar="PARTS",
-                        help="parts of the steps computed in the named profiles (0.25,0.35,0.5,0.6)")
+                        help="parts of the steps computed in the named profiles")
     parser.add_argument("--work", type=Path, default=Path("outputs/tune"), metavar="DIR",
-                        help="evaluations are kept here; an interrupted run goes on from them (outputs/tune)")
+                        help="evaluations are kept here; an interrupted run goes on from them")
     parser.add_argument("--report", type=Path, metavar="DIR", help="write the report here")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the config file to write")
     parser.add_argument("--request", action="append", default=[], metavar="NAME=VALUE",
