@@ -79,7 +79,8 @@ class Corrector:
         self.largest = size if self.largest is None else torch.maximum(self.largest, size)
         output = call.output
         if gain := self._carry * solver.gain(call, place):
-            output = torch.add(output.float(), change, alpha=gain).to(output.dtype)
+            # The output of a stage that runs one sample may have no batch dimension; its latents have.
+            output = torch.add(output.float(), change.reshape(output.shape), alpha=gain).to(output.dtype)
             if self._keep:
                 self._outputs.update(place.position, output.detach().clone())
         return call.with_tensors(output, sample.to(call.sample.dtype))
