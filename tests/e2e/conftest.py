@@ -78,9 +78,12 @@ def models(tmp_path_factory) -> dict[str, Path]:
     return dict(zip(names, map(Path, json.loads(built.read_text())), strict=True))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
-    """A real Chromium; without one its tests are skipped, and fail where BROWSER says that it is required."""
+    """A real Chromium; without one its tests are skipped, and fail where BROWSER says that it is required.
+
+    Not for the whole session: Playwright keeps an event loop running, in which no other test can start one.
+    """
     path = os.environ.get("CHROMIUM") or shutil.which("chromium")
     if path is None:
         (pytest.fail if os.environ.get("BROWSER") == "required" else pytest.skip)(NO_BROWSER)
