@@ -83,9 +83,11 @@ def tame(body):
     small = {"width": 64, "height": 64, "num_inference_steps": 2, "n": 1, "num_frames": 1}
     if not isinstance(body, dict):
         return body
-    # What is left out would be the model's own default: a large picture in many steps.
+    # What is left out would be the model's own default: a large picture in many steps. A picture of a few pixels is
+    # nothing that the model can draw.
+    least = {"width": 1, "height": 1}
     return small | {
-        key: small[key] if key in small and type(value) is int and value > small[key] else value
+        key: small[key] if key in small and type(value) is int and value >= least.get(key, small[key]) else value
         for key, value in body.items()
         if value is not None or key not in small
     }
