@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -69,7 +70,9 @@ def started() -> Iterator[None]:
     address = _free_address()
     before = server_args._global_server_args, torch._dynamo.config.disable
     torch._dynamo.config.disable = True
-    with patch.dict(os.environ, address), patch.dict(sys.modules, {"sgl_kernel": _kernels()}):
+    with patch.dict(os.environ, address), pytest.MonkeyPatch.context() as patched:
+        # Not patch.dict: it would also forget whatever is imported for the first time inside.
+        patched.setitem(sys.modules, "sgl_kernel", _kernels())
         set_arguments()
         parallel_state.maybe_init_distributed_environment_and_model_parallel(tp_size=1, sp_size=1)
         cpu_ops.register()
