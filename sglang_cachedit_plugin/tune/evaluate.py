@@ -66,8 +66,10 @@ class Progress:
 
     def end(self) -> None:
         """Leave the line; say how much was done."""
+        quiet = self._bar.disable
+        # A bar that is closed says that it is disabled.
         self._bar.close()
-        if not self._bar.disable:
+        if not quiet:
             print(f"{self._bar.n} requests served, {self.found} known", file=sys.stderr)
 
 

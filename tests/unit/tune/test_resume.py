@@ -83,3 +83,11 @@ def test_an_interrupted_run_comes_to_the_file_of_one_that_was_not(tmp_path):
             tune(folder, first)
         assert tune(folder, second) == text
         assert first.served - 1 + second.served == whole.served
+
+
+def test_the_end_of_a_run_says_how_much_was_served_and_how_much_was_known(capsys):
+    progress = Progress()
+    progress.step()
+    progress.known(3)
+    progress.end()
+    assert capsys.readouterr().err.splitlines()[-1] == "1 requests served, 3 known"
