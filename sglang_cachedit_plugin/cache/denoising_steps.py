@@ -91,7 +91,7 @@ class DenoisingSteps:
             return
         if any(each.weights for each in specs):
             self._report.enabled, self._report.reason = False, "fitted weights were searched without it"
-        elif guided and forecast and settings.error_tolerance is None:
+        elif guided and forecast:
             self._report.enabled, self._report.reason = False, "forecasts under guidance are better left as they are"
 
     def _keep_errors(self) -> None:
@@ -212,8 +212,8 @@ class DenoisingSteps:
             return self._solver.advance(call)
         if not cached:
             return self._corrector.computed(self._solver, call, place)
-        if self._control is not None:
-            # The transformer forecast from its own outputs; the ones kept here have followed the corrected latents.
+        if self._control is not None and self.spec is not None:
+            # The transformers forecast from their own outputs; the ones kept here have followed the corrected latents.
             call = call.with_tensors(self._outputs.predict(place.position), call.sample)
         return self._corrector.cached(self._solver, call, place)
 

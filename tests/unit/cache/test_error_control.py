@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from sglang_cachedit_plugin.cache.error_control import BEGINNING, LONGEST, RESTART, ErrorControl
 from sglang_cachedit_plugin.cache.similarity import relative_error
-from tests.unit.cache.loops import SCHEDULERS, Loop, noise, uncached
+from tests.unit.cache.loops import SCHEDULERS, SHAPE, Loop, noise, uncached
 from tests.unit.cache.test_corrector import BASES, curved, polynomial
 
 NAMES = pytest.mark.parametrize("name", SCHEDULERS)
@@ -341,3 +342,14 @@ def test_outputs_that_follow_the_latents_end_three_times_nearer_with_the_correct
         errors.append(float((loop.run() - exact).norm() / exact.norm()))
         assert not all(decisions_of(loop))
     assert errors[1] < errors[0] / 3
+
+
+def test_where_transformers_forecast_for_themselves_the_scheduler_is_given_the_carried_forecast():
+    """As on the diffusers backend, where each branch extrapolates outputs that no correction has reached."""
+    ends, own = [], SimpleNamespace(transformers=())
+    for spec, forecast in ((None, None), (own, lambda number, position: torch.full(SHAPE, 7.0))):
+        loop = Loop("diffusers Euler", STEPS, curved, error_tolerance=0.02)
+        loop.steps.spec = spec
+        ends.append(loop.run(forecast=forecast))
+        assert loop.stats.corrector.corrected_steps > 0
+    assert torch.equal(*ends)
