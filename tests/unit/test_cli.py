@@ -8,15 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from types import SimpleNamespace
 
 import pytest
-import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 
 from sglang_cachedit_plugin import __version__, cli
+from tests.unit.local_server import serving
 
 COMMAND = (sys.executable, "-m", "sglang_cachedit_plugin")
 
@@ -124,15 +123,8 @@ def servers():
         }
         return state | ({} if request.method == "GET" else {"changed": {"enabled": {"before": True, "now": False}}})
 
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        listener.listen()
-        thread.start()
-        yield f"127.0.0.1:{listener.getsockname()[1]}", asked
-        server.should_exit = True
-        thread.join()
+    with serving(app) as address:
+        yield address, asked
 
 
 def test_settings_of_several_servers_are_shown_and_changed(servers, capsys, monkeypatch):

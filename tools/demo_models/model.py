@@ -89,17 +89,17 @@ def make_clip(tokenizer):
     )
 
 
-def make_t5(tokenizer):
-    """Two layers, gated GELU. The host gives it no mask, so the padding takes part, here as there."""
+def make_t5(tokenizer, d_model=JOINT_DIM, d_kv=24, d_ff=192, num_layers=2):
+    """A few layers, gated GELU. The host gives it no mask, so the padding takes part, here as there."""
     from transformers import T5Config, T5EncoderModel
 
     return T5EncoderModel(
         T5Config(
             vocab_size=len(tokenizer),
-            d_model=JOINT_DIM,
-            d_kv=24,
-            d_ff=192,
-            num_layers=2,
+            d_model=d_model,
+            d_kv=d_kv,
+            d_ff=d_ff,
+            num_layers=num_layers,
             num_heads=4,
             dropout_rate=0.0,
             feed_forward_proj="gated-gelu",

@@ -99,34 +99,15 @@ def make_transformer():
     )
 
 
-def make_t5(tokenizer):
-    """Three layers: FLUX gives text no positions, so T5 alone says which place belongs to which object."""
-    from transformers import T5Config, T5EncoderModel
-
-    return T5EncoderModel(
-        T5Config(
-            vocab_size=len(tokenizer),
-            d_model=JOINT_DIM,
-            d_kv=32,
-            d_ff=256,
-            num_layers=3,
-            num_heads=4,
-            dropout_rate=0.0,
-            feed_forward_proj="gated-gelu",
-            tie_word_embeddings=False,
-            is_encoder_decoder=False,
-            use_cache=False,
-        )
-    )
-
-
 def make_networks(data: Path) -> model.Networks:
     """Networks at their start, with the tokenizers of `data`."""
     from transformers import CLIPTokenizer, T5Tokenizer
 
     clip = CLIPTokenizer.from_pretrained(data / TOKENIZERS[0])
     t5 = T5Tokenizer.from_pretrained(data / TOKENIZERS[1])
-    return model.Networks(model.make_vae(80), make_transformer(), model.make_clip(clip), make_t5(t5), clip, t5)
+    # Three layers: FLUX gives text no positions, so T5 alone says which place belongs to which object.
+    encoder = model.make_t5(t5, d_model=JOINT_DIM, d_kv=32, d_ff=256, num_layers=3)
+    return model.Networks(model.make_vae(80), make_transformer(), model.make_clip(clip), encoder, clip, t5)
 
 
 class Files:

@@ -10,9 +10,6 @@ import pytest
 import torch
 
 from sglang_cachedit_plugin.cache.error_control import RESTART
-from sglang_cachedit_plugin.config import effective
-from sglang_cachedit_plugin.config.effective import Defaults
-from sglang_cachedit_plugin.integration.request import WORKER
 from tests.models.native.harness import noise
 from tests.models.native.test_steps import (
     CASES,
@@ -24,20 +21,13 @@ from tests.models.native.test_steps import (
     distances,
     made_request,
     made_stage,
+    nothing_left,  # noqa: F401
     stage_class,
 )
-from tests.unit.blocks import DIM, known_classes
+from tests.unit.blocks import DIM
 
 pytestmark = pytest.mark.usefixtures("hooked")
 OUTPUT = STATIC | {"forecast": "output", "forecast_order": 1}
-
-
-@pytest.fixture(autouse=True)
-def nothing_left(monkeypatch):
-    monkeypatch.setattr(effective, "_current", Defaults())
-    with known_classes():
-        yield
-    assert not WORKER.active.sessions and not WORKER.active.stages
 
 
 def stage_of(*bases: type, **methods: Any) -> Any:

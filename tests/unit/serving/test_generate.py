@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import re
 import socket
-import threading
 
 import pytest
-import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from sglang_cachedit_plugin import client
 from sglang_cachedit_plugin.serving import generate, page, responses, state
 from sglang_cachedit_plugin.serving.generate_models import GenerateRequest
+from tests.unit.local_server import serving
 
 TAKEN = frozenset({"prompt", "guidance_scale", "num_frames"})
 
@@ -171,15 +170,8 @@ def address():
     async def other():
         return {"text": "hello"}
 
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        listener.listen()
-        thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
+    with serving(app) as address:
+        yield f"http://{address}"
 
 
 def test_the_client_says_in_one_line_what_a_server_refused(address):
