@@ -126,7 +126,7 @@ def lines(found: dict[str, Any], *, verbose: bool = False) -> list[str]:
     if not verbose:
         return out
     out += ["versions", *(f"  {name:<24} {each or 'not installed'}" for name, each in found["versions"].items())]
-    out.append("hook_points")
+    out.append("hook points")
     for point in found["hook_points"]:
         name = point["target"].removeprefix("sglang.multimodal_gen.runtime.")
         out.append(f"  {'found' if point['found'] else 'WRONG':<6} {name}")
